@@ -1,0 +1,46 @@
+"""Checkpoints of JAX and optax training: saved whole, restored exactly, read by stock Orbax."""
+
+from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, SaveResult
+from ckptmgr.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CheckpointTimeoutError,
+    CorruptCheckpointError,
+    LayoutError,
+    SaveError,
+    StructureMismatchError,
+    UnsafePickleError,
+    UnsupportedLeafError,
+)
+from ckptmgr.hyperparams import get_hyperparams, set_hyperparams
+from ckptmgr.layout import HOST
+from ckptmgr.manager import CheckpointManager
+from ckptmgr.policy import at_steps, best, every_seconds, every_steps, latest
+from ckptmgr.structure import StructureDiff
+
+__all__ = [
+    "HOST",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointInfo",
+    "CheckpointManager",
+    "CheckpointNotFoundError",
+    "CheckpointTimeoutError",
+    "CorruptCheckpointError",
+    "LayoutError",
+    "SaveError",
+    "SaveResult",
+    "StructureDiff",
+    "StructureMismatchError",
+    "UnsafePickleError",
+    "UnsupportedLeafError",
+    "at_steps",
+    "best",
+    "every_seconds",
+    "every_steps",
+    "get_hyperparams",
+    "latest",
+    "set_hyperparams",
+]

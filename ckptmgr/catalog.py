@@ -1,0 +1,158 @@
+"""The directory of a run: which steps are there, their manifests, pins, and deletion.
+
+The disk is the truth: nothing about steps is remembered that the next listing could contradict.
+
+    <directory>/<step>/             a committed checkpoint
+    <directory>/<step>/PINNED       retention leaves it alone
+    <directory>/<step>.replaced/    the old checkpoint of a step that is being replaced
+    <directory>/.deleted-<step>-*/  on its way out
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from ckptmgr import manifest as manifests
+from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+
+PIN = "PINNED"
+REPLACED = ".replaced"
+DELETED = ".deleted-"
+_STEP = re.compile(r"0|[1-9][0-9]*")
+
+
+def resolve(directory: str | os.PathLike[str]) -> epath.Path:
+    """The directory as an absolute path: `~` and what is relative mean what they mean now."""
+    if not isinstance(directory, str | os.PathLike) or not str(directory):
+        raise TypeError(f"directory takes a path, not {directory!r}")
+    path = epath.Path(directory)
+    if "://" in str(path):
+        return path
+    return epath.Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
+
+
+class Catalog:
+    """What lies in one run directory."""
+
+    def __init__(self, directory: epath.Path, read_stock: Any) -> None:
+        self.directory = directory
+        self._read_stock = read_stock
+        self._manifests: dict[int, manifests.Manifest] = {}
+
+    def prepare(self) -> None:
+        """Makes sure that the run can be written to, and finishes what an earlier process was stopped in."""
+        if self.directory.exists() and not self.directory.is_dir():
+            raise NotADirectoryError(f"directory {self.directory} is a file")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise NotADirectoryError(f"directory {self.directory}: a part of this path is a file") from None
+        if not _writable(self.directory):
+            raise PermissionError(f"directory {self.directory} cannot be written to")
+        self.tidy()
+
+    def path(self, step: int) -> epath.Path:
+        return self.directory / str(step)
+
+    def steps(self) -> list[int]:
+        """The committed steps on disk, in order."""
+        if not self.directory.exists():
+            return []
+        names = [entry.name for entry in self.directory.iterdir() if _STEP.fullmatch(entry.name)]
+        return sorted(map(int, names))
+
+    def require(self, step: int) -> epath.Path:
+        """The directory of a step that must be there."""
+        path = self.path(step)
+        if not path.exists():
+            raise CheckpointNotFoundError(
+                f"there is no step {step} in {self.directory}; {self._what_is_there()}",
+                directory=str(self.directory),
+                step=step,
+            )
+        return path
+
+    def _what_is_there(self) -> str:
+        steps = self.steps()
+        if steps:
+            shown = ", ".join(map(str, steps[-10:]))
+            return f"its steps are {'..., ' if len(steps) > 10 else ''}{shown}"
+        if not self.directory.exists():
+            return "the directory does not exist"
+        if (self.directory / manifests.NAME).exists() or (self.directory / "_CHECKPOINT_METADATA").exists():
+            return f"this is the directory of one checkpoint; open its parent, {self.directory.parent}"
+        below = [entry for entry in self.directory.iterdir() if entry.is_dir()]
+        runs = [entry.name for entry in below if Catalog(entry, None).steps()]
+        return f"did you mean {self.directory / runs[0]}?" if runs else "nothing is saved in it yet"
+
+    def nothing_good(self, damaged: Mapping[int, str]) -> CheckpointError:
+        """The error for a run without a step to restore."""
+        if damaged:
+            newest, why = max(damaged.items())
+            return CorruptCheckpointError(
+                f"all {len(damaged)} checkpoints in {self.directory} are damaged; the newest: {why}", step=newest
+            )
+        return CheckpointNotFoundError(
+            f"there is no checkpoint in {self.directory}; {self._what_is_there()}",
+            directory=str(self.directory),
+        )
+
+    # ------------------------------------------------------------ manifests
+
+    def manifest(self, step: int) -> manifests.Manifest:
+        """The manifest of a step; for a checkpoint of stock Orbax one that is read from its own files."""
+        if step not in self._manifests:
+            path = self.require(step) / manifests.NAME
+            if path.exists():
+                manifest = manifests.decode(path.read_bytes(), step=step, path=manifests.NAME)
+            else:
+                manifest = self._read_stock(step, path.parent)
+            self._manifests[step] = manifest
+        return self._manifests[step]
+
+    def forget(self, step: int) -> None:
+        """Drops what was remembered of a step that was replaced or deleted."""
+        self._manifests.pop(step, None)
+
+    # ------------------------------------------------------------ pins
+
+    def pinned(self) -> set[int]:
+        return {step for step in self.steps() if (self.path(step) / PIN).exists()}
+
+    def pin(self, step: int) -> None:
+        (self.require(step) / PIN).write_text("kept by ckptmgr whatever the retention policy says\n")
+
+    def unpin(self, step: int) -> None:
+        (self.require(step) / PIN).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------ deletion
+
+    def delete(self, step: int) -> None:
+        """Takes a step out of the listing at once, then removes its files."""
+        path = self.require(step)
+        self.forget(step)
+        doomed = self.directory / f"{DELETED}{step}-{time.time_ns()}"
+        path.rename(doomed)
+        doomed.rmtree()
+
+    def tidy(self) -> None:
+        """Finishes what an earlier process was stopped in: deletions, and replacing a step."""
+        for entry in list(self.directory.iterdir()):
+            if entry.name.startswith(DELETED):
+                entry.rmtree()
+            elif entry.name.endswith(REPLACED):
+                step = self.directory / entry.name.removesuffix(REPLACED)
+                if step.exists():
+                    entry.rmtree()
+                else:
+                    entry.rename(step)
+
+
+def _writable(directory: epath.Path) -> bool:
+    return "://" in str(directory) or os.access(directory, os.W_OK | os.X_OK)

@@ -1,0 +1,95 @@
+"""What goes in and out: `SaveResult`, `CheckpointInfo`, `Checkpoint`."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ckptmgr.errors import CheckpointTimeoutError, SaveError
+from ckptmgr.structure import LeafSpec
+
+def _empty() -> Any:
+    return dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What is known of a checkpoint without reading an array."""
+
+    step: int
+    time: float
+    """When `save` was called, in seconds since the epoch."""
+    nbytes: int = 0
+    """Bytes of all arrays, before compression."""
+    items: tuple[str, ...] = ()
+    leaves: Mapping[str, tuple[LeafSpec, ...]] = _empty()
+    """The leaves of each item that holds arrays."""
+    metrics: Mapping[str, float] = _empty()
+    metadata: Mapping[str, Any] = _empty()
+    versions: Mapping[str, str] = _empty()
+    """Versions of the libraries it was written with; empty for a checkpoint of stock Orbax."""
+    pinned: bool = False
+    kept: tuple[str, ...] = ()
+    """Why retention keeps it; empty if it would go."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A restored checkpoint, or the values a run starts from when there is none."""
+
+    step: int
+    params: Any = None
+    opt_state: Any = None
+    extras: Mapping[str, Any] = _empty()
+    metrics: Mapping[str, float] = _empty()
+    info: CheckpointInfo | None = None
+    resumed: bool = True
+    """False when nothing was saved yet and these are the values given to `restore_or`."""
+    skipped: Mapping[int, str] = _empty()
+    """Newer steps that were passed over as damaged, and why."""
+
+
+class SaveResult:
+    """What became of a call of `save`: truthy if a save was started."""
+
+    def __init__(
+        self,
+        step: int,
+        reason: str,
+        commit: concurrent.futures.Future[CheckpointInfo] | None = None,
+    ) -> None:
+        self.step = step
+        self.reason = reason
+        """Why the step was saved, or why it was not."""
+        self._commit = commit
+
+    def __bool__(self) -> bool:
+        return self._commit is not None
+
+    def __repr__(self) -> str:
+        state = "not saved" if self._commit is None else "durable" if self.done() else "being written"
+        return f"SaveResult(step={self.step}, {state}: {self.reason})"
+
+    def done(self) -> bool:
+        """Whether nothing is being written any more for this step: it is durable, or failed."""
+        return self._commit is None or self._commit.done()
+
+    def result(self, timeout_s: float | None = None) -> CheckpointInfo:
+        """Waits until the checkpoint is durable.
+
+        Raises SaveError if it could not be written or was never started, and CheckpointTimeoutError
+        after `timeout_s` seconds.
+        """
+        if self._commit is None:
+            raise SaveError(f"step {self.step} was not saved: {self.reason}", step=self.step)
+        try:
+            return self._commit.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            if self._commit.done():  # the save itself failed with a TimeoutError
+                raise
+            waiting_for = f"the save of step {self.step}"
+            raise CheckpointTimeoutError(
+                f"{waiting_for} took longer than {timeout_s} s", waiting_for=waiting_for
+            ) from None

@@ -1,0 +1,104 @@
+"""Every error ckptmgr raises on purpose.
+
+    CheckpointError
+    ├── CheckpointNotFoundError   [FileNotFoundError]       directory, step
+    ├── CheckpointExistsError     [FileExistsError]         step
+    ├── CorruptCheckpointError    [OSError]                 step, path, leaf
+    ├── StructureMismatchError    [ValueError]              diff
+    ├── LayoutError               [ValueError]              leaf
+    ├── UnsupportedLeafError      [TypeError]               leaf
+    ├── SaveError                 [RuntimeError]            step, and the cause
+    ├── CheckpointTimeoutError    [TimeoutError]            waiting_for
+    └── UnsafePickleError         [pickle.UnpicklingError]  name
+
+A message says what is wrong, where (leaf path, step, file), and what to do.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckptmgr.structure import StructureDiff
+
+
+class CheckpointError(Exception):
+    """Base of every error that ckptmgr raises on purpose."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint to restore, or none with the number asked for."""
+
+    def __init__(self, message: str, *, directory: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.directory = directory
+        self.step = step
+
+
+class CheckpointExistsError(CheckpointError, FileExistsError):
+    """A checkpoint with this step number is already there."""
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class CorruptCheckpointError(CheckpointError, OSError):
+    """A committed checkpoint is damaged: `path` names the file, `leaf` the leaf, where known."""
+
+    def __init__(
+        self, message: str, *, step: int, path: str | None = None, leaf: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.step = step
+        self.path = path
+        self.leaf = leaf
+
+
+class StructureMismatchError(CheckpointError, ValueError):
+    """The template does not fit the checkpoint; `diff` holds every difference by leaf."""
+
+    def __init__(self, message: str, *, diff: StructureDiff) -> None:
+        super().__init__(message)
+        self.diff = diff
+
+
+class LayoutError(CheckpointError, ValueError):
+    """A leaf cannot be placed where `layout` wants it."""
+
+    def __init__(self, message: str, *, leaf: str | None = None) -> None:
+        super().__init__(message)
+        self.leaf = leaf
+
+
+class UnsupportedLeafError(CheckpointError, TypeError):
+    """A leaf cannot be stored; `leaf` is the path of the first one, the message names them all."""
+
+    def __init__(self, message: str, *, leaf: str) -> None:
+        super().__init__(message)
+        self.leaf = leaf
+
+
+class SaveError(CheckpointError, RuntimeError):
+    """A save was refused or failed; nothing that was saved before is touched."""
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class CheckpointTimeoutError(CheckpointError, TimeoutError):
+    """A wait went past its bound; `waiting_for` says what for."""
+
+    def __init__(self, message: str, *, waiting_for: str) -> None:
+        super().__init__(message)
+        self.waiting_for = waiting_for
+
+
+class UnsafePickleError(CheckpointError, pickle.UnpicklingError):
+    """A pickle asked for something outside the allowlist; `name` is what it asked for."""
+
+    def __init__(self, message: str, *, name: str) -> None:
+        super().__init__(message)
+        self.name = name

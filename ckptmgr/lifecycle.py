@@ -1,0 +1,54 @@
+"""Work that outlives the call that started it: finished before the script ends."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import concurrent.futures.thread  # imported before the hook below, so that ours runs first
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TypeVar
+
+from ckptmgr.errors import CheckpointTimeoutError
+
+_T = TypeVar("_T")
+_log = logging.getLogger("ckptmgr")
+_running: weakref.WeakSet[Background] = weakref.WeakSet()
+
+
+class Background:
+    """Runs one task at a time in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._what = ""
+        _running.add(self)
+
+    def start(self, what: str, task: Callable[[], None]) -> None:
+        """Starts `task` once the one before it is done; `what` names it in a timeout."""
+        self.wait(None)
+        self._what = what
+        self._thread = threading.Thread(target=task, name=f"ckptmgr: {what}")
+        self._thread.start()
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Waits until nothing runs."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return
+        thread.join(timeout_s)
+        if thread.is_alive():
+            raise CheckpointTimeoutError(
+                f"{self._what} took longer than {timeout_s} s", waiting_for=self._what
+            )
+
+
+def _drain() -> None:
+    for background in list(_running):
+        background.wait(None)
+
+
+# A plain atexit hook is too late: by then Python has shut the executors that Orbax writes with, and the
+# save is lost. This hook runs when the main thread ends, before theirs (the last registered runs first).
+threading._register_atexit(_drain)  # type: ignore[attr-defined]

@@ -1,0 +1,465 @@
+"""CheckpointManager: the story of a save, of a restore, and of what is kept."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from etils import epath
+
+from ckptmgr import catalog, items, lifecycle, options, policy, structure
+from ckptmgr import layout as layouts
+from ckptmgr import manifest as manifests
+from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, SaveResult
+from ckptmgr.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    SaveError,
+)
+from ckptmgr.storage import arrays, orbax, reading
+
+_log = logging.getLogger("ckptmgr")
+
+
+class CheckpointManager:
+    """Saves the state of a training run under numbered steps and restores it.
+
+    Args:
+      directory: where the run's checkpoints are: a str, a PathLike or an `epath.Path`. A relative path
+        and `~` are resolved here, once.
+      save_every: which calls of `save` save: an int N (every N steps), a policy, or a list of policies
+        any of which fires. Default: every call.
+      keep: what retention leaves alone: an int N (the latest N), a policy, or a list of policies whose
+        choices add up. Default: everything.
+      asynchronous: True: `save` returns once the values are safely copied; False: once they are durable.
+      compression: None or "zstd".
+      chunk_bytes: largest chunk of one array on disk, which bounds what a restore onto another layout
+        reads.
+      max_host_bytes: bound on the host memory held by copies that wait to be written; None: unbounded.
+      on_commit: a callable, or several, given the CheckpointInfo of each checkpoint once it is durable.
+        What one raises is logged and harms nothing.
+      read_only: True for evaluators: never writes, deletes or cleans anything.
+      metadata: a JSON-able mapping recorded with every checkpoint.
+      timeout_s: bound on every wait, in seconds.
+      clock: gives the time in seconds since the epoch.
+
+    Raises:
+      ValueError, TypeError: an option is wrong; the message names it.
+      NotADirectoryError, PermissionError: the directory cannot be used.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        save_every: int | policy.SavePolicy | Sequence[policy.SavePolicy | int] | None = None,
+        keep: int | policy.KeepPolicy | Sequence[policy.KeepPolicy | int] | None = None,
+        asynchronous: bool = True,
+        compression: Literal["zstd"] | None = None,
+        chunk_bytes: int = 64 * 2**20,
+        max_host_bytes: int | None = None,
+        on_commit: Callable[[CheckpointInfo], object]
+        | Sequence[Callable[[CheckpointInfo], object]]
+        | None = None,
+        read_only: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        timeout_s: float = 1200.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        given = {
+            "save_every": save_every, "keep": keep, "asynchronous": asynchronous,
+            "compression": compression, "chunk_bytes": chunk_bytes, "max_host_bytes": max_host_bytes,
+            "on_commit": on_commit, "read_only": read_only, "metadata": metadata,
+            "timeout_s": timeout_s, "clock": clock,
+        }  # fmt: skip
+        self._options = options.check(given, adapt_save=orbax.adapt_save, adapt_keep=orbax.adapt_keep)
+        self._directory = catalog.resolve(directory)
+        self._catalog = catalog.Catalog(self._directory, reading.read_stock)
+        self._composer = items.Composer()
+        self._background = lifecycle.Background()
+        self._failure: SaveError | None = None
+        self._last: CheckpointInfo | None = None
+        self._store: orbax.Store | None = None
+        if not read_only:
+            self._catalog.prepare()
+            self._store = orbax.Store(
+                self._directory, compression=self._options.compression, timeout_s=self._options.timeout_s
+            )
+
+    @property
+    def directory(self) -> epath.Path:
+        """Where the checkpoints are, absolute."""
+        return self._directory
+
+    # ------------------------------------------------------------ saving
+
+    def should_save(self, step: int) -> bool:
+        """Whether `save(step, ...)` would save now, by `save_every` alone."""
+        _check_step(step)
+        now, last = self._options.clock(), self._last_save()
+        return any(each.should_save(step, now=now, last=last) for each in self._options.save_every)
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        opt_state: Any = None,
+        *,
+        extras: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        force: bool = False,
+        on_exists: Literal["error", "skip", "replace"] = "error",
+    ) -> SaveResult:
+        """Saves a step if `save_every` asks for it, or if `force`.
+
+        When it returns, the caller may donate, delete or overwrite every array it passed.
+
+        Args:
+          step: the number of the step, 0 or more.
+          params: a pytree of arrays and numbers; None if `opt_state` holds the parameters.
+          opt_state: a pytree of arrays and numbers.
+          extras: by name: a pytree, a JSON-able value, or an object with `get_state` and `set_state`.
+          metrics: one number each; may still be on their way from a device.
+          force: saves whatever `save_every` says.
+          on_exists: what to do if the step is there: "error", "skip" or "replace" (the old one stays
+            until the new one is durable).
+
+        Raises:
+          CheckpointExistsError: the step is there and `on_exists` is "error".
+          UnsupportedLeafError: a leaf has no form on disk; nothing was written.
+          SaveError: the save before this one failed, or this one did.
+        """
+        store = self._writable(step)
+        refusal = self._refuse(step, force, on_exists)
+        if refusal:
+            return SaveResult(step, refusal)
+        if params is None and opt_state is None:
+            raise ValueError("save needs params, or an opt_state that holds them")
+        composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
+        self._wait_for_last_save()
+        described = manifests.Manifest(
+            step=step,
+            time=self._options.clock(),
+            items={name: _describe(name, item) for name, item in composed.items()},
+            metadata=self._options.metadata,
+            versions=manifests.versions(),
+        )
+        written = self._copy(composed)
+
+        def build_manifest(files: Mapping[str, manifests.File]) -> bytes:
+            return manifests.encode(dataclasses.replace(described, files=files, metrics=composed_metrics()))
+
+        composed_metrics = composed[items.METRICS]
+        self._catalog.forget(step)
+        store.start(step, written, build_manifest)
+        self._last = CheckpointInfo(step=step, time=described.time)
+        return self._follow(step, store, "forced" if force else "due")
+
+    def _last_save(self) -> policy.Record | None:
+        """The last save that was accepted here, else the newest checkpoint on disk."""
+        if self._last is None:
+            newest = self.latest()
+            self._last = None if newest is None else self.info(newest)
+        return self._last
+
+    def _writable(self, step: int) -> orbax.Store:
+        _check_step(step)
+        self._raise_failure()
+        if self._store is None:
+            raise SaveError(f"step {step} cannot be saved: this manager is read-only or closed", step=step)
+        return self._store
+
+    def _refuse(self, step: int, force: bool, on_exists: str) -> str | None:
+        """Why this step is not to be saved; None if it is."""
+        if on_exists not in ("error", "skip", "replace"):
+            raise ValueError(f'on_exists takes "error", "skip" or "replace", not {on_exists!r}')
+        if not force and not self.should_save(step):
+            return "not due by save_every"
+        exists = step in self._catalog.steps() or (self._last is not None and self._last.step == step)
+        if not exists or on_exists == "replace":
+            return None
+        if on_exists == "skip":
+            return f"step {step} exists"
+        raise CheckpointExistsError(
+            f'step {step} is already in {self._directory}; on_exists="replace" replaces it, "skip" keeps it',
+            step=step,
+        )
+
+    def _copy(self, composed: Mapping[str, items.Tree | items.Value]) -> dict[str, Any]:
+        """Copies every item to the host before any writer starts: a writer would slow the copies down."""
+        trees = {name: item for name, item in composed.items() if isinstance(item, items.Tree)}
+        for tree in trees.values():
+            arrays.start_copies(tree.leaves)
+        chunk_bytes = self._options.chunk_bytes
+        return {
+            name: arrays.collect(item.spec, item.leaves, chunk_bytes) if isinstance(item, items.Tree) else item
+            for name, item in composed.items()
+        }
+
+    def _follow(self, step: int, store: orbax.Store, reason: str) -> SaveResult:
+        """Waits beside the caller until the step is durable, then does what follows from it."""
+        commit: concurrent.futures.Future[CheckpointInfo] = concurrent.futures.Future()
+
+        def finish() -> None:
+            try:
+                store.wait()
+                info = self.info(step)
+            except BaseException as problem:  # noqa: BLE001 - raised again at the caller's next call
+                self._last = None
+                self._failure = SaveError(f"step {step} could not be saved: {problem}", step=step)
+                self._failure.__cause__ = problem
+                commit.set_exception(self._failure)
+                return
+            commit.set_result(info)
+            self._announce(info)
+            self._retain()
+
+        self._background.start(f"the save of step {step}", finish)
+        if not self._options.asynchronous:
+            self.wait()
+        return SaveResult(step, reason, commit)
+
+    def _announce(self, info: CheckpointInfo) -> None:
+        for callback in self._options.on_commit:
+            try:
+                callback(info)
+            except Exception:
+                _log.exception("step %d: on_commit callback %r failed", info.step, callback)
+
+    def _retain(self) -> None:
+        """Deletes what no policy keeps; called once a newer checkpoint is durable."""
+        for info in self._history():
+            if not info.kept:
+                try:
+                    self._catalog.delete(info.step)
+                except OSError:
+                    _log.exception("step %d could not be deleted", info.step)
+
+    # ------------------------------------------------------------ waiting and closing
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits until nothing is being written or deleted.
+
+        Raises SaveError if a save failed, CheckpointTimeoutError after `timeout_s` (default: the
+        manager's) seconds.
+        """
+        self._background.wait(self._options.timeout_s if timeout_s is None else timeout_s)
+        self._raise_failure()
+
+    def close(self) -> None:
+        """Waits for what is being written, then lets go of everything. Raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            store, self._store = self._store, None
+            if store is not None:
+                store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wait_for_last_save(self) -> None:
+        self._background.wait(self._options.timeout_s)
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    # ------------------------------------------------------------ restoring
+
+    def restore(
+        self,
+        step: int | Literal["best"] | None = None,
+        *,
+        params: Any = None,
+        opt_state: Any = None,
+        optimizer: Any = None,
+        extras: Mapping[str, Any] | None = None,
+        layout: Any = None,
+        cast: bool = False,
+        partial: bool = False,
+        rename: Mapping[str, str] | None = None,
+    ) -> Checkpoint:
+        """Restores a step into the structure of the templates; what has no template is not read.
+
+        Args:
+          step: a number, "best", or None for the newest good one: damaged steps are passed over, loudly.
+          params, opt_state: templates, concrete or abstract (`jax.eval_shape`).
+          optimizer: an optax optimizer, in the place of an `opt_state` template.
+          extras: by name: a template, or an object whose `set_state` is given what was saved.
+          layout: None (where the template's leaf is; else the default device), a Sharding, a Device, or
+            `ckptmgr.HOST`.
+          cast: allows dtypes to differ, and converts to the template's.
+          partial: keeps the template's own value for leaves that the checkpoint lacks, and ignores
+            leaves that the template lacks.
+          rename: {regex of an old path: new path}, as `re.sub` takes them.
+
+        Without any template everything comes back, as nested dicts, lists and tuples.
+
+        Raises:
+          CheckpointNotFoundError, CorruptCheckpointError, StructureMismatchError, LayoutError.
+        """
+        request = items.Request(
+            params, opt_state, optimizer, extras or {}, layouts.check(layout), cast, partial, rename or {}
+        )
+        self.wait()
+        if step is not None:
+            number = self._best_or_raise() if step == "best" else _check_step(step)
+            self._catalog.require(number)
+            return self._restore_step(number, request)
+        skipped: dict[int, str] = {}
+        for candidate in reversed(self._catalog.steps()):
+            try:
+                return self._restore_step(candidate, request, skipped)
+            except CorruptCheckpointError as problem:
+                _log.warning("step %d is passed over as damaged: %s", candidate, problem)
+                skipped[candidate] = str(problem)
+        raise self._catalog.nothing_good(skipped)
+
+    def restore_or(
+        self,
+        *,
+        step: int = 0,
+        params: Any = None,
+        opt_state: Any = None,
+        extras: Mapping[str, Any] | None = None,
+        **how: Any,
+    ) -> Checkpoint:
+        """Resumes from the newest good step, or starts: the values given come back if nothing is saved yet.
+
+        Takes what `restore` takes; `Checkpoint.resumed` tells which of the two it was.
+        """
+        self.wait()
+        if self._catalog.steps():
+            return self.restore(params=params, opt_state=opt_state, extras=extras, **how)
+        start = Checkpoint(step=step, params=params, opt_state=opt_state, extras=dict(extras or {}))
+        return dataclasses.replace(start, resumed=False)
+
+    def _restore_step(
+        self, step: int, request: items.Request, skipped: Mapping[int, str] | None = None
+    ) -> Checkpoint:
+        manifest, directory = self._catalog.manifest(step), self._catalog.path(step)
+        templates = request.templates(manifest)
+        matched = items.match(manifest, templates, request)
+        targets = [layouts.targets(each.item, each.rows, request.layout) for each in matched]
+        manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
+        values = reading.read_trees(manifest, directory, matched, targets)
+        values |= reading.read_values(manifest, directory, templates)
+        _log.info("step %d restored from %s", step, directory)
+        return Checkpoint(
+            step=step,
+            params=values.pop(items.PARAMS, None),
+            opt_state=values.pop(items.OPT_STATE, None),
+            extras={name: items.handed_over(templates[name], value) for name, value in values.items()},
+            metrics=manifest.metrics,
+            info=self.info(step),
+            skipped=skipped or {},
+        )
+
+    # ------------------------------------------------------------ looking
+
+    def steps(self) -> list[int]:
+        """The committed steps, in order."""
+        return self._catalog.steps()
+
+    def latest(self) -> int | None:
+        """The newest committed step; None if there is none."""
+        return max(self._catalog.steps(), default=None)
+
+    def best(self, metric: str | None = None, *, mode: Literal["min", "max"] = "min") -> int | None:
+        """The step with the best value of a metric, of equals the newer; None if no step has it.
+
+        Without arguments it is the metric of the first `ckptmgr.best` in `keep`.
+        """
+        ranked_by = [each for each in self._options.keep if isinstance(each, policy.best)]
+        if metric is not None:
+            ranked_by = [policy.best(metric, mode=mode)]
+        if not ranked_by:
+            raise ValueError('best() needs a metric: name one, or give the manager keep=ckptmgr.best("loss")')
+        return next(iter(ranked_by[0].ranking(self._history())), None)
+
+    def _best_or_raise(self) -> int:
+        step = self.best()
+        if step is None:
+            raise self._catalog.nothing_good({})
+        return step
+
+    def info(self, step: int) -> CheckpointInfo:
+        """What is known of a step without reading an array."""
+        self._catalog.require(_check_step(step))
+        known = next((info for info in self._history() if info.step == step), None)
+        return known or _info(self._catalog.manifest(step), False, ())
+
+    def _history(self) -> list[CheckpointInfo]:
+        """Every readable step, with why it is kept."""
+        pinned, found = self._catalog.pinned(), []
+        for step in self._catalog.steps():
+            try:
+                found.append(_info(self._catalog.manifest(step), step in pinned, ()))
+            except (CorruptCheckpointError, CheckpointNotFoundError):
+                continue  # damaged, or deleted by another hand while we looked: neither counted nor deleted
+        reasons = policy.reasons_to_keep(self._options.keep, found, pinned)
+        return [dataclasses.replace(info, kept=reasons[info.step]) for info in found]
+
+    def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> structure.StructureDiff:
+        """How the templates differ from a step; falsy if they do not."""
+        self._catalog.require(_check_step(step))
+        return items.diff(self._catalog.manifest(step), params, opt_state)
+
+    def delete(self, step: int) -> None:
+        """Deletes a step, pinned or not."""
+        self._writable(step)
+        self.wait()
+        self._catalog.delete(step)
+
+    def pin(self, step: int) -> None:
+        """Keeps a step whatever retention says, until `unpin`."""
+        self._writable(step)
+        self._catalog.pin(step)
+
+    def unpin(self, step: int) -> None:
+        """Gives a step back to retention."""
+        self._writable(step)
+        self._catalog.unpin(step)
+
+
+def _check_step(step: Any) -> int:
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+        raise ValueError(f"a step is a whole number of 0 or more, not {step!r}")
+    return int(step)
+
+
+def _describe(item: str, content: items.Tree | items.Value) -> manifests.Item:
+    if isinstance(content, items.Tree):
+        return manifests.Item("arrays", content.spec)
+    return manifests.Item("json", file=orbax.json_file(item))
+
+
+def _info(manifest: manifests.Manifest, pinned: bool, kept: tuple[str, ...]) -> CheckpointInfo:
+    return CheckpointInfo(
+        step=manifest.step,
+        time=manifest.time,
+        nbytes=manifest.nbytes,
+        items=tuple(manifest.items),
+        leaves={name: item.tree.leaves for name, item in manifest.items.items() if item.kind == "arrays"},
+        metrics=manifest.metrics,
+        metadata=manifest.metadata,
+        versions=manifest.versions,
+        pinned=pinned,
+        kept=kept,
+    )

@@ -1,0 +1,214 @@
+"""manifest.json: what a checkpoint holds and what its files must be. Knows no model and no Orbax.
+
+The manifest is written last, before the commit, so that every committed checkpoint has one. It carries
+the structure that templates are compared with, and size and CRC-32 of every file that does not check
+itself; its last field is the CRC-32 of all bytes before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import platform
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from ckptmgr.errors import CorruptCheckpointError
+from ckptmgr.structure import LeafSpec, TreeSpec
+
+NAME = "manifest.json"
+FORMAT = 1
+
+_LIBRARIES = ("ckptmgr", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One item of a checkpoint: a tree of arrays, or a JSON value in `file`."""
+
+    kind: Literal["arrays", "json"]
+    tree: TreeSpec = TreeSpec((), None)
+    file: str = ""
+    zarr3: bool = True
+    ocdbt: bool = True
+    """How the arrays lie on disk; stock Orbax also writes zarr2, and arrays without a database."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(leaf) for leaf in self.tree.leaves)
+
+
+def _nbytes(leaf: LeafSpec) -> int:
+    if leaf.kind == "key":  # the words of a key depend on its generator; threefry has two
+        return math.prod(leaf.shape) * (16 if "rbg" in (leaf.impl or "") else 8)
+    return math.prod(leaf.shape) * np.dtype(getattr(ml_dtypes, leaf.dtype, leaf.dtype)).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """What a file must be. `crc32` is None where TensorStore checks the content as it reads it."""
+
+    size: int
+    crc32: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a checkpoint that is not an array."""
+
+    step: int
+    time: float
+    items: Mapping[str, Item]
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, File] = dataclasses.field(default_factory=dict)
+    written_here: bool = True
+    """False for a checkpoint of stock Orbax, which has no manifest on disk."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(item.nbytes for item in self.items.values())
+
+
+@functools.cache
+def versions() -> Mapping[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+# ---------------------------------------------------------------- to and from bytes
+
+
+def encode(manifest: Manifest) -> bytes:
+    body = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "time": manifest.time,
+        "metrics": manifest.metrics,
+        "metadata": manifest.metadata,
+        "versions": manifest.versions,
+        "items": {name: _item_to_json(item) for name, item in manifest.items.items()},
+        "files": {name: [file.size, file.crc32] for name, file in manifest.files.items()},
+    }
+    text = json.dumps(body, separators=(",", ":")).encode()[:-1]
+    return text + _seal(text)
+
+
+def _seal(text: bytes) -> bytes:
+    return b',"crc32":"%08x"}\n' % zlib.crc32(text)
+
+
+_SEAL_BYTES = len(_seal(b""))
+
+
+def decode(data: bytes, *, step: int, path: str) -> Manifest:
+    """Reads a manifest; raises CorruptCheckpointError unless every bit of it is as it was written."""
+
+    def damaged(why: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"step {step}: {path} is damaged: {why}", step=step, path=path)
+
+    text, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    if seal != _seal(text):
+        raise damaged("its checksum does not match")
+    body = json.loads(text + b"}")
+    if body["format"] > FORMAT:
+        raise damaged(f"it has format {body['format']}, this ckptmgr reads up to {FORMAT}; upgrade ckptmgr")
+    if body["step"] != step:
+        raise damaged(f"it belongs to step {body['step']}")
+    return Manifest(
+        step=step,
+        time=body["time"],
+        metrics=body["metrics"],
+        metadata=body["metadata"],
+        versions=body["versions"],
+        items={name: _item_from_json(item) for name, item in body["items"].items()},
+        files={name: File(*facts) for name, facts in body["files"].items()},
+    )
+
+
+def _item_to_json(item: Item) -> dict[str, Any]:
+    if item.kind == "json":
+        return {"kind": "json", "file": item.file}
+    leaves = [_leaf_to_json(leaf) for leaf in item.tree.leaves]
+    return {"kind": "arrays", "nbytes": item.nbytes, "leaves": leaves, "outline": item.tree.outline}
+
+
+def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
+    named = {"path": leaf.path, "keys": leaf.keys, "kind": leaf.kind, "shape": leaf.shape, "dtype": leaf.dtype}
+    extra = {"weak": leaf.weak, "partition": leaf.partition, "impl": leaf.impl}
+    return named | {name: value for name, value in extra.items() if value not in (False, None)}
+
+
+def _item_from_json(item: Mapping[str, Any]) -> Item:
+    if item["kind"] == "json":
+        return Item("json", file=item["file"])
+    leaves = tuple(map(_leaf_from_json, item["leaves"]))
+    return Item("arrays", TreeSpec(leaves, item["outline"]))
+
+
+def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:
+    partition = leaf.get("partition")
+    if partition is not None:
+        partition = tuple(tuple(axes) if isinstance(axes, list) else axes for axes in partition)
+    return LeafSpec(
+        leaf["path"], tuple(leaf["keys"]), leaf["kind"], tuple(leaf["shape"]), leaf["dtype"],
+        leaf.get("weak", False), partition, leaf.get("impl"),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the files of a step
+
+
+def record_files(
+    directory: epath.Path, sizes: Mapping[str, int], checks_itself: Callable[[str], bool]
+) -> dict[str, File]:
+    """Size of every file below `directory`, and the CRC-32 of those that do not check themselves."""
+    return {
+        name: File(size, None if checks_itself(name) else zlib.crc32((directory / name).read_bytes()))
+        for name, size in sorted(sizes.items())
+        if name != NAME
+    }
+
+
+def check_files(manifest: Manifest, directory: epath.Path, items: Iterable[str]) -> None:
+    """Raises CorruptCheckpointError for a missing, short or changed file of these items or of the step."""
+    chosen = set(items)
+    for name, file in manifest.files.items():
+        item, _, below = name.partition("/")
+        if not below or item in chosen:
+            check_file(manifest, directory, name, file)
+
+
+def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File) -> None:
+    def damaged(why: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"step {manifest.step}: {directory / name} {why}", step=manifest.step, path=name
+        )
+
+    path = directory / name
+    try:
+        if file.crc32 is None:
+            size = path.stat().length
+        else:
+            data = path.read_bytes()
+            size = len(data)
+    except FileNotFoundError:
+        raise damaged("is missing") from None
+    if size != file.size:
+        raise damaged(f"has {size} bytes instead of {file.size}")
+    if file.crc32 is not None and zlib.crc32(data) != file.crc32:
+        raise damaged("is damaged: its checksum does not match")

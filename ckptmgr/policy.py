@@ -1,0 +1,163 @@
+"""When to save and what to keep: small frozen values, without clocks, files or JAX.
+
+A save policy answers `should_save(step, now=..., last=...)`; a keep policy answers `keep(history)`
+with the steps it wants kept. `now` and the times in `history` are in seconds and come from the
+manager's clock. Orbax's own policies are accepted beside these (`ckptmgr/storage/orbax.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+
+class Record(Protocol):
+    """What a policy may know of a checkpoint; `CheckpointInfo` is one."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+@runtime_checkable
+class SavePolicy(Protocol):
+    """Decides whether a step is saved."""
+
+    def should_save(self, step: int, *, now: float, last: Record | None) -> bool: ...
+
+
+@runtime_checkable
+class KeepPolicy(Protocol):
+    """Decides which checkpoints retention leaves alone; `history` is in order of steps."""
+
+    def keep(self, history: Sequence[Record]) -> set[int]: ...
+
+
+@dataclass(frozen=True)
+class every_steps:  # noqa: N801 - reads as a word of the options it is passed to
+    """Saves, or keeps, the steps that `n` divides."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _positive_int("every_steps", self.n)
+
+    def should_save(self, step: int, *, now: float, last: Record | None) -> bool:
+        return step % self.n == 0
+
+    def keep(self, history: Sequence[Record]) -> set[int]:
+        return {record.step for record in history if record.step % self.n == 0}
+
+
+@dataclass(frozen=True)
+class every_seconds:  # noqa: N801
+    """Saves once `s` seconds have passed since the last save; keeps checkpoints `s` seconds apart."""
+
+    s: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.s, int | float) or not self.s > 0:
+            raise ValueError(f"every_seconds takes a positive number of seconds, not {self.s!r}")
+
+    def should_save(self, step: int, *, now: float, last: Record | None) -> bool:
+        return last is None or now - last.time >= self.s
+
+    def keep(self, history: Sequence[Record]) -> set[int]:
+        kept: set[int] = set()
+        due = -math.inf
+        for record in sorted(history, key=lambda record: record.time):
+            if record.time >= due:
+                kept.add(record.step)
+                due = record.time + self.s
+        return kept
+
+
+@dataclass(frozen=True, init=False)
+class at_steps:  # noqa: N801
+    """Saves exactly these steps."""
+
+    steps: frozenset[int]
+
+    def __init__(self, *steps: int) -> None:
+        if not steps or not all(isinstance(step, int) and step >= 0 for step in steps):
+            raise ValueError(f"at_steps takes one or more step numbers, not {steps!r}")
+        object.__setattr__(self, "steps", frozenset(steps))
+
+    def should_save(self, step: int, *, now: float, last: Record | None) -> bool:
+        return step in self.steps
+
+
+@dataclass(frozen=True)
+class latest:  # noqa: N801
+    """Keeps the newest `n`."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _positive_int("latest", self.n)
+
+    def keep(self, history: Sequence[Record]) -> set[int]:
+        return set(sorted(record.step for record in history)[-self.n :])
+
+
+@dataclass(frozen=True)
+class best:  # noqa: N801
+    """Keeps the `n` with the best value of a metric; of equals the newer. NaN is never best."""
+
+    metric: str
+    n: int = 1
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        _positive_int("best", self.n)
+        if not isinstance(self.metric, str):
+            raise TypeError(f"best takes the name of a metric, not {self.metric!r}")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f'best takes mode="min" or mode="max", not {self.mode!r}')
+
+    def ranking(self, history: Iterable[Record]) -> list[int]:
+        """Steps from best to worst; those without the metric, or with NaN, are left out."""
+        sign = 1 if self.mode == "min" else -1
+        scored = [
+            (sign * record.metrics[self.metric], -record.step)
+            for record in history
+            if not math.isnan(record.metrics.get(self.metric, math.nan))
+        ]
+        return [-step for _, step in sorted(scored)]
+
+    def keep(self, history: Sequence[Record]) -> set[int]:
+        return set(self.ranking(history)[: self.n])
+
+
+def reasons_to_keep(
+    policies: Sequence[KeepPolicy], history: Sequence[Record], pinned: set[int]
+) -> dict[int, tuple[str, ...]]:
+    """Why each step of `history` is kept; an empty tuple means that it may be deleted.
+
+    Without policies everything is kept. The newest step and pinned steps are kept whatever the
+    policies say: what a run resumes from is never theirs to delete.
+    """
+    wanted = {policy: policy.keep(history) for policy in dict.fromkeys(policies)}
+    newest = max((record.step for record in history), default=None)
+
+    def reasons(step: int) -> tuple[str, ...]:
+        found = [_spell(policy) for policy, steps in wanted.items() if step in steps]
+        found += ["pinned"] * (step in pinned) + ["newest"] * (step == newest)
+        return tuple(found) if wanted else (*found, "keep=None")
+
+    return {record.step: reasons(record.step) for record in history}
+
+
+def _spell(policy: Any) -> str:
+    text = repr(policy)
+    return type(policy).__name__ if text.startswith("<") else text
+
+
+def _positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} takes a positive whole number, not {value!r}")

@@ -1,0 +1,55 @@
+"""Small files, written so that they survive a power cut where the disk keeps its word."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from etils import epath
+
+
+def is_local(path: epath.Path) -> bool:
+    return "://" not in str(path)
+
+
+def write(path: epath.Path, data: bytes) -> None:
+    """Writes a file; on a local disk it is durable when this returns, its name once `sync` is called."""
+    if not is_local(path):
+        path.write_bytes(data)
+        return
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(directories: Iterable[epath.Path]) -> None:
+    """Makes the names in these local directories durable (fsync(2): a file's own fsync does not)."""
+    for directory in filter(is_local, directories):
+        descriptor = os.open(directory, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
+    """Every directory below and including `directory`, and the size of every file by relative name."""
+    folders, sizes = [directory], {}
+    for folder in folders:  # grows while it is walked
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                folders.append(entry)
+            else:
+                sizes[entry.relative_to(directory).as_posix()] = entry.stat().length
+    return folders, sizes
+
+
+def flush(path: epath.Path) -> None:
+    """Makes the content of a local file that another hand wrote durable."""
+    if is_local(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

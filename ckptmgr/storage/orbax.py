@@ -1,0 +1,282 @@
+"""Orbax's own manager, handlers and commit, put together so that the files stay Orbax's.
+
+Orbax keeps the temporary directory, the order of a commit, the barriers between processes and its
+metadata. Ours are the writers of the items, and the last act of a commit: the manifest, and the
+`fsync` that makes the rename worth something.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ckptmgr import catalog, policy
+from ckptmgr import manifest as manifests
+from ckptmgr.storage import arrays, files
+
+BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
+STEP_METADATA = "_CHECKPOINT_METADATA"
+_COMMITTED = "commit_success.txt"
+METRICS, STEP = "metrics", "step"
+
+
+def json_file(item: str) -> str:
+    """The file of an item that is a JSON value; Orbax reads metrics from a file of that name."""
+    return METRICS if item == METRICS else "metadata"
+
+
+def checks_itself(name: str) -> bool:
+    """Whether TensorStore checks this file of a step as it reads it: OCDBT's manifests, nodes and chunks."""
+    return name.endswith("/manifest.ocdbt") or "/d/" in name
+
+
+# ---------------------------------------------------------------- writing
+
+
+class Store:
+    """One `orbax.checkpoint.CheckpointManager`, and what is to be done at the end of its commits."""
+
+    def __init__(self, directory: epath.Path, *, compression: str | None, timeout_s: float) -> None:
+        self._directory = directory
+        self._compression = compression
+        self._timeout_s = timeout_s
+        self._build_manifest: BuildManifest | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add(None, ocp.args.StandardSave, _ArraysHandler(self._compression))
+        registry.add(None, ocp.args.JsonSave, _JsonHandler(json_file("")))
+        registry.add(METRICS, ocp.args.JsonSave, _JsonHandler(json_file(METRICS)))
+        options = ocp.CheckpointManagerOptions(
+            step_name_format=_UnlistedSteps(),
+            preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
+            temporary_path_class=_commit_class(lambda: self._build_manifest),
+            file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
+            async_options=ocp.AsyncOptions(timeout_secs=int(self._timeout_s) or 1),
+            save_root_metadata=False,
+            lightweight_initialize=True,
+        )
+        return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
+
+    def start(self, step: int, items: Mapping[str, Any], build_manifest: BuildManifest) -> None:
+        """Starts writing a step; a Snapshot is an item of arrays, anything else a function giving JSON."""
+        self._manager.reload()
+        self._build_manifest = build_manifest
+        arguments = {
+            name: ocp.args.StandardSave(item) if isinstance(item, arrays.Snapshot) else ocp.args.JsonSave(item)
+            for name, item in items.items()
+        }
+        self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+
+    def wait(self) -> None:
+        """Waits until the step is durable, or raises what stopped it."""
+        try:
+            self._manager.wait_until_finished()
+        except BaseException:
+            self._manager = self._open()  # a manager whose commit failed keeps the failure
+            raise
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+class _UnlistedSteps(ocp.path.step.NameFormat[Any]):
+    """Steps named as Orbax names them, and never listed: `catalog` lists them, from disk, when asked."""
+
+    def build_name(self, step: int) -> str:
+        return str(step)
+
+    def build_metadata(self, step_path: epath.Path, step: int | None = None) -> None:
+        return None
+
+    def find_all(self, base_path: epath.PathLike) -> list[Any]:
+        return []
+
+    def find_step(self, base_path: epath.PathLike, step: int) -> Any:
+        raise ValueError(f"step {step} is not listed")
+
+
+class _ArraysHandler(ocp.StandardCheckpointHandler):
+    """Writes the Snapshot it is given; recorded on disk under the name of the handler it stands for."""
+
+    def __init__(self, compression: str | None) -> None:
+        super().__init__()
+        self._compression = compression
+
+    @classmethod
+    def typestr(cls) -> str:
+        return str(ocp.StandardCheckpointHandler.typestr())
+
+    async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:  # type: ignore[override]
+        async def write() -> None:  # runs in a thread of its own once the directory is there
+            arrays.write(directory, args.item, self._compression)
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="ckptmgr_arrays")]
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Nothing to merge: one process writes the item's database where it is read."""
+
+
+class _JsonHandler(ocp.JsonCheckpointHandler):
+    """Writes what the function it is given returns, so that no metric is waited for in the caller."""
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename)
+        self._name = filename
+
+    @classmethod
+    def typestr(cls) -> str:
+        return str(ocp.JsonCheckpointHandler.typestr())
+
+    async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:  # type: ignore[override]
+        async def write() -> None:
+            files.write(directory / self._name, json.dumps(args.item()).encode())
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="ckptmgr_json")]
+
+    def finalize(self, directory: epath.Path) -> None: ...
+
+
+# ---------------------------------------------------------------- the commit
+
+
+def _commit_class(manifest: Callable[[], BuildManifest | None]) -> type[Any]:
+    """Orbax's commit by rename, with the manifest and the fsyncs before it.
+
+    Orbax asks for one temporary path for the step and one for each item in it. Only the step's is
+    renamed: an item inside a directory that nobody sees needs no second name.
+    """
+
+    class Commit(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        metadata_store: Any = None
+
+        @classmethod
+        def from_final(cls, final_path: epath.Path, **options: Any) -> Commit:
+            store = options.get("checkpoint_metadata_store")
+            if store is None:
+                return cls(final_path, final_path)
+            commit: Commit = super().from_final(final_path, **options)
+            commit.metadata_store = store
+            return commit
+
+        async def finalize(self) -> None:
+            if self.metadata_store is not None:
+                self._seal(manifest())
+                _publish(self.get(), self.get_final())
+
+        def _seal(self, build: BuildManifest | None) -> None:
+            directory = self.get()
+            self.metadata_store.wait_until_finished()
+            self.metadata_store.update(
+                file_path=directory / STEP_METADATA, commit_timestamp_nsecs=time.time_ns()
+            )
+            self.metadata_store.wait_until_finished()
+            said = f"Checkpoint commit was successful to {self.get_final()}"
+            files.write(directory / _COMMITTED, said.encode())
+            files.flush(directory / STEP_METADATA)
+            folders, sizes = files.walk(directory)
+            if build is not None:
+                files.write(
+                    directory / manifests.NAME, build(manifests.record_files(directory, sizes, checks_itself))
+                )
+            files.sync(folders)
+
+    return Commit
+
+
+def _publish(written: epath.Path, final: epath.Path) -> None:
+    """Gives a written step its name. One that has the name already makes room without a gap."""
+    if not final.exists():
+        written.rename(final)
+    elif _exchange(written, final):
+        written.rename(_replaced(final))
+    else:
+        final.rename(_replaced(final))
+        written.rename(final)
+    files.sync([final.parent])
+    if _replaced(final).exists():
+        if (_replaced(final) / catalog.PIN).exists():
+            (final / catalog.PIN).write_bytes((_replaced(final) / catalog.PIN).read_bytes())
+        _replaced(final).rmtree()
+
+
+def _replaced(final: epath.Path) -> epath.Path:
+    return final.parent / f"{final.name}{catalog.REPLACED}"
+
+
+def _exchange(one: epath.Path, other: epath.Path) -> bool:
+    """Swaps two names at once (renameat2 with RENAME_EXCHANGE, Linux); False where that cannot be."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+# ---------------------------------------------------------------- Orbax's own policies
+
+
+def adapt_save(given: Any) -> Any:
+    """A SaveDecisionPolicy of Orbax as one of ours; anything else as it is."""
+    return _OrbaxSave(given) if isinstance(given, ocp.checkpoint_managers.SaveDecisionPolicy) else given
+
+
+def adapt_keep(given: Any) -> Any:
+    """A PreservationPolicy of Orbax as one of ours; anything else as it is."""
+    return _OrbaxKeep(given) if isinstance(given, ocp.checkpoint_managers.PreservationPolicy) else given
+
+
+def _for_orbax(record: policy.Record) -> Any:
+    when = datetime.datetime.fromtimestamp(record.time, datetime.timezone.utc)
+    return _PolicyRecord(record.step, when, dict(record.metrics))
+
+
+class _PolicyRecord:
+    """What Orbax's policies look at."""
+
+    def __init__(self, step: int, when: datetime.datetime, metrics: dict[str, float]) -> None:
+        self.step = step
+        self.time = when
+        self.metrics = metrics or None
+
+
+class _OrbaxSave:
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
+
+    def should_save(self, step: int, *, now: float, last: policy.Record | None) -> bool:
+        this = _PolicyRecord(step, datetime.datetime.fromtimestamp(now, datetime.timezone.utc), {})
+        context = ocp.checkpoint_managers.DecisionContext(
+            is_saving_in_progress=False,
+            reached_preemption=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(),
+        )
+        previous = [_for_orbax(last)] if last else []
+        return bool(self._wrapped.should_save(this, previous, context=context))
+
+
+class _OrbaxKeep:
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
+
+    def keep(self, history: Sequence[policy.Record]) -> set[int]:
+        records = [_for_orbax(record) for record in history]
+        context = ocp.checkpoint_managers.PreservationContext()
+        verdicts = self._wrapped.should_preserve(records, context=context)
+        return {record.step for record, keep in zip(records, verdicts, strict=True) if keep}

@@ -1,0 +1,439 @@
+"""The structure of a pytree: leaf paths, abstract leaves, and the difference of two trees.
+
+A tree is described by a `TreeSpec`: one `LeafSpec` for each leaf, in JAX's own order, and an
+`outline` of the containers as plain JSON, from which `rebuild` makes nested plain containers again.
+
+Two spellings of a leaf's place are used. `path` is `jax.tree_util.keystr`'s and is what people read;
+`keys` are the names Orbax gives the steps of the path, and are what a template is matched by: they
+are the same for a NamedTuple and for the dict that stock Orbax returns in its stead.
+An int among them is a place in a sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from ckptmgr.errors import StructureMismatchError, UnsupportedLeafError
+
+Keys = tuple[str | int, ...]
+Outline = Any
+"""JSON: a leaf's index, null for None, or an object that names a container and holds its children."""
+
+_SCALARS: dict[type, str] = {bool: "bool", int: "int", float: "float", complex: "complex"}
+_STORABLE_KINDS = "biufcV"  # numpy's letters; V also covers the types of ml_dtypes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeafSpec:
+    """What one leaf is, without its values."""
+
+    path: str
+    keys: Keys
+    kind: str
+    """"jax", "numpy", "key" (typed PRNG keys), "scalar" (numpy) or "int", "float", "bool", "complex"."""
+    shape: tuple[int, ...]
+    dtype: str
+    weak: bool = False
+    partition: tuple[Any, ...] | None = None
+    """The PartitionSpec it was saved under; None for a leaf on one device or on the host."""
+    impl: str | None = None
+    """The random number generator of typed PRNG keys."""
+
+    @property
+    def name(self) -> str:
+        """The name of the array on disk, as Orbax spells it."""
+        return ".".join(map(str, self.keys))
+
+    def __str__(self) -> str:
+        if self.kind in _SCALARS.values():
+            return f"Python {self.kind}"
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TreeSpec:
+    """The leaves of a tree in JAX's order, and its containers."""
+
+    leaves: tuple[LeafSpec, ...]
+    outline: Outline
+    empty: tuple[tuple[Keys, str], ...] = ()
+    """The keys of every node that holds nothing (None, (), optax.EmptyState()), and what it is."""
+
+    def by_keys(self) -> dict[Keys, LeafSpec]:
+        return {leaf.keys: leaf for leaf in self.leaves}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """A leaf of a result: `saved` is read, and made what `wants` says; without `saved` it is `given`."""
+
+    saved: LeafSpec | None
+    wants: LeafSpec
+    given: Any = None
+
+
+# ---------------------------------------------------------------- describing a tree
+
+
+def describe(tree: Any, *, item: str, is_template: bool = False) -> TreeSpec:
+    """Describes every leaf and container of `tree`.
+
+    Raises UnsupportedLeafError naming each leaf that cannot be stored, and each pair of leaves that
+    Orbax would store under one name. A template may hold `jax.ShapeDtypeStruct` leaves; a tree that
+    is to be saved may not.
+    """
+    walk = _Walk(is_template)
+    outline = walk.node(tree, (), ())
+    problems = walk.problems + ([] if is_template else _collisions(walk.leaves))
+    if problems:
+        lines = "\n".join(f"  {item}{path}: {reason}" for path, reason in problems)
+        raise UnsupportedLeafError(
+            f"{len(problems)} leaves of {item} cannot be stored:\n{lines}", leaf=problems[0][0]
+        )
+    return TreeSpec(tuple(walk.leaves), outline, tuple(walk.empty))
+
+
+class _Walk:
+    """One pass over a tree, container by container: JAX's flatten does not tell their types."""
+
+    def __init__(self, is_template: bool) -> None:
+        self.is_template = is_template
+        self.leaves: list[LeafSpec] = []
+        self.empty: list[tuple[Keys, str]] = []
+        self.problems: list[tuple[str, str]] = []
+
+    def node(self, node: Any, path: tuple[Any, ...], keys: Keys) -> Outline:
+        children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+        if len(children) == 1 and not children[0][0]:
+            return self.leaf(node, path, keys)
+        if not children:
+            self.empty.append((keys, _empty_kind(node)))
+        below = [
+            (_key(entry), self.node(child, path + entry, keys + tuple(map(key_name, entry))))
+            for entry, child in children
+        ]
+        return _container(node, below)
+
+    def leaf(self, leaf: Any, path: tuple[Any, ...], keys: Keys) -> Outline:
+        spelled = jax.tree_util.keystr(path)
+        try:
+            self.leaves.append(describe_leaf(leaf, spelled, keys, is_template=self.is_template))
+        except _Unsupported as problem:
+            self.problems.append((spelled, str(problem)))
+        return len(self.leaves) - 1
+
+
+def _container(node: Any, children: list[tuple[Any, Outline]]) -> Outline:
+    kind = type(node)
+    values = [child for _, child in children]
+    if node is None:
+        return None
+    if isinstance(node, dict):
+        if all(isinstance(key, str) for key, _ in children):
+            return {"dict": dict(children)}
+        return {"dict_items": [list(child) for child in children]}
+    if kind is list or kind is tuple:
+        return {kind.__name__: values}
+    named = {str(key): child for key, child in children}
+    form = "namedtuple" if isinstance(node, tuple) else "node"
+    return {form: f"{kind.__module__}.{kind.__qualname__}", "fields": named}
+
+
+def _empty_kind(node: Any) -> str:
+    """Orbax's word for a node without children; it stores an empty NamedTuple as None."""
+    for kind, word in ((dict, "Dict"), (list, "List")):
+        if isinstance(node, kind):
+            return word
+    return "Tuple" if type(node) is tuple else "None"
+
+
+def key_name(entry: Any) -> str | int:
+    """Orbax's name for one step of a path."""
+    if isinstance(entry, jax.tree_util.SequenceKey):
+        return entry.idx
+    if isinstance(entry, jax.tree_util.FlattenedIndexKey):
+        return entry.key
+    return str(entry.name if isinstance(entry, jax.tree_util.GetAttrKey) else entry.key)
+
+
+def _key(entry: tuple[Any, ...]) -> Any:
+    """The key itself where JSON can carry it, so that an int key comes back as an int."""
+    key = getattr(entry[0], "key", None) if len(entry) == 1 else None
+    return key if isinstance(key, str | int | float) else ".".join(str(key_name(e)) for e in entry)
+
+
+def _collisions(leaves: Iterable[LeafSpec]) -> list[tuple[str, str]]:
+    seen: dict[str, LeafSpec] = {}
+    problems = []
+    for leaf in leaves:
+        first = seen.setdefault(leaf.name, leaf)
+        if first is not leaf:
+            problems.append(
+                (leaf.path, f"has the name {leaf.name!r} on disk, and so has {first.path}; rename one")
+            )
+    return problems
+
+
+# ---------------------------------------------------------------- describing a leaf
+
+
+class _Unsupported(Exception):
+    """Why a leaf cannot be stored."""
+
+
+def describe_leaf(
+    leaf: Any, path: str, keys: Keys, *, is_template: bool = False
+) -> LeafSpec:
+    spec = functools.partial(LeafSpec, path, keys)
+    if isinstance(leaf, jax.core.Tracer):
+        raise _Unsupported("is a tracer: save outside of jax.jit")
+    if isinstance(leaf, jax.Array):
+        if leaf.is_deleted() and not is_template:
+            raise _Unsupported("was deleted or donated before save was called")
+        facts = _array_facts(leaf)
+        impl = str(jax.random.key_impl(leaf)) if facts[0] == "key" else None
+        return spec(*facts, is_weak(leaf), partition_of(leaf.sharding), impl)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        if not is_template:
+            raise _Unsupported("is a ShapeDtypeStruct: it has no values")
+        return spec(*_array_facts(leaf), is_weak(leaf))
+    if type(leaf) in _SCALARS:
+        return spec(_SCALARS[type(leaf)], (), _scalar_dtype(leaf).name)
+    if isinstance(leaf, np.generic):
+        return spec("scalar", (), _storable(leaf.dtype).name)
+    if type(leaf) in (np.ndarray, np.memmap):
+        return spec("numpy", leaf.shape, _storable(leaf.dtype).name)
+    raise _Unsupported(
+        f"is a {type(leaf).__module__}.{type(leaf).__qualname__}, not an array or a number; "
+        "what is not an array can be saved as an entry of extras"
+    )
+
+
+def _array_facts(leaf: Any) -> tuple[str, tuple[int, ...], str]:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return "key", leaf.shape, str(leaf.dtype)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise _Unsupported(f"has the extended dtype {leaf.dtype}, which has no form on disk")
+    return "jax", leaf.shape, leaf.dtype.name
+
+
+def is_weak(leaf: Any) -> bool:
+    """Whether JAX lets other types win over this array's; keys do not take part."""
+    return bool(getattr(leaf, "weak_type", False))
+
+
+def _scalar_dtype(value: complex) -> np.dtype[Any]:
+    dtype = np.asarray(value).dtype
+    if dtype.kind not in "bifc":  # numpy makes object (or uint64) of an int that int64 cannot hold
+        raise _Unsupported(f"is the int {value}, which does not fit 64 bits")
+    return dtype
+
+
+def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    known = dtype.kind in _STORABLE_KINDS and dtype.itemsize <= 16 and not dtype.names
+    if not known or (dtype.kind == "V" and not hasattr(ml_dtypes, dtype.name)):
+        raise _Unsupported(f"has the numpy dtype {dtype}, which has no form on disk")
+    if not dtype.isnative:
+        raise _Unsupported(f"has the byte order of another machine ({dtype.str}); convert it first")
+    if dtype.name in ("longdouble", "float128", "clongdouble", "complex256"):
+        raise _Unsupported(f"has the numpy dtype {dtype}, which differs between machines")
+    return dtype
+
+
+def partition_of(sharding: Any) -> tuple[Any, ...] | None:
+    """The PartitionSpec of a NamedSharding as nested tuples; None for any other sharding."""
+    return tuple(sharding.spec) if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+# ---------------------------------------------------------------- plain containers again
+
+
+def rebuild(outline: Outline, leaves: Sequence[Any]) -> Any:
+    """Nested dicts, lists and tuples of `leaves`: what was a NamedTuple or another node is a dict."""
+    if outline is None:
+        return None
+    if isinstance(outline, int):
+        return leaves[outline]
+    if "dict_items" in outline:
+        return {key: rebuild(child, leaves) for key, child in outline["dict_items"]}
+    for word, kind in (("list", list), ("tuple", tuple)):
+        if word in outline:
+            return kind(rebuild(child, leaves) for child in outline[word])
+    fields = outline["fields" if "fields" in outline else "dict"]
+    return {key: rebuild(child, leaves) for key, child in fields.items()}
+
+
+def containers(outline: Outline, path: str = "") -> dict[str, str]:
+    """The type of every NamedTuple and custom node by its path; enough to tell two optimizers apart."""
+    if not isinstance(outline, dict):
+        return {}
+    named = outline.get("namedtuple") or outline.get("node")
+    found = {path: named} if named else {}
+    for step, child in _steps(outline):
+        found |= containers(child, path + step)
+    return found
+
+
+def _steps(outline: Mapping[str, Any]) -> Iterable[tuple[str, Outline]]:
+    if "fields" in outline:
+        return [(f".{key}", child) for key, child in outline["fields"].items()]
+    if "dict" in outline:
+        return [(f"[{key!r}]", child) for key, child in outline["dict"].items()]
+    if "dict_items" in outline:
+        return [(f"[{key!r}]", child) for key, child in outline["dict_items"]]
+    children = outline.get("list", outline.get("tuple", []))
+    return [(f"[{index}]", child) for index, child in enumerate(children)]
+
+
+# ---------------------------------------------------------------- comparing
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafDiff:
+    """One leaf that differs: what the checkpoint has and what the template has, None for nothing."""
+
+    path: str
+    saved: LeafSpec | None
+    template: LeafSpec | None
+    problem: str
+    """"missing" (from the checkpoint), "unexpected" (by the template), "shape" or "dtype"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StructureDiff:
+    """Every difference between a checkpoint and a template; falsy when there is none."""
+
+    leaves: tuple[LeafDiff, ...] = ()
+    containers: tuple[tuple[str, str, str], ...] = ()
+    """Path, type in the checkpoint and type in the template of nodes of different types."""
+
+    def __bool__(self) -> bool:
+        return bool(self.leaves)
+
+    def of(self, problem: str) -> tuple[LeafDiff, ...]:
+        return tuple(leaf for leaf in self.leaves if leaf.problem == problem)
+
+    @property
+    def missing(self) -> tuple[LeafDiff, ...]:
+        return self.of("missing")
+
+    @property
+    def unexpected(self) -> tuple[LeafDiff, ...]:
+        return self.of("unexpected")
+
+    @property
+    def shape(self) -> tuple[LeafDiff, ...]:
+        return self.of("shape")
+
+    @property
+    def dtype(self) -> tuple[LeafDiff, ...]:
+        return self.of("dtype")
+
+    def __add__(self, other: StructureDiff) -> StructureDiff:
+        return StructureDiff(self.leaves + other.leaves, self.containers + other.containers)
+
+    def without(self, *problems: str) -> StructureDiff:
+        kept = tuple(leaf for leaf in self.leaves if leaf.problem not in problems)
+        return StructureDiff(kept, self.containers)
+
+    def __str__(self) -> str:
+        rows = [("leaf", "checkpoint", "template", "")]
+        rows += [(leaf.path, *map(_show, (leaf.saved, leaf.template)), _ADVICE[leaf.problem])
+                 for leaf in self.leaves]
+        rows += [(path, *sides, "node of another type") for path, *sides in self.containers]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+                 for row in rows)
+        return "\n".join(f"  {line.rstrip()}" for line in lines)
+
+
+_ADVICE = {
+    "missing": "not in the checkpoint (partial=True keeps the template's own value)",
+    "unexpected": "not in the template (partial=True ignores it)",
+    "shape": "another shape",
+    "dtype": "another dtype (cast=True converts)",
+}
+
+
+def _show(spec: LeafSpec | None) -> str:
+    return "-" if spec is None else str(spec)
+
+
+def compare(saved: TreeSpec, template: TreeSpec, item: str) -> StructureDiff:
+    """Every leaf that differs between a saved item and its template, by path."""
+    there, wanted = saved.by_keys(), template.by_keys()
+    leaves = []
+    for keys in dict.fromkeys([*wanted, *there]):
+        has, wants = there.get(keys), wanted.get(keys)
+        problem = _problem(has, wants)
+        if problem:
+            path = cast(LeafSpec, wants or has).path
+            leaves.append(LeafDiff(f"{item}{path}", has, wants, problem))
+    return StructureDiff(tuple(leaves), _other_containers(saved, template, item) if leaves else ())
+
+
+def _other_containers(
+    saved: TreeSpec, template: TreeSpec, item: str
+) -> tuple[tuple[str, str, str], ...]:
+    there, wanted = containers(saved.outline), containers(template.outline)
+    return tuple(
+        (f"{item}{path}", there[path].rpartition(".")[2], wanted[path].rpartition(".")[2])
+        for path in wanted
+        if path in there and there[path] != wanted[path]
+    )
+
+
+def _problem(saved: LeafSpec | None, template: LeafSpec | None) -> str | None:
+    if saved is None:
+        return "missing"
+    if template is None:
+        return "unexpected"
+    if saved.shape != template.shape:
+        return "shape"
+    return None if _same_values(saved, template) else "dtype"
+
+
+def _same_values(saved: LeafSpec, template: LeafSpec) -> bool:
+    """Whether the saved values fit the template's leaf without a conversion that could change them."""
+    if saved.dtype == template.dtype:
+        return True
+    if template.kind in ("int", "float", "bool") and saved.kind != "key":  # a Python number holds any
+        kind = np.dtype(getattr(ml_dtypes, saved.dtype, saved.dtype)).kind
+        return kind in {"int": "iu", "float": "f", "bool": "b"}[template.kind]
+    return False
+
+
+def raise_if_different(diff: StructureDiff, what: str) -> None:
+    if diff:
+        raise StructureMismatchError(
+            f"{what} of the checkpoint does not fit the template, {len(diff.leaves)} "
+            f"{'leaf differs' if len(diff.leaves) == 1 else 'leaves differ'}:\n{diff}",
+            diff=diff,
+        )
+
+
+def renamed(saved: TreeSpec, rename: Mapping[str, str], template: TreeSpec) -> TreeSpec:
+    """`saved` with the leaves whose path matches a regex of `rename` under their new path."""
+    by_path = {leaf.path: leaf.keys for leaf in template.leaves}
+    rules: list[tuple[re.Pattern[str], str]] = [(re.compile(old), new) for old, new in rename.items()]
+
+    def apply(leaf: LeafSpec) -> LeafSpec:
+        path = leaf.path
+        for old, new in rules:
+            path = old.sub(new, path)
+        keys = leaf.keys if path == leaf.path else by_path.get(path, (path,))
+        return dataclasses.replace(leaf, path=path, keys=keys)
+
+    leaves = tuple(map(apply, saved.leaves))
+    names = _collisions(leaves)
+    if names:
+        raise ValueError(f"rename gives two leaves the path {names[0][0]}")
+    return TreeSpec(leaves, saved.outline, saved.empty)
