@@ -53,8 +53,10 @@ class Catalog:
             self.directory.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise NotADirectoryError(f"directory {self.directory}: a part of this path is a file") from None
+        except PermissionError:
+            raise PermissionError(f"directory {self.directory} cannot be written to: no permission") from None
         if not _writable(self.directory):
-            raise PermissionError(f"directory {self.directory} cannot be written to")
+            raise PermissionError(f"directory {self.directory} cannot be written to: no permission")
         self.tidy()
 
     def path(self, step: int) -> epath.Path:
@@ -105,9 +107,12 @@ class Catalog:
 
     # ------------------------------------------------------------ manifests
 
-    def manifest(self, step: int) -> manifests.Manifest:
-        """The manifest of a step; for a checkpoint of stock Orbax one that is read from its own files."""
-        if step not in self._manifests:
+    def manifest(self, step: int, *, fresh: bool = False) -> manifests.Manifest:
+        """The manifest of a step; for a checkpoint of stock Orbax one that is read from its own files.
+
+        It never changes, so it is read once; `fresh` reads it again, to see whether it still is whole.
+        """
+        if fresh or step not in self._manifests:
             path = self.require(step) / manifests.NAME
             if path.exists():
                 manifest = manifests.decode(path.read_bytes(), step=step, path=manifests.NAME)
@@ -155,4 +160,5 @@ class Catalog:
 
 
 def _writable(directory: epath.Path) -> bool:
-    return "://" in str(directory) or os.access(directory, os.W_OK | os.X_OK)
+    effective = os.access in os.supports_effective_ids
+    return "://" in str(directory) or os.access(directory, os.W_OK | os.X_OK, effective_ids=effective)

@@ -10,6 +10,7 @@ from typing import Any
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
 from ckptmgr.structure import LeafSpec
 
+
 def _empty() -> Any:
     return dataclasses.field(default_factory=dict)
 

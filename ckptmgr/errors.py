@@ -47,9 +47,7 @@ class CheckpointExistsError(CheckpointError, FileExistsError):
 class CorruptCheckpointError(CheckpointError, OSError):
     """A committed checkpoint is damaged: `path` names the file, `leaf` the leaf, where known."""
 
-    def __init__(
-        self, message: str, *, step: int, path: str | None = None, leaf: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, step: int, path: str | None = None, leaf: str | None = None) -> None:
         super().__init__(message)
         self.step = step
         self.path = path

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ckptmgr import structure
@@ -107,18 +108,18 @@ def _is_json(value: Any) -> bool:
 
 
 def _metrics(metrics: Mapping[str, Any]) -> Value:
-    ready = {name: _metric(name, value) for name, value in metrics.items()}
-    for value in ready.values():
+    checked = {name: _metric(name, value) for name, value in metrics.items()}
+    for value in checked.values():
         if isinstance(value, jax.Array):
             value.copy_to_host_async()
-    return lambda: {name: float(value) for name, value in ready.items()}
+    return lambda: {name: float(value) for name, value in checked.items()}
 
 
 def _metric(name: Any, value: Any) -> Any:
     if not isinstance(name, str):
         raise TypeError(f"metrics: the name {name!r} is not a str")
     if isinstance(value, jax.Array) and value.ndim == 0:
-        return float(value) if value.is_ready() else value
+        return jnp.copy(value)  # not waited for, and ours: the caller may donate its own
     if isinstance(value, int | float | np.number | np.ndarray) and np.ndim(value) == 0:
         return float(value)
     raise TypeError(f"metrics: {name!r} is {value!r}, not one number")
@@ -140,7 +141,7 @@ class Matched:
     def assemble(self, values: Sequence[Any]) -> Any:
         if self.template is None:
             return structure.rebuild(self.outline, values)
-        return jax.tree_util.tree_structure(self.template).unflatten(values)
+        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(self.template), values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +187,7 @@ def match(manifest: Manifest, templates: Mapping[str, Any], request: Request) ->
     return matched
 
 
-def _match_tree(
-    name: str, item: Item, template: Any, rename: Mapping[str, str]
-) -> tuple[Matched, StructureDiff]:
+def _match_tree(name: str, item: Item, template: Any, rename: Mapping[str, str]) -> tuple[Matched, StructureDiff]:
     saved = item.tree
     if template is None:
         rows = [Row(leaf, leaf) for leaf in saved.leaves]
@@ -222,10 +221,10 @@ def _state_template(manifest: Manifest, optimizer: Any, params: Any) -> Any:
     return jax.eval_shape(optimizer.init, params)
 
 
-def _abstract(leaf: LeafSpec) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: LeafSpec) -> Any:
     if leaf.kind == "key":
-        return jax.eval_shape(lambda: jax.random.key(0, impl=leaf.impl)).update(shape=leaf.shape)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return jax.eval_shape(lambda: jnp.broadcast_to(jax.random.key(0, impl=leaf.impl), leaf.shape))
+    return jax.eval_shape(lambda: jnp.zeros(leaf.shape, leaf.dtype))
 
 
 def from_json(value: Any) -> Any:

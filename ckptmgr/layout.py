@@ -78,7 +78,7 @@ def _place(template: Any, wants: LeafSpec, layout: Layout) -> Any:
 def _check_fits(leaf: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> None:
     try:
         sharding.shard_shape(shape)
-    except ValueError as problem:
+    except (ValueError, IndexError) as problem:  # JAX indexes past the axes of a spec that is too long
         raise LayoutError(f"{leaf} of shape {shape} does not fit {sharding}: {problem}", leaf=leaf) from None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import concurrent.futures.thread  # imported before the hook below, so that ours runs first
 import logging
 import threading
 import weakref
@@ -39,9 +37,7 @@ class Background:
             return
         thread.join(timeout_s)
         if thread.is_alive():
-            raise CheckpointTimeoutError(
-                f"{self._what} took longer than {timeout_s} s", waiting_for=self._what
-            )
+            raise CheckpointTimeoutError(f"{self._what} took longer than {timeout_s} s", waiting_for=self._what)
 
 
 def _drain() -> None:

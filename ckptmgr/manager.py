@@ -66,9 +66,7 @@ class CheckpointManager:
         compression: Literal["zstd"] | None = None,
         chunk_bytes: int = 64 * 2**20,
         max_host_bytes: int | None = None,
-        on_commit: Callable[[CheckpointInfo], object]
-        | Sequence[Callable[[CheckpointInfo], object]]
-        | None = None,
+        on_commit: Callable[[CheckpointInfo], object] | Sequence[Callable[[CheckpointInfo], object]] | None = None,
         read_only: bool = False,
         metadata: Mapping[str, Any] | None = None,
         timeout_s: float = 1200.0,
@@ -87,6 +85,7 @@ class CheckpointManager:
         self._background = lifecycle.Background()
         self._failure: SaveError | None = None
         self._last: CheckpointInfo | None = None
+        self._writing: int | None = None
         self._store: orbax.Store | None = None
         if not read_only:
             self._catalog.prepare()
@@ -155,12 +154,11 @@ class CheckpointManager:
         written = self._copy(composed)
 
         def build_manifest(files: Mapping[str, manifests.File]) -> bytes:
-            return manifests.encode(dataclasses.replace(described, files=files, metrics=composed_metrics()))
+            return manifests.encode(dataclasses.replace(described, files=files, metrics=written[items.METRICS]()))
 
-        composed_metrics = composed[items.METRICS]
         self._catalog.forget(step)
         store.start(step, written, build_manifest)
-        self._last = CheckpointInfo(step=step, time=described.time)
+        self._writing, self._last = step, CheckpointInfo(step=step, time=described.time)
         return self._follow(step, store, "forced" if force else "due")
 
     def _last_save(self) -> policy.Record | None:
@@ -183,7 +181,7 @@ class CheckpointManager:
             raise ValueError(f'on_exists takes "error", "skip" or "replace", not {on_exists!r}')
         if not force and not self.should_save(step):
             return "not due by save_every"
-        exists = step in self._catalog.steps() or (self._last is not None and self._last.step == step)
+        exists = step == self._writing or step in self._catalog.steps()
         if not exists or on_exists == "replace":
             return None
         if on_exists == "skip":
@@ -212,12 +210,14 @@ class CheckpointManager:
             try:
                 store.wait()
                 info = self.info(step)
-            except BaseException as problem:  # noqa: BLE001 - raised again at the caller's next call
+            except BaseException as problem:  # raised again at the next call
                 self._last = None
                 self._failure = SaveError(f"step {step} could not be saved: {problem}", step=step)
                 self._failure.__cause__ = problem
                 commit.set_exception(self._failure)
                 return
+            finally:
+                self._writing = None
             commit.set_result(info)
             self._announce(info)
             self._retain()
@@ -353,7 +353,7 @@ class CheckpointManager:
     def _restore_step(
         self, step: int, request: items.Request, skipped: Mapping[int, str] | None = None
     ) -> Checkpoint:
-        manifest, directory = self._catalog.manifest(step), self._catalog.path(step)
+        manifest, directory = self._catalog.manifest(step, fresh=True), self._catalog.path(step)
         templates = request.templates(manifest)
         matched = items.match(manifest, templates, request)
         targets = [layouts.targets(each.item, each.rows, request.layout) for each in matched]

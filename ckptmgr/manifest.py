@@ -30,12 +30,15 @@ FORMAT = 1
 _LIBRARIES = ("ckptmgr", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
 
 
+NO_TREE = TreeSpec((), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One item of a checkpoint: a tree of arrays, or a JSON value in `file`."""
 
     kind: Literal["arrays", "json"]
-    tree: TreeSpec = TreeSpec((), None)
+    tree: TreeSpec = NO_TREE
     file: str = ""
     zarr3: bool = True
     ocdbt: bool = True

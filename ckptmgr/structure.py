@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -126,7 +127,7 @@ class _Walk:
         spelled = jax.tree_util.keystr(path)
         try:
             self.leaves.append(describe_leaf(leaf, spelled, keys, is_template=self.is_template))
-        except _Unsupported as problem:
+        except _UnsupportedError as problem:
             self.problems.append((spelled, str(problem)))
         return len(self.leaves) - 1
 
@@ -158,9 +159,9 @@ def _empty_kind(node: Any) -> str:
 def key_name(entry: Any) -> str | int:
     """Orbax's name for one step of a path."""
     if isinstance(entry, jax.tree_util.SequenceKey):
-        return entry.idx
+        return int(entry.idx)
     if isinstance(entry, jax.tree_util.FlattenedIndexKey):
-        return entry.key
+        return int(entry.key)
     return str(entry.name if isinstance(entry, jax.tree_util.GetAttrKey) else entry.key)
 
 
@@ -185,25 +186,23 @@ def _collisions(leaves: Iterable[LeafSpec]) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- describing a leaf
 
 
-class _Unsupported(Exception):
+class _UnsupportedError(Exception):
     """Why a leaf cannot be stored."""
 
 
-def describe_leaf(
-    leaf: Any, path: str, keys: Keys, *, is_template: bool = False
-) -> LeafSpec:
+def describe_leaf(leaf: Any, path: str, keys: Keys, *, is_template: bool = False) -> LeafSpec:
     spec = functools.partial(LeafSpec, path, keys)
     if isinstance(leaf, jax.core.Tracer):
-        raise _Unsupported("is a tracer: save outside of jax.jit")
+        raise _UnsupportedError("is a tracer: save outside of jax.jit")
     if isinstance(leaf, jax.Array):
         if leaf.is_deleted() and not is_template:
-            raise _Unsupported("was deleted or donated before save was called")
+            raise _UnsupportedError("was deleted or donated before save was called")
         facts = _array_facts(leaf)
         impl = str(jax.random.key_impl(leaf)) if facts[0] == "key" else None
         return spec(*facts, is_weak(leaf), partition_of(leaf.sharding), impl)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         if not is_template:
-            raise _Unsupported("is a ShapeDtypeStruct: it has no values")
+            raise _UnsupportedError("is a ShapeDtypeStruct: it has no values")
         return spec(*_array_facts(leaf), is_weak(leaf))
     if type(leaf) in _SCALARS:
         return spec(_SCALARS[type(leaf)], (), _scalar_dtype(leaf).name)
@@ -211,18 +210,23 @@ def describe_leaf(
         return spec("scalar", (), _storable(leaf.dtype).name)
     if type(leaf) in (np.ndarray, np.memmap):
         return spec("numpy", leaf.shape, _storable(leaf.dtype).name)
-    raise _Unsupported(
+    raise _UnsupportedError(
         f"is a {type(leaf).__module__}.{type(leaf).__qualname__}, not an array or a number; "
         "what is not an array can be saved as an entry of extras"
     )
 
 
 def _array_facts(leaf: Any) -> tuple[str, tuple[int, ...], str]:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         return "key", leaf.shape, str(leaf.dtype)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-        raise _Unsupported(f"has the extended dtype {leaf.dtype}, which has no form on disk")
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise _UnsupportedError(f"has the extended dtype {leaf.dtype}, which has no form on disk")
     return "jax", leaf.shape, leaf.dtype.name
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a jax array holds typed PRNG keys."""
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def is_weak(leaf: Any) -> bool:
@@ -233,18 +237,18 @@ def is_weak(leaf: Any) -> bool:
 def _scalar_dtype(value: complex) -> np.dtype[Any]:
     dtype = np.asarray(value).dtype
     if dtype.kind not in "bifc":  # numpy makes object (or uint64) of an int that int64 cannot hold
-        raise _Unsupported(f"is the int {value}, which does not fit 64 bits")
+        raise _UnsupportedError(f"is the int {value}, which does not fit 64 bits")
     return dtype
 
 
 def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
     known = dtype.kind in _STORABLE_KINDS and dtype.itemsize <= 16 and not dtype.names
     if not known or (dtype.kind == "V" and not hasattr(ml_dtypes, dtype.name)):
-        raise _Unsupported(f"has the numpy dtype {dtype}, which has no form on disk")
+        raise _UnsupportedError(f"has the numpy dtype {dtype}, which has no form on disk")
     if not dtype.isnative:
-        raise _Unsupported(f"has the byte order of another machine ({dtype.str}); convert it first")
+        raise _UnsupportedError(f"has the byte order of another machine ({dtype.str}); convert it first")
     if dtype.name in ("longdouble", "float128", "clongdouble", "complex256"):
-        raise _Unsupported(f"has the numpy dtype {dtype}, which differs between machines")
+        raise _UnsupportedError(f"has the numpy dtype {dtype}, which differs between machines")
     return dtype
 
 
@@ -346,12 +350,10 @@ class StructureDiff:
 
     def __str__(self) -> str:
         rows = [("leaf", "checkpoint", "template", "")]
-        rows += [(leaf.path, *map(_show, (leaf.saved, leaf.template)), _ADVICE[leaf.problem])
-                 for leaf in self.leaves]
-        rows += [(path, *sides, "node of another type") for path, *sides in self.containers]
+        rows += [(d.path, _show(d.saved), _show(d.template), _ADVICE[d.problem]) for d in self.leaves]
+        rows += [(*container, "node of another type") for container in self.containers]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-                 for row in rows)
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
@@ -380,9 +382,7 @@ def compare(saved: TreeSpec, template: TreeSpec, item: str) -> StructureDiff:
     return StructureDiff(tuple(leaves), _other_containers(saved, template, item) if leaves else ())
 
 
-def _other_containers(
-    saved: TreeSpec, template: TreeSpec, item: str
-) -> tuple[tuple[str, str, str], ...]:
+def _other_containers(saved: TreeSpec, template: TreeSpec, item: str) -> tuple[tuple[str, str, str], ...]:
     there, wanted = containers(saved.outline), containers(template.outline)
     return tuple(
         (f"{item}{path}", there[path].rpartition(".")[2], wanted[path].rpartition(".")[2])

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ckptmgr.manager import CheckpointManager
+from ckptmgr.structure import is_key
 
 TrainStep = Callable[[Any, Any, int], tuple[Any, Any]]
 
@@ -59,7 +60,7 @@ def assert_trees_equal(one: Any, other: Any) -> None:
     """Raises AssertionError unless two trees have the same structure, types, dtypes and bits."""
     ones, structure = jax.tree_util.tree_flatten_with_path(one)
     others, other_structure = jax.tree_util.tree_flatten_with_path(other)
-    if structure != other_structure:
+    if str(structure) != str(other_structure):
         raise AssertionError(f"the structures differ:\n  {structure}\n  {other_structure}")
     pairs = zip(ones, others, strict=True)
     different = [jax.tree_util.keystr(path) for (path, a), (_, b) in pairs if _bits(a) != _bits(b)]
@@ -69,7 +70,7 @@ def assert_trees_equal(one: Any, other: Any) -> None:
 
 def _bits(leaf: Any) -> tuple[Any, ...]:
     """Everything that makes a leaf what it is."""
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and is_key(leaf):
         return str(leaf.dtype), *_bits(jax.random.key_data(leaf))
     array = np.asarray(leaf)
     weak = leaf.weak_type if isinstance(leaf, jax.Array) else type(leaf)

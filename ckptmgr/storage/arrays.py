@@ -23,9 +23,9 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from ckptmgr.layout import HERE, HOST, Target
+from ckptmgr.layout import HERE, Target
 from ckptmgr.storage import files, stock
-from ckptmgr.structure import LeafSpec, TreeSpec
+from ckptmgr.structure import LeafSpec, TreeSpec, is_key
 
 _INLINE_BYTES = 4096  # larger than any zarr.json, so that each lies in a checksummed node
 _STORED_AS_BYTES = frozenset({"uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "float6_e3m2fn"})
@@ -57,9 +57,7 @@ class Stored:
     chunks: tuple[int, ...]
 
 
-def chunk_shape(
-    shape: Sequence[int], shard: Sequence[int], itemsize: int, chunk_bytes: int
-) -> tuple[int, ...]:
+def chunk_shape(shape: Sequence[int], shard: Sequence[int], itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
     """The largest chunk of at most `chunk_bytes` that no two shards share, cut along the longest axes.
 
     A chunk bounds what a restore onto another layout has to read; one that two processes share could
@@ -100,7 +98,7 @@ class Snapshot:
 def start_copies(leaves: Sequence[Any]) -> None:
     """Starts the copy of every leaf to the host; returns at once."""
     for leaf in leaves:
-        if isinstance(leaf, jax.Array) and not _is_key(leaf):
+        if isinstance(leaf, jax.Array) and not is_key(leaf):
             leaf.copy_to_host_async()
 
 
@@ -119,14 +117,10 @@ def collect(tree: TreeSpec, leaves: Sequence[Any], chunk_bytes: int) -> Snapshot
     return Snapshot(tree, stored, parts, shardings)
 
 
-def _is_key(leaf: jax.Array) -> bool:
-    return bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
-
-
 def _parts(array: Any) -> list[Part]:
     """The pieces of an array that this process writes: one replica of each shard it holds."""
     if not isinstance(array, jax.Array):
-        return [((), np.array(array, order="C"))]
+        return [((), _bytes_view(np.array(array, order="C")))]
     if isinstance(array.sharding, jax.sharding.SingleDeviceSharding):
         return [((), _bytes_view(np.asarray(array)))]
     return [
@@ -330,10 +324,10 @@ def place(
     moving = [_moves([_cast(piece, target) for piece in read], shape, target) for read, shape, target in rows]
     free = [array for moves in moving for array, where in moves if where is HERE]
     bound = [move for moves in moving for move in moves if move[1] is not HERE]
-    arrived = {HERE: iter(jax.device_put(free))}
-    arrived[HOST] = iter(jax.device_put([array for array, _ in bound], [where for _, where in bound]))
+    here = iter(jax.device_put(free))
+    there = iter(jax.device_put([array for array, _ in bound], [where for _, where in bound]))
     return [
-        _finish([next(arrived[HERE if where is HERE else HOST]) for _, where in moves], *row)
+        _finish([next(here if where is HERE else there) for _, where in moves], *row)
         for moves, row in zip(moving, rows, strict=True)
     ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import inspect
 import json
 import os
 import time
@@ -116,7 +117,7 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
     def typestr(cls) -> str:
         return str(ocp.StandardCheckpointHandler.typestr())
 
-    async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:  # type: ignore[override]
+    async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
         async def write() -> None:  # runs in a thread of its own once the directory is there
             arrays.write(directory, args.item, self._compression)
 
@@ -137,7 +138,7 @@ class _JsonHandler(ocp.JsonCheckpointHandler):
     def typestr(cls) -> str:
         return str(ocp.JsonCheckpointHandler.typestr())
 
-    async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:  # type: ignore[override]
+    async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
         async def write() -> None:
             files.write(directory / self._name, json.dumps(args.item()).encode())
 
@@ -176,9 +177,7 @@ def _commit_class(manifest: Callable[[], BuildManifest | None]) -> type[Any]:
         def _seal(self, build: BuildManifest | None) -> None:
             directory = self.get()
             self.metadata_store.wait_until_finished()
-            self.metadata_store.update(
-                file_path=directory / STEP_METADATA, commit_timestamp_nsecs=time.time_ns()
-            )
+            self.metadata_store.update(file_path=directory / STEP_METADATA, commit_timestamp_nsecs=time.time_ns())
             self.metadata_store.wait_until_finished()
             said = f"Checkpoint commit was successful to {self.get_final()}"
             files.write(directory / _COMMITTED, said.encode())
@@ -228,16 +227,19 @@ def _exchange(one: epath.Path, other: epath.Path) -> bool:
 
 def adapt_save(given: Any) -> Any:
     """A SaveDecisionPolicy of Orbax as one of ours; anything else as it is."""
-    return _OrbaxSave(given) if isinstance(given, ocp.checkpoint_managers.SaveDecisionPolicy) else given
+    decide = getattr(given, "should_save", None)
+    is_orbax = callable(decide) and "previous_steps" in inspect.signature(decide).parameters
+    return _OrbaxSave(given) if is_orbax and not isinstance(given, type) else given
 
 
 def adapt_keep(given: Any) -> Any:
     """A PreservationPolicy of Orbax as one of ours; anything else as it is."""
-    return _OrbaxKeep(given) if isinstance(given, ocp.checkpoint_managers.PreservationPolicy) else given
+    is_orbax = hasattr(given, "should_preserve") and not isinstance(given, type)
+    return _OrbaxKeep(given) if is_orbax else given
 
 
 def _for_orbax(record: policy.Record) -> Any:
-    when = datetime.datetime.fromtimestamp(record.time, datetime.timezone.utc)
+    when = datetime.datetime.fromtimestamp(record.time, datetime.UTC)
     return _PolicyRecord(record.step, when, dict(record.metrics))
 
 
@@ -258,7 +260,7 @@ class _OrbaxSave:
         return repr(self._wrapped)
 
     def should_save(self, step: int, *, now: float, last: policy.Record | None) -> bool:
-        this = _PolicyRecord(step, datetime.datetime.fromtimestamp(now, datetime.timezone.utc), {})
+        this = _PolicyRecord(step, datetime.datetime.fromtimestamp(now, datetime.UTC), {})
         context = ocp.checkpoint_managers.DecisionContext(
             is_saving_in_progress=False,
             reached_preemption=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -47,9 +47,7 @@ def read_trees(
     }
 
 
-def read_values(
-    manifest: manifests.Manifest, directory: epath.Path, names: Iterable[str]
-) -> dict[str, Any]:
+def read_values(manifest: manifests.Manifest, directory: epath.Path, names: Iterable[str]) -> dict[str, Any]:
     """The JSON values among these items."""
     chosen = {name: item for name in names if (item := manifest.items.get(name)) and item.kind == "json"}
     return {
@@ -82,19 +80,19 @@ def _stock_item(step: int, directory: epath.Path) -> manifests.Item | None:
     if metadata is None:
         file = json_file(directory.name)
         return manifests.Item("json", file=file) if (directory / file).exists() else None
-    form = {"zarr3": bool(metadata.get("use_zarr3")), "ocdbt": bool(metadata.get("use_ocdbt", True))}
+    zarr3, ocdbt = bool(metadata.get("use_zarr3")), bool(metadata.get("use_ocdbt", True))
 
     def read(name: str) -> bytes | None:
         path = directory / name
         return path.read_bytes() if path.exists() else None
 
     try:
-        tree = stock.read_tree(metadata, read, arrays.Opener(directory, **form).facts)
+        tree = stock.read_tree(metadata, read, arrays.Opener(directory, zarr3=zarr3, ocdbt=ocdbt).facts)
     except (ValueError, KeyError) as problem:
         raise CorruptCheckpointError(
             f"step {step}: {directory} cannot be read: {problem}", step=step, path=directory.name
         ) from problem
-    return manifests.Item("arrays", tree, **form)
+    return manifests.Item("arrays", tree, zarr3=zarr3, ocdbt=ocdbt)
 
 
 def _json(path: epath.Path) -> Any:

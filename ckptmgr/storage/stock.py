@@ -81,10 +81,12 @@ def _sharding_texts(leaves: Iterable[LeafSpec], shardings: Iterable[Any]) -> dic
 
 def _sharding_text(sharding: Any) -> str | None:
     if isinstance(sharding, jax.sharding.NamedSharding):
-        return ocp.metadata.NamedShardingMetadata.from_jax_sharding(sharding).to_serialized_string()
-    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
-        return ocp.metadata.SingleDeviceShardingMetadata.from_jax_sharding(sharding).to_serialized_string()
-    return None
+        form = ocp.metadata.NamedShardingMetadata
+    elif isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        form = ocp.metadata.SingleDeviceShardingMetadata
+    else:
+        return None
+    return str(form.from_jax_sharding(sharding).to_serialized_string())
 
 
 # ---------------------------------------------------------------- reading what stock Orbax wrote
@@ -105,8 +107,7 @@ def read_tree(metadata: Mapping[str, Any], read: Callable[[str], bytes | None], 
     leaves: list[LeafSpec] = []
     for entry in metadata["tree_metadata"].values():
         path: Keys = tuple(
-            int(step["key"]) if step["key_type"] == _SEQUENCE else step["key"]
-            for step in entry["key_metadata"]
+            int(step["key"]) if step["key_type"] == _SEQUENCE else step["key"] for step in entry["key_metadata"]
         )
         kind = entry["value_metadata"]["value_type"]
         node: Outline
@@ -133,9 +134,7 @@ def _partition(text: str | None) -> tuple[Any, ...] | None:
     return None if spec is None else tuple(tuple(axes) if isinstance(axes, list) else axes for axes in spec)
 
 
-def _leaf(
-    path: Keys, kind: str, shape: tuple[int, ...], dtype: str, impl: str | None, partition: Any
-) -> LeafSpec:
+def _leaf(path: Keys, kind: str, shape: tuple[int, ...], dtype: str, impl: str | None, partition: Any) -> LeafSpec:
     spelled = "".join(f"[{key!r}]" for key in path)
     if impl is not None:
         keys = jax.eval_shape(lambda: jax.random.key(0, impl=impl))

@@ -1,0 +1,159 @@
+"""Every leaf kind through the disk bit for bit; chunks; what the caller does to arrays after `save`."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ckptmgr import CheckpointManager
+from ckptmgr.storage.arrays import chunk_shape
+from ckptmgr.testing import assert_trees_equal
+
+FLOAT8 = "e3m4 e4m3 e4m3b11fnuz e4m3fn e4m3fnuz e5m2 e5m2fnuz e8m0fnu"
+NUMPY = (
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128"
+).split()  # noqa: SIM905
+JAX_ONLY = "bfloat16 int2 int4 uint2 uint4 float4_e2m1fn".split()  # noqa: SIM905
+JAX_ONLY += [f"float8_{form}" for form in FLOAT8.split()]
+
+
+def through_disk(tmp_path, tree, **options):
+    with CheckpointManager(tmp_path / "run", **options) as manager:
+        manager.save(1, tree)
+        manager.wait()
+        return manager.restore(1, params=tree).params
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_numpy_and_jax_arrays_of_every_dtype(tmp_path, compression):
+    rng = np.random.default_rng(0)
+
+    def bits(dtype, shape=(5, 3)):
+        raw = rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), dtype=np.uint8)
+        if dtype == "bool":
+            raw &= 1
+        return raw.view(dtype).reshape(shape)  # any bit pattern, NaNs and infinities among them
+
+    tree = {f"numpy {name}": bits(name) for name in NUMPY}
+    tree |= {f"empty {name}": np.zeros((0, 2), name) for name in NUMPY}
+    tree |= {f"0-d {name}": np.asarray(bits(name, (1,))[0]) for name in NUMPY}
+    small = rng.integers(-2, 2, (4, 3))
+    for name in JAX_ONLY:
+        dtype = np.dtype(getattr(ml_dtypes, name))
+        values = np.abs(small) if name.startswith("u") or name.endswith("fnu") else small
+        tree[f"jax {name}"] = jnp.asarray(values.astype(dtype))
+        tree[f"ml_dtypes {name}"] = values.astype(dtype)
+    tree |= {f"jax {name}": jnp.asarray(bits(name)) for name in NUMPY if not name.endswith(("64", "128"))}
+    tree["jax complex64"] = jnp.ones(3, jnp.complex64) * 1j
+    back = through_disk(tmp_path, tree, compression=compression)
+    assert_trees_equal(back, tree)
+
+
+def test_scalars_keep_their_types(tmp_path):
+    tree = {
+        "int": 2**62,
+        "float": 0.1,
+        "nan": float("nan"),
+        "bool": True,
+        "complex": 1 + 2j,
+        "np": [np.float16(0.1), np.int8(-3), np.bool_(True), ml_dtypes.bfloat16(1.5), np.complex64(1j)],
+        "weak": jnp.asarray(0.1),
+        "weaker": jnp.broadcast_to(jnp.asarray(2), (3,)),
+        "strong": jnp.float32(0.1),
+        "empty": [None, (), {}],
+    }
+    back = through_disk(tmp_path, tree)
+    assert_trees_equal(back, tree)
+    assert [type(leaf) for leaf in back["np"]] == [type(leaf) for leaf in tree["np"]]
+    assert [type(back[name]) for name in ("int", "float", "bool", "complex")] == [int, float, bool, complex]
+    assert back["weak"].weak_type
+    assert not back["strong"].weak_type
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_typed_keys_of_any_generator_draw_the_same_numbers(tmp_path, impl):
+    mesh = jax.make_mesh((8,), ("data",))
+    tree = {"one": jax.random.key(3, impl=impl), "many": jax.random.split(jax.random.key(4, impl=impl), (2, 3))}
+    tree["spread"] = jax.device_put(
+        jax.random.split(jax.random.key(5, impl=impl), 8), NamedSharding(mesh, PartitionSpec("data"))
+    )
+    back = through_disk(tmp_path, tree)
+    assert_trees_equal(back, tree)
+    for name, keys in tree.items():
+        assert back[name].sharding == keys.sharding
+        first, again = (jax.device_put(each, jax.devices()[0]).ravel()[0] for each in (keys, back[name]))
+        assert np.array_equal(jax.random.normal(first, (4,)), jax.random.normal(again, (4,)))
+
+
+def test_odd_layouts_in_memory(tmp_path):
+    base = np.arange(24.0).reshape(4, 6)
+    tree = {"fortran": np.asfortranarray(base), "strided": base[::2, ::3], "reversed": base[::-1], "T": base.T}
+    read_only = base.copy()
+    read_only.flags.writeable = False
+    tree["read-only"] = read_only
+    tree["mapped"] = np.memmap(tmp_path / "mapped", dtype="f4", mode="w+", shape=(3,))
+    back = through_disk(tmp_path, tree)
+    for name, leaf in tree.items():
+        assert np.array_equal(back[name], leaf), name
+        assert back[name].flags.writeable
+
+
+def test_many_chunks_and_shards(tmp_path):
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    values = jnp.arange(40 * 24, dtype=jnp.float32).reshape(40, 24)
+    specs = [("data", "model"), (("data", "model"),), (None, "model"), (), ("model", "data")]
+    tree = [jax.device_put(values, NamedSharding(mesh, PartitionSpec(*spec))) for spec in specs]
+    tree.append(values)
+    back = through_disk(tmp_path, tree, chunk_bytes=100)
+    assert_trees_equal(back, tree)
+    assert [leaf.sharding for leaf in back] == [leaf.sharding for leaf in tree]
+
+
+sizes = st.lists(st.integers(0, 50), max_size=4)
+
+
+@given(sizes, st.sampled_from([1, 2, 4, 8]), st.integers(1, 4000), st.data())
+def test_chunks_are_bounded_and_never_shared_by_two_shards(shard, itemsize, chunk_bytes, data):
+    pieces = [data.draw(st.sampled_from([1, 2, 3])) if size else 1 for size in shard]
+    shape = [size * n for size, n in zip(shard, pieces, strict=True)]
+    chunk = chunk_shape(shape, shard, itemsize, chunk_bytes)
+    assert all(size >= 1 for size in chunk)
+    assert np.prod(chunk, dtype=int) * itemsize <= max(chunk_bytes, itemsize)
+    for size, whole, part in zip(chunk, shape, shard, strict=True):
+        assert size <= max(1, part)
+        assert part == whole or part % size == 0  # a sharded axis is cut where shards end
+
+
+def test_a_chunk_is_as_large_as_it_may_be():
+    assert chunk_shape((4096, 4096), (4096, 4096), 4, 64 * 2**20) == (4096, 4096)
+    assert chunk_shape((4096, 4096), (512, 4096), 4, 4 * 2**20) == (512, 2048)
+    assert chunk_shape((), (), 4, 1) == ()
+
+
+def test_the_caller_may_do_what_it_likes_once_save_has_returned(tmp_path):
+    step = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    with CheckpointManager(tmp_path) as manager:
+        donated, deleted = jnp.arange(300_000.0), jnp.arange(1000)
+        owned, view = np.arange(100_000.0), np.arange(12.0)[::2]
+        loss = jnp.float32(2.5)
+        expected = {
+            "donated": np.array(donated),
+            "deleted": np.array(deleted),
+            "owned": owned.copy(),
+            "view": view.copy(),
+        }
+        params = {"donated": donated, "deleted": deleted, "owned": owned, "view": view}
+        manager.save(1, params, metrics={"loss": loss})
+        step(donated).block_until_ready()
+        deleted.delete()
+        loss.delete()
+        owned[:] = -1
+        view[:] = -1
+        back = manager.restore(1)
+    for name, values in expected.items():
+        assert np.array_equal(back.params[name], values), name
+    assert back.metrics == {"loss": 2.5}

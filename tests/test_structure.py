@@ -1,0 +1,243 @@
+"""Paths, abstract leaves, plain containers again, and the difference of two trees."""
+
+import collections
+import dataclasses
+import functools
+
+import equinox
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptmgr import StructureMismatchError, UnsupportedLeafError, structure
+from ckptmgr.structure import StructureDiff, compare, describe
+
+Pair = collections.namedtuple("Pair", "left right")
+describe_params = functools.partial(describe, item="params")
+
+
+def paths(tree):
+    return [leaf.path for leaf in describe_params(tree).leaves]
+
+
+def test_paths_are_those_of_keystr_in_the_order_of_jax():
+    tree = {"b": [1, {"x": 2.0}], "a": Pair(jnp.ones(2), (None, np.ones(1)))}
+    expected = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    assert paths(tree) == expected == ["['a'].left", "['a'].right[1]", "['b'][0]", "['b'][1]['x']"]
+    assert [leaf.name for leaf in describe_params(tree).leaves] == ["a.left", "a.right.1", "b.0", "b.1.x"]
+
+
+def test_every_kind_of_leaf_is_told_apart():
+    tree = [
+        jnp.ones((2, 3), jnp.bfloat16),
+        np.ones(2, np.int16),
+        jax.random.split(jax.random.key(0), 3),
+        np.float16(1),
+        np.bool_(True),
+        True,
+        3,
+        1.5,
+        2j,
+        jnp.asarray(1.0),
+        jnp.ones((0, 4)),
+    ]
+    found = [(leaf.kind, leaf.shape, leaf.dtype, leaf.weak) for leaf in describe_params(tree).leaves]
+    assert found == [
+        ("jax", (2, 3), "bfloat16", False),
+        ("numpy", (2,), "int16", False),
+        ("key", (3,), "key<fry>", False),
+        ("scalar", (), "float16", False),
+        ("scalar", (), "bool", False),
+        ("bool", (), "bool", False),
+        ("int", (), "int64", False),
+        ("float", (), "float64", False),
+        ("complex", (), "complex128", False),
+        ("jax", (), "float32", True),
+        ("jax", (0, 4), "float32", False),
+    ]
+
+
+class Opaque:
+    pass
+
+
+def deleted():
+    array = jnp.ones(3)
+    array.delete()
+    return array
+
+
+@pytest.mark.parametrize(
+    ("leaf", "why"),
+    [
+        ("text", "builtins.str"),
+        (Opaque(), "Opaque"),
+        (np.array(["a"]), "no form on disk"),
+        (np.array([None]), "no form on disk"),
+        (np.ones(2, ">f4"), "byte order"),
+        (np.zeros(1, "datetime64[s]"), "no form on disk"),
+        (np.zeros(1, [("a", "f4")]), "no form on disk"),
+        (np.ma.masked_array([1, 2], [True, False]), "MaskedArray"),
+        (2**70, "64 bits"),
+        (jax.ShapeDtypeStruct((2,), "float32"), "no values"),
+        (deleted, "deleted or donated"),
+    ],
+    ids=lambda value: None if callable(value) or not isinstance(value, str) else value,
+)
+def test_what_cannot_be_stored_is_refused_by_name_all_at_once(leaf, why):
+    leaf = leaf() if callable(leaf) else leaf
+    with pytest.raises(UnsupportedLeafError) as caught:
+        describe_params({"good": jnp.ones(2), "bad": leaf, "worse": {"x": "text"}})
+    assert caught.value.leaf == "['bad']"
+    assert "params['bad']" in str(caught.value)
+    assert why in str(caught.value)
+    assert "params['worse']['x']" in str(caught.value)
+
+
+def test_saving_inside_jit_is_refused():
+    with pytest.raises(UnsupportedLeafError, match=r"tracer: save outside of jax\.jit"):
+        jax.jit(lambda x: describe_params({"x": x}).leaves and x)(jnp.ones(2))
+
+
+@pytest.mark.parametrize("tree", [{"a.b": 1, "a": {"b": 2}}, {"x": {1: 1}, "x.1": 2}])
+def test_two_leaves_that_orbax_would_give_one_name_are_refused(tree):
+    with pytest.raises(UnsupportedLeafError, match="rename one"):
+        describe_params(tree)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    weight: object
+    bias: object
+
+
+def test_a_tree_comes_back_as_plain_containers_with_its_own_keys():
+    tree = {
+        "n": {7: 1, -2: 2},
+        "t": (1, [2, None], ()),
+        "p": Pair(1, {}),
+        "l": Layer(1, 2),
+        "e": optax.EmptyState(),
+    }
+    spec = describe_params(tree)
+    plain = structure.rebuild(spec.outline, jax.tree_util.tree_leaves(tree))
+    assert plain == {
+        "n": {7: 1, -2: 2},
+        "t": (1, [2, None], ()),
+        "p": {"left": 1, "right": {}},
+        "l": {"weight": 1, "bias": 2},
+        "e": {},
+    }
+
+
+def test_custom_nodes_are_named():
+    state = optax.adam(1e-3).init({"w": jnp.ones(2)})
+    named = structure.containers(describe_params((state, equinox.nn.Linear(2, 2, key=jax.random.key(0)))).outline)
+    assert named["[0][0]"].endswith("ScaleByAdamState")
+    assert named["[1]"].endswith("Linear")
+
+
+leaves = st.sampled_from([1, 2.5, True, None])
+trees = st.recursive(
+    leaves,
+    lambda below: st.one_of(
+        st.lists(below, max_size=3),
+        st.lists(below, max_size=3).map(tuple),
+        st.dictionaries(st.sampled_from("abc"), below, max_size=3),
+        st.dictionaries(st.integers(-5, 5), below, max_size=3),
+    ),
+    max_leaves=12,
+)
+
+
+@given(trees)
+def test_any_tree_of_plain_containers_survives_its_description(tree):
+    spec = describe_params(tree)
+    assert structure.rebuild(spec.outline, jax.tree_util.tree_leaves(tree)) == tree
+    assert len(spec.leaves) == len(jax.tree_util.tree_leaves(tree))
+
+
+# ---------------------------------------------------------------- differences
+
+
+def difference(saved, template):
+    return compare(describe_params(saved), describe(template, item="params", is_template=True), "params")
+
+
+def test_equal_trees_do_not_differ_and_containers_of_one_shape_stand_for_each_other():
+    tree = {"w": jnp.ones((2, 3)), "n": (1, [2])}
+    assert not difference(tree, jax.eval_shape(lambda: {"w": jnp.ones((2, 3))}) | {"n": (1, [2])})
+    assert not difference({"p": Pair(1, 2)}, {"p": {"left": 1, "right": 2}})
+    assert not difference([1, 2], (1, 2))
+
+
+def test_every_difference_is_named_with_both_sides():
+    saved = {"same": jnp.ones(2), "shape": jnp.ones((2, 3)), "dtype": jnp.ones(2), "gone": jnp.ones(4)}
+    template = {
+        "same": jnp.ones(2),
+        "shape": jnp.ones((2, 4)),
+        "dtype": jnp.ones(2, jnp.int32),
+        "new": jnp.ones(5),
+    }
+    diff = difference(saved, template)
+    assert [leaf.path for leaf in diff.shape] == ["params['shape']"]
+    assert [leaf.path for leaf in diff.dtype] == ["params['dtype']"]
+    assert [leaf.path for leaf in diff.missing] == ["params['new']"]
+    assert [leaf.path for leaf in diff.unexpected] == ["params['gone']"]
+    assert "params['same']" not in str(diff)
+    table = {line.split()[0]: line for line in str(diff).splitlines()}
+    assert "float32[2,3]" in table["params['shape']"]
+    assert "float32[2,4]" in table["params['shape']"]
+    assert "int32[2]" in table["params['dtype']"]
+    assert "float32[5]" in table["params['new']"]
+    assert "partial=True" in table["params['gone']"]
+    with pytest.raises(StructureMismatchError, match="4 leaves differ") as caught:
+        structure.raise_if_different(diff, "params")
+    assert caught.value.diff is diff
+
+
+def test_another_optimizer_is_told_by_its_states():
+    params = {"w": jnp.ones(2)}
+    diff = difference(optax.adam(1e-3).init(params), optax.sgd(1e-3, momentum=0.9).init(params))
+    assert ("params[0]", "ScaleByAdamState", "TraceState") in diff.containers
+    assert {leaf.path for leaf in diff.unexpected} == {"params[0].count", "params[0].mu['w']", "params[0].nu['w']"}
+    assert {leaf.path for leaf in diff.missing} == {"params[0].trace['w']"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "template", "differs"),
+    [
+        (1, 2, False),
+        (jnp.int32(1), 2, False),
+        (np.float32(1), 2.0, False),
+        (1.5, 2, True),
+        (1, jnp.int32(1), True),
+        (True, 1, True),
+        (jnp.ones(2, bool), jnp.ones(2, jnp.int8), True),
+        (jax.random.key(0), jax.random.key(0, impl="rbg"), True),
+        (jax.random.key(0), jax.random.key_data(jax.random.key(0)), True),
+    ],
+)
+def test_a_python_number_takes_any_number_that_it_holds_exactly(saved, template, differs):
+    assert bool(difference({"x": saved}, {"x": template})) is differs
+
+
+def test_rename_moves_leaves_and_refuses_to_merge_two():
+    saved = describe_params({"encoder": {"w": 1}, "head": {"w": 2}})
+    template = describe_params({"backbone": {"w": 1}, "head": {"w": 2}})
+    moved = structure.renamed(saved, {r"^\['encoder'\]": "['backbone']"}, template)
+    assert not compare(moved, template, "params")
+    with pytest.raises(ValueError, match="rename gives two leaves"):
+        structure.renamed(saved, {r"encoder": "head"}, template)
+
+
+def test_an_empty_difference_is_falsy_and_differences_add_up():
+    one = difference({"a": 1}, {"b": 1})
+    assert not StructureDiff()
+    assert len((one + one).leaves) == 4
+    assert not one.without("missing", "unexpected")
