@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 _HOW = (
@@ -44,8 +45,8 @@ def set_hyperparams(opt_state: Any, **values: Any) -> Any:
             raise ValueError(f"{name!r} is not among the hyperparameters {sorted(known)}; {_HOW}")
         if name in scheduled:
             raise ValueError(f"{name!r} follows a schedule and is computed at every step; inject a number instead")
-        if jnp.shape(value) != jnp.shape(known[name]):
-            raise TypeError(f"{name!r} has shape {jnp.shape(known[name])}, not {jnp.shape(value)}")
+        if np.shape(value) != np.shape(known[name]):
+            raise TypeError(f"{name!r} has shape {np.shape(known[name])}, not {np.shape(value)}")
     return optax.tree_utils.tree_set(
         opt_state, _is_hyperparam, **{name: _like(known[name], value) for name, value in values.items()}
     )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
 
 from ckptmgr.errors import CheckpointTimeoutError
 
-_T = TypeVar("_T")
-_log = logging.getLogger("ckptmgr")
 _running: weakref.WeakSet[Background] = weakref.WeakSet()
 
 
@@ -46,5 +43,7 @@ def _drain() -> None:
 
 
 # A plain atexit hook is too late: by then Python has shut the executors that Orbax writes with, and the
-# save is lost. This hook runs when the main thread ends, before theirs (the last registered runs first).
+# save is lost. This hook runs when the main thread ends. Of such hooks the last registered runs first,
+# so the executors', which is registered when they are imported, must have been registered by now.
+assert ThreadPoolExecutor.__module__ == "concurrent.futures.thread"
 threading._register_atexit(_drain)  # type: ignore[attr-defined]

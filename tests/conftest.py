@@ -10,3 +10,10 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("ci", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 settings.load_profile("ci")
+
+SOAK = bool(os.environ.get("CKPTMGR_SOAK"))
+
+
+def counted(few: int, full: int) -> int:
+    """How often a long check is repeated: `few` times in `make test`, `full` times in `make soak`."""
+    return full if SOAK else few

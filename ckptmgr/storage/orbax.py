@@ -62,7 +62,12 @@ class Store:
             preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
             temporary_path_class=_commit_class(lambda: self._build_manifest),
             file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
-            async_options=ocp.AsyncOptions(timeout_secs=int(self._timeout_s) or 1),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=int(self._timeout_s) or 1,
+                # Writers that wait for a directory nobody could create wait for minutes; a few mkdirs are
+                # quick, and what stops them is raised by `save` itself.
+                create_directories_asynchronously=False,
+            ),
             save_root_metadata=False,
             lightweight_initialize=True,
         )

@@ -14,10 +14,15 @@ from ckptmgr.storage.arrays import chunk_shape
 from ckptmgr.testing import assert_trees_equal
 
 FLOAT8 = "e3m4 e4m3 e4m3b11fnuz e4m3fn e4m3fnuz e5m2 e5m2fnuz e8m0fnu"
-NUMPY = (
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128"
-).split()  # noqa: SIM905
-JAX_ONLY = "bfloat16 int2 int4 uint2 uint4 float4_e2m1fn".split()  # noqa: SIM905
+NUMPY = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)] + [
+    "bool",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+]
+JAX_ONLY = ["bfloat16", "int2", "int4", "uint2", "uint4", "float4_e2m1fn"]
 JAX_ONLY += [f"float8_{form}" for form in FLOAT8.split()]
 
 

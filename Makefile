@@ -1,0 +1,37 @@
+# make demo and make test need Python 3.11 or newer and make; everything else they install into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint docs bench soak clean
+
+demo: .venv/installed
+	$(BIN)/python docs/examples/demo.py
+
+test: lint
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks
+
+# The checks that are too long for every change, in full.
+soak: .venv/installed
+	CKPTMGR_SOAK=1 $(BIN)/pytest -m soak
+
+clean:
+	rm -rf .venv site
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "ckptmgr needs Python 3.11 or newer; name one: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
+	touch $@

@@ -1,0 +1,55 @@
+"""The run directory: what counts as a step, and what an interrupted process left behind."""
+
+import os
+
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from ckptmgr import CheckpointManager, catalog
+
+
+@pytest.fixture
+def run(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        for step in (5, 10):
+            manager.save(step, {"w": jnp.full(3, float(step))})
+    return tmp_path
+
+
+def test_only_whole_numbers_are_steps(run):
+    for name in ("07", "-3", "12.orbax-checkpoint-tmp", "notes", "5.5", ".deleted-3-1"):
+        (run / name).mkdir()
+    assert CheckpointManager(run, read_only=True).steps() == [5, 10]
+
+
+def test_an_interrupted_deletion_is_finished_at_the_next_start(run):
+    (run / "5").rename(run / ".deleted-5-123")
+    assert CheckpointManager(run, read_only=True).steps() == [10]
+    assert (run / ".deleted-5-123").exists()  # a reader leaves everything as it is
+    CheckpointManager(run).close()
+    assert sorted(os.listdir(run)) == ["10"]
+
+
+def test_a_step_caught_between_its_old_and_its_new_self_comes_back(run):
+    (run / "5").rename(run / "5.replaced")
+    with CheckpointManager(run) as manager:
+        assert manager.steps() == [5, 10]
+        assert float(manager.restore(5).params["w"][0]) == 5.0
+    (run / "5.replaced").mkdir()
+    CheckpointManager(run).close()
+    assert sorted(os.listdir(run)) == ["10", "5"]
+
+
+def test_deleting_takes_the_step_away_before_its_files(run, monkeypatch):
+    listing = catalog.Catalog(epath.Path(run), None)
+    monkeypatch.setattr(type(listing.path(5)), "rmtree", lambda self: (_ for _ in ()).throw(OSError("busy")))
+    with pytest.raises(OSError, match="busy"):
+        listing.delete(5)
+    assert listing.steps() == [10]
+
+
+def test_paths():
+    assert str(catalog.resolve("gs://bucket/run")) == "gs://bucket/run"
+    assert catalog.resolve("a/../b") == epath.Path(os.getcwd()) / "b"
+    assert catalog.resolve("~/x") == epath.Path(os.path.expanduser("~")) / "x"

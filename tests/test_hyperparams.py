@@ -1,0 +1,83 @@
+"""Injected hyperparameters: read, changed on the fly, saved and restored."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ckptmgr import CheckpointManager, get_hyperparams, set_hyperparams
+
+PARAMS = {"w": jnp.ones(4)}
+ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)
+
+
+def step(optimizer, params, opt_state):
+    updates, opt_state = optimizer.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def test_a_new_learning_rate_is_used_at_once_and_nothing_else_changes():
+    opt_state = ADAM.init(PARAMS)
+    assert get_hyperparams(opt_state)["learning_rate"] == np.float32(1e-2)
+    changed = set_hyperparams(opt_state, learning_rate=0.5)
+    moved = step(ADAM, PARAMS, changed)[0]["w"] - PARAMS["w"]
+    assert np.allclose(moved, -0.5, atol=1e-4)
+    rate, before = get_hyperparams(changed)["learning_rate"], get_hyperparams(opt_state)["learning_rate"]
+    assert (rate.dtype, rate.sharding, rate.weak_type) == (before.dtype, before.sharding, before.weak_type)
+    assert jax.tree.structure(changed) == jax.tree.structure(opt_state)
+    others = {name: value for name, value in get_hyperparams(changed).items() if name != "learning_rate"}
+    assert others == {name: value for name, value in get_hyperparams(opt_state).items() if name != "learning_rate"}
+
+
+def test_changed_before_a_save_after_a_restore_and_kept_by_the_next(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        opt_state = set_hyperparams(ADAM.init(PARAMS), learning_rate=0.25)
+        manager.save(1, PARAMS, opt_state)
+        back = manager.restore(params=PARAMS, optimizer=ADAM).opt_state
+        assert get_hyperparams(back)["learning_rate"] == 0.25
+        manager.save(2, PARAMS, set_hyperparams(back, learning_rate=0.125))
+        again = manager.restore(params=PARAMS, optimizer=ADAM).opt_state
+        assert get_hyperparams(again)["learning_rate"] == 0.125
+
+
+def test_dtype_and_sharding_are_kept():
+    mesh = jax.make_mesh((8,), ("data",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.inject_hyperparams(optax.adam, hyperparam_dtype=jnp.bfloat16)(learning_rate=1e-2).init(
+        PARAMS
+    )
+    opt_state = jax.device_put(opt_state, everywhere)
+    rate = get_hyperparams(set_hyperparams(opt_state, learning_rate=0.3))["learning_rate"]
+    assert rate.dtype == jnp.bfloat16
+    assert rate.sharding == everywhere
+    assert rate == jnp.bfloat16(0.3)
+
+
+def test_inside_chain_masked_and_multi_transform():
+    def wrap(make):
+        return optax.inject_hyperparams(make)(learning_rate=1e-2)
+
+    nested = [
+        optax.chain(optax.clip(1.0), wrap(optax.adam)),
+        optax.masked(wrap(optax.adam), {"w": True}),
+        optax.multi_transform({"a": wrap(optax.sgd), "b": wrap(optax.adam)}, {"w": "a"}),
+        optax.MultiSteps(wrap(optax.adam), 2),
+    ]
+    for optimizer in nested:
+        changed = set_hyperparams(optimizer.init(PARAMS), learning_rate=0.5)
+        assert get_hyperparams(changed)["learning_rate"] == 0.5
+
+
+def test_errors_show_what_to_do():
+    with pytest.raises(ValueError, match=r"optax\.inject_hyperparams\(optax\.adam\)"):
+        get_hyperparams(optax.adam(1e-3).init(PARAMS))
+    opt_state = ADAM.init(PARAMS)
+    with pytest.raises(ValueError, match=r"'lr' is not among the hyperparameters \['b1'.*'learning_rate'\]"):
+        set_hyperparams(opt_state, lr=1.0)
+    with pytest.raises(TypeError, match=r"'learning_rate' has shape \(\), not \(2,\)"):
+        set_hyperparams(opt_state, learning_rate=[1.0, 2.0])
+    scheduled = optax.inject_hyperparams(optax.adam)(learning_rate=optax.constant_schedule(0.1))
+    with pytest.raises(ValueError, match="follows a schedule"):
+        set_hyperparams(scheduled.init(PARAMS), learning_rate=1.0)

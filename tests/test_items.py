@@ -1,0 +1,146 @@
+"""Every structure a JAX user has, in and out."""
+
+import dataclasses
+from typing import NamedTuple
+
+import equinox
+import flax.linen
+import flax.training.train_state
+import haiku
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.example_libraries import stax
+
+from ckptmgr import CheckpointManager, StructureMismatchError
+from ckptmgr.testing import assert_trees_equal
+
+
+class Point(NamedTuple):
+    x: object
+    y: object
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Block:
+    weight: object
+    scale: object
+    name: str = dataclasses.field(metadata={"static": True}, default="block")
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+
+class LinenNet(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+        return flax.linen.Dense(2)(flax.linen.relu(flax.linen.Dense(4)(x)))
+
+
+def linen_train_state():
+    net = LinenNet()
+    params = net.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    return flax.training.train_state.TrainState.create(apply_fn=net.apply, params=params, tx=optax.adam(1e-3))
+
+
+def haiku_params():
+    net = haiku.transform(lambda x: haiku.nets.MLP([4, 2])(x))
+    return net.init(jax.random.key(0), jnp.ones((1, 3)))
+
+
+STRUCTURES = {
+    "dict": lambda: {"w": jnp.ones(2), "b": {"c": jnp.zeros(1)}},
+    "int keys": lambda: {3: jnp.ones(2), 1: {10: jnp.ones(1), 9: jnp.zeros(1)}},
+    "list and tuple": lambda: [jnp.ones(2), (jnp.ones(1), [])],
+    "NamedTuple": lambda: Point(jnp.ones(2), Point(None, jnp.zeros(1))),
+    "dataclass": lambda: {"block": Block(jnp.ones(2), 2.0)},
+    "one array": lambda: jnp.arange(3.0),
+    "one number": lambda: 3,
+    "nothing": lambda: {"a": {}, "b": None},
+    "flax linen": lambda: LinenNet().init(jax.random.key(0), jnp.ones((1, 3))),
+    "flax linen TrainState": linen_train_state,
+    "flax nnx state": lambda: nnx.split(Net(nnx.Rngs(0)))[1],
+    "flax nnx pure dict": lambda: nnx.to_pure_dict(nnx.split(Net(nnx.Rngs(0)))[1]),
+    "equinox": lambda: equinox.filter(equinox.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), equinox.is_array),
+    "haiku": haiku_params,
+    "stax": lambda: stax.serial(stax.Dense(4), stax.Relu, stax.Dense(2))[0](jax.random.PRNGKey(0), (1, 3))[1],
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_structure_comes_back_as_it_was(tmp_path, name):
+    tree = STRUCTURES[name]()
+    template = jax.tree.map(lambda leaf: leaf, tree)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, tree)
+        back = manager.restore(1, params=template).params
+        manager.restore(1)  # without a template, as plain containers
+    assert_trees_equal(back, tree)
+    assert type(back) is type(tree)
+
+
+def test_an_equinox_model_goes_on_after_a_restore(tmp_path):
+    model = equinox.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, equinox.filter(model, equinox.is_array))
+        blank = equinox.filter_eval_shape(equinox.nn.MLP, 3, 2, 4, 1, key=jax.random.key(1))
+        arrays, static = equinox.partition(blank, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+        restored = equinox.combine(manager.restore(1, params=arrays).params, static)
+    assert np.array_equal(restored(jnp.ones(3)), model(jnp.ones(3)))
+
+
+def test_nnx_modules_go_on_after_a_restore(tmp_path):
+    model = Net(nnx.Rngs(0))
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, nnx.state(model))
+        graph, state = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(1))))
+        restored = nnx.merge(graph, manager.restore(1, params=state).params)
+    assert np.array_equal(restored.first.kernel[...], model.first.kernel[...])
+
+
+OPTIMIZERS = {
+    "adam": optax.adam(1e-3),
+    "adamw": optax.adamw(1e-3),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.add_noise(0.1, 0.5, 0), optax.adam(1e-3)),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(1e-3, weight_decay=optax.linear_schedule(0, 1, 9)),
+    "masked": optax.masked(optax.adam(1e-3), {"w": True, "b": False}),
+    "MultiSteps": optax.MultiSteps(optax.adam(1e-3), 4),
+    "multi_transform": optax.multi_transform({0: optax.adam(1e-3), 1: optax.set_to_zero()}, {"w": 0, "b": 1}),
+    "schedule": optax.sgd(optax.cosine_decay_schedule(1.0, 100), momentum=0.9, nesterov=True),
+    "sgd with nothing to save": optax.sgd(1e-3),
+    "lookahead": optax.adafactor(1e-3),
+    "lion": optax.lion(1e-3, mu_dtype=jnp.bfloat16),
+    "ema": optax.ema(0.9),
+    "apply_if_finite": optax.apply_if_finite(optax.adam(1e-3), 3),
+    "lbfgs": optax.lbfgs(1e-3, memory_size=2),
+}
+PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optax_state_comes_back_in_its_own_types(tmp_path, name):
+    optimizer = OPTIMIZERS[name]
+    opt_state = optimizer.init(PARAMS)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, PARAMS, opt_state)
+        assert_trees_equal(manager.restore(1, params=PARAMS, opt_state=opt_state).opt_state, opt_state)
+        back = manager.restore(1, optimizer=optimizer)
+    assert jax.tree.structure(back.opt_state) == jax.tree.structure(opt_state)
+    assert_trees_equal(back.params, PARAMS)
+
+
+def test_changing_from_one_optimizer_to_another_is_refused_by_name(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, PARAMS, optax.sgd(1e-3).init(PARAMS))
+        with pytest.raises(StructureMismatchError, match=r"opt_state\[0\]\.mu\['w'\]"):
+            manager.restore(1, params=PARAMS, optimizer=optax.adam(1e-3))
+        back = manager.restore(1, params=PARAMS, opt_state=optax.adam(1e-3).init(PARAMS), partial=True)
+        assert_trees_equal(back.opt_state, optax.adam(1e-3).init(PARAMS))
