@@ -1,0 +1,251 @@
+"""README.md and docs/ are executed and looked up: what they show runs, what they name exists.
+
+Every python block of a page runs, in order and in one namespace, in a process of its own that starts
+in an empty directory with warnings as errors. A text block right below a python block is what that
+block prints; `...` in it stands for anything.
+"""
+
+import ast
+import dataclasses
+import doctest
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+import ckptmgr
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+INCLUDE = re.compile(r'^--8<-- "([^"]+)"$')
+OUTPUT = doctest.OutputChecker()
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and the line of the page that the text starts at."""
+
+    language: str
+    text: str
+    line: int
+    follows: int
+    """How many characters of prose lie between the block before it and this one."""
+
+    @property
+    def included(self):
+        """The file that a block consists of, if it is nothing but an include."""
+        found = INCLUDE.match(self.text.strip())
+        return found and found[1]
+
+
+def blocks(text):
+    found, end = [], 0
+    for match in FENCE.finditer(text):
+        indent, language, body = match.groups()
+        body = "".join(line.removeprefix(indent) for line in body.splitlines(keepends=True))
+        line = text.count("\n", 0, match.start(3)) + 1
+        found.append(Block(language, body, line, len(text[end : match.start()].strip())))
+        end = match.end()
+    return found
+
+
+def prose(text):
+    return FENCE.sub("", text)
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def each_page(test):
+    return pytest.mark.parametrize("page", PAGES, ids=name)(test)
+
+
+# ---------------------------------------------------------------- the code runs
+
+RUN = """
+import contextlib, io, json, sys
+
+page = {"__name__": "__main__"}
+printed = []
+for name, line, code in json.load(sys.stdin):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile("\\n" * (line - 1) + code, name, "exec"), page)
+    printed.append(out.getvalue())
+json.dump(printed, sys.stdout)
+"""
+
+
+def run(found, page, directory):
+    """What each python block of a page prints; fails with the traceback, in lines of the page."""
+    code = [(name(page), block.line, block.text) for block in found]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", RUN],
+        input=json.dumps(code),
+        capture_output=True,
+        text=True,
+        cwd=directory,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@each_page
+def test_every_python_block_runs_and_prints_what_the_page_says(page, tmp_path):
+    found = blocks(page.read_text())
+    code = [block for block in found if block.language == "python" and not block.included]
+    if not code:
+        pytest.skip("no code on this page")
+    printed = dict(zip(code, run(code, page, tmp_path), strict=True))
+    for block, below in zip(found, found[1:], strict=False):
+        if block in printed and below.language == "text" and not below.follows:
+            where = f"{name(page)}:{below.line}"
+            same = OUTPUT.check_output(below.text, printed[block], doctest.ELLIPSIS)
+            assert same, f"{where} says\n{below.text}\nand the block above it prints\n{printed[block]}"
+
+
+def test_a_page_with_an_error_or_another_output_fails(tmp_path):
+    """The checks above can fail."""
+    page = ROOT / "README.md"
+    good = blocks("```python\nx = 1\n```\nmore\n```python\nprint(x)\n```\n```text\n1\n```\n")
+    assert [(block.language, block.line, block.follows) for block in good] == [
+        ("python", 2, 0), ("python", 6, 4), ("text", 9, 0),
+    ]  # fmt: skip
+    assert run(good[:2], page, tmp_path) == ["", "1\n"]
+    for bad in ("print(y)", "import warnings; warnings.warn('old')", "1 +"):
+        with pytest.raises(AssertionError, match=r'File "README.md", line 7\b'):
+            run([dataclasses.replace(good[1], text=bad, line=7)], page, tmp_path)
+    assert not OUTPUT.check_output("2\n", "1\n", doctest.ELLIPSIS)
+
+
+def test_the_languages_of_blocks_are_known():
+    """A block in a language nobody checks would be a promise nobody keeps."""
+    for page in PAGES:
+        for block in blocks(page.read_text()):
+            where = f"{name(page)}:{block.line}"
+            assert block.language in ("python", "bash", "text"), f"{where} is a block of {block.language!r}"
+
+
+def test_examples_on_the_page_are_files_that_compile():
+    shown = [block.included for page in PAGES for block in blocks(page.read_text()) if block.included]
+    for example in shown:
+        ast.parse((DOCS / "examples" / example).read_text())
+    assert {Path(example).stem for example in shown} >= {
+        "example_libraries_adam", "optax_adam", "change_learning_rate", "schedule", "digits",
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- what is named exists
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+PATH = re.compile(r"(?:(?:tests|docs|ckptmgr|benchmarks|\.ci)/[\w./-]*|Makefile|LICENSE|[\w.-]+\.(?:toml|yml))")
+
+
+def commands(page):
+    """Every command line of a page: in its bash blocks, and `make ...` in its prose."""
+    text = page.read_text()
+    for block in blocks(text):
+        if block.language == "bash":
+            yield from (line for line in block.text.splitlines() if line.strip() and not line.startswith("#"))
+    yield from re.findall(r"`(make [^`]+)`", prose(text))
+
+
+def problem(command):
+    """What is wrong with a command line; None if all that it names is there."""
+    words = command.partition("#")[0].split()
+    program, arguments = words[0], words[1:]
+    if program == "make":
+        missing = [each for each in arguments if "=" not in each and each not in TARGETS]
+        return f"there is no target {missing}" if missing else None
+    if Path(program).name in ("python", "pytest"):
+        files = [each.partition("::")[0] for each in arguments if each.endswith(".py") or "::" in each]
+        missing = [each for each in files if not (ROOT / each).exists()]
+        return f"there is no file {missing}" if missing else None
+    if program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        wanted = re.findall(r"\[([\w,]+)\]", command)
+        missing = [each for names in wanted for each in names.split(",") if each not in extras]
+        return f"there is no extra {missing}" if missing else None
+    return f"{program} is a command this test does not know"
+
+
+@each_page
+def test_every_command_exists(page):
+    assert [f"{each}: {wrong}" for each in commands(page) if (wrong := problem(each))] == []
+
+
+def test_a_command_that_does_not_exist_is_found():
+    for wrong in ("make nothing", "python docs/none.py", "pip install '.[none]'", "curl x"):
+        assert problem(wrong), wrong
+    for right in ("make demo", "make PYTHON=python3.12 test", "pip install .", "pytest tests/test_docs.py"):
+        assert problem(right) is None, right
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page.read_text()), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@each_page
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text())):
+        parts = urlsplit(link)
+        if parts.scheme:
+            assert parts.scheme == "https", link
+            continue
+        target = page.parent / parts.path if parts.path else page
+        assert target.exists(), f"{name(page)} links to {link}"
+        if parts.fragment:
+            assert parts.fragment in anchors(target), f"{name(page)} links to {link}"
+
+
+@each_page
+def test_every_file_and_test_that_is_named_exists(page):
+    for named in re.findall(r"`([^`\n]+)`", prose(page.read_text())):
+        path, _, function = named.partition("::")
+        if not PATH.fullmatch(path):
+            continue
+        assert (ROOT / path).exists(), f"{name(page)} names {named}"
+        if function:
+            assert f"def {function}(" in (ROOT / path).read_text(), f"{name(page)} names {named}"
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = re.findall(r"^::: ckptmgr\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted([*ckptmgr.__all__, "testing"])
+
+
+# ---------------------------------------------------------------- the site
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    built = {page.stem for page in (tmp_path / "site").glob("*/index.html")}
+    assert built == {"index"}
+    for page in (tmp_path / "site").rglob("*.html"):
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*src="(\w+:[^"]+)"', page.read_text())
+        loaded += re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(\w+:[^"]+)"', page.read_text())
+        assert loaded == [], f"{page} loads {loaded}"
+    shown = (tmp_path / "site" / "examples" / "index.html").read_text()
+    assert "restore_or" in shown

@@ -1,0 +1,84 @@
+"""The examples run as a person runs them, and each goes on bit for bit where it was stopped."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ckptmgr.testing import assert_trees_equal
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+RUNS = ["optax_adam", "example_libraries_adam", "change_learning_rate", "schedule"]
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_stopped_ends_as_one_that_did_not(tmp_path, name):
+    train = importlib.import_module(name).train
+    train(tmp_path / "stopped", 110)
+    assert_trees_equal(train(tmp_path / "stopped", 160), train(tmp_path / "straight", 160))
+
+
+def test_a_changed_learning_rate_is_part_of_the_run(tmp_path):
+    train = importlib.import_module("change_learning_rate").train
+    train(tmp_path / "stopped", 20, halve_at=[10])
+    stopped = train(tmp_path / "stopped", 40, halve_at=[21])
+    assert_trees_equal(stopped, train(tmp_path / "straight", 40, halve_at=[10, 21]))
+    assert float(stopped[1].hyperparams["learning_rate"]) == 0.25
+
+
+def test_digits_goes_on_with_its_data_and_its_dropout(tmp_path):
+    digits = importlib.import_module("digits")
+    for directory, stops in (("stopped", (13, 30)), ("straight", (30,))):
+        (tmp_path / directory).mkdir()
+        for steps in stops:
+            result = digits.train(tmp_path / directory, steps=steps, save_every=5)
+        if directory == "stopped":
+            stopped = result
+    assert_trees_equal(stopped, result)
+    ours, theirs = (
+        sorted((tmp_path / each / "losses.txt").read_text().split()) for each in ("stopped", "straight")
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_each_example_runs_as_a_script_and_again(tmp_path, name):
+    for _ in range(2):
+        done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py", tmp_path / "run"], timeout=120)
+        assert done.returncode == 0
+
+
+def test_the_demo_ends_with_every_comparison_equal():
+    command = [sys.executable, EXAMPLES / "demo.py", "--steps", "120", "--save-every", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "half written" in done.stdout
+    assert "resumed from step" in done.stdout
+    assert "120 of 120 equal" in done.stdout
+    assert "All equal" in done.stdout
+
+
+@pytest.mark.parametrize("forgotten", ["set_state", "key"])
+def test_the_demo_notices_what_is_not_resumed(tmp_path, forgotten):
+    """The comparison can fail: a run that forgets its data position, or its key, does not agree."""
+    source = (EXAMPLES / "digits.py").read_text()
+    broken = {
+        "set_state": source.replace('self.epoch, self.index = state["epoch"], state["index"]', "pass"),
+        "key": source.replace(
+            'ckpt.params, ckpt.opt_state, ckpt.extras["dropout_key"]', "ckpt.params, ckpt.opt_state, key"
+        ),
+    }[forgotten]
+    assert broken != source
+    (tmp_path / "digits.py").write_text(broken)
+    (tmp_path / "demo.py").write_text((EXAMPLES / "demo.py").read_text())
+    command = [sys.executable, tmp_path / "demo.py", "--steps", "60", "--save-every", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1
+    assert "NOT EQUAL" in done.stdout
