@@ -24,7 +24,7 @@ from ckptmgr.errors import (
     CorruptCheckpointError,
     SaveError,
 )
-from ckptmgr.storage import arrays, orbax, reading
+from ckptmgr.storage import arrays, devices, orbax, reading
 
 _log = logging.getLogger("ckptmgr")
 
@@ -82,6 +82,7 @@ class CheckpointManager:
         self._directory = catalog.resolve(directory)
         self._catalog = catalog.Catalog(self._directory, reading.read_stock)
         self._composer = items.Composer()
+        self._planner = devices.Planner(self._options.chunk_bytes)
         self._background = lifecycle.Background()
         self._failure: SaveError | None = None
         self._last: CheckpointInfo | None = None
@@ -144,14 +145,14 @@ class CheckpointManager:
             raise ValueError("save needs params, or an opt_state that holds them")
         composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
         self._wait_for_last_save()
+        written = self._copy(composed)
         described = manifests.Manifest(
             step=step,
             time=self._options.clock(),
-            items={name: _describe(name, item) for name, item in composed.items()},
+            items={name: self._describe(name, item) for name, item in written.items()},
             metadata=self._options.metadata,
             versions=manifests.versions(),
         )
-        written = self._copy(composed)
 
         def build_manifest(files: Mapping[str, manifests.File]) -> bytes:
             return manifests.encode(dataclasses.replace(described, files=files, metrics=written[items.METRICS]()))
@@ -194,13 +195,19 @@ class CheckpointManager:
     def _copy(self, composed: Mapping[str, items.Tree | items.Value]) -> dict[str, Any]:
         """Copies every item to the host before any writer starts: a writer would slow the copies down."""
         trees = {name: item for name, item in composed.items() if isinstance(item, items.Tree)}
-        for tree in trees.values():
-            arrays.start_copies(tree.leaves)
-        chunk_bytes = self._options.chunk_bytes
-        return {
-            name: arrays.collect(item.spec, item.leaves, chunk_bytes) if isinstance(item, items.Tree) else item
-            for name, item in composed.items()
+        plans = {name: self._planner.plan(name, tree.spec, tree.leaves) for name, tree in trees.items()}
+        for name, tree in trees.items():
+            devices.start_copies(plans[name], tree.leaves)
+        copies = {
+            name: arrays.Snapshot(plans[name], devices.collect(plans[name], tree.leaves))
+            for name, tree in trees.items()
         }
+        return {**composed, **copies}
+
+    def _describe(self, item: str, content: Any) -> manifests.Item:
+        if isinstance(content, arrays.Snapshot):
+            return manifests.Item("arrays", content.plan.tree, compression=self._options.compression)
+        return manifests.Item("json", file=orbax.json_file(item))
 
     def _follow(self, step: int, store: orbax.Store, reason: str) -> SaveResult:
         """Waits beside the caller until the step is durable, then does what follows from it."""
@@ -442,12 +449,6 @@ def _check_step(step: Any) -> int:
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
         raise ValueError(f"a step is a whole number of 0 or more, not {step!r}")
     return int(step)
-
-
-def _describe(item: str, content: items.Tree | items.Value) -> manifests.Item:
-    if isinstance(content, items.Tree):
-        return manifests.Item("arrays", content.spec)
-    return manifests.Item("json", file=orbax.json_file(item))
 
 
 def _info(manifest: manifests.Manifest, pinned: bool, kept: tuple[str, ...]) -> CheckpointInfo:

@@ -43,6 +43,7 @@ class Item:
     zarr3: bool = True
     ocdbt: bool = True
     """How the arrays lie on disk; stock Orbax also writes zarr2, and arrays without a database."""
+    compression: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -147,12 +148,18 @@ def _item_to_json(item: Item) -> dict[str, Any]:
     if item.kind == "json":
         return {"kind": "json", "file": item.file}
     leaves = [_leaf_to_json(leaf) for leaf in item.tree.leaves]
-    return {"kind": "arrays", "nbytes": item.nbytes, "leaves": leaves, "outline": item.tree.outline}
+    return {
+        "kind": "arrays",
+        "nbytes": item.nbytes,
+        "compression": item.compression,
+        "leaves": leaves,
+        "outline": item.tree.outline,
+    }
 
 
 def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
     named = {"path": leaf.path, "keys": leaf.keys, "kind": leaf.kind, "shape": leaf.shape, "dtype": leaf.dtype}
-    extra = {"weak": leaf.weak, "partition": leaf.partition, "impl": leaf.impl}
+    extra = {"weak": leaf.weak, "partition": leaf.partition, "impl": leaf.impl, "chunks": leaf.chunks}
     return named | {name: value for name, value in extra.items() if value not in (False, None)}
 
 
@@ -160,17 +167,24 @@ def _item_from_json(item: Mapping[str, Any]) -> Item:
     if item["kind"] == "json":
         return Item("json", file=item["file"])
     leaves = tuple(map(_leaf_from_json, item["leaves"]))
-    return Item("arrays", TreeSpec(leaves, item["outline"]))
+    return Item("arrays", TreeSpec(leaves, item["outline"]), compression=item["compression"])
 
 
 def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:
-    partition = leaf.get("partition")
+    partition, chunks = leaf.get("partition"), leaf.get("chunks")
     if partition is not None:
         partition = tuple(tuple(axes) if isinstance(axes, list) else axes for axes in partition)
     return LeafSpec(
-        leaf["path"], tuple(leaf["keys"]), leaf["kind"], tuple(leaf["shape"]), leaf["dtype"],
-        leaf.get("weak", False), partition, leaf.get("impl"),
-    )  # fmt: skip
+        leaf["path"],
+        tuple(leaf["keys"]),
+        leaf["kind"],
+        tuple(leaf["shape"]),
+        leaf["dtype"],
+        leaf.get("weak", False),
+        partition,
+        leaf.get("impl"),
+        None if chunks is None else tuple(chunks),
+    )
 
 
 # ---------------------------------------------------------------- the files of a step

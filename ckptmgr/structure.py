@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,12 @@ Outline = Any
 """JSON: a leaf's index, null for None, or an object that names a container and holds its children."""
 
 _SCALARS: dict[type, str] = {bool: "bool", int: "int", float: "float", complex: "complex"}
+_ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 _STORABLE_KINDS = "biufcV"  # numpy's letters; V also covers the types of ml_dtypes
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class LeafSpec:
-    """What one leaf is, without its values."""
+class LeafSpec(NamedTuple):
+    """What one leaf is, without its values. (A tuple: there are thousands, and they must be cheap.)"""
 
     path: str
     keys: Keys
@@ -47,6 +47,8 @@ class LeafSpec:
     """The PartitionSpec it was saved under; None for a leaf on one device or on the host."""
     impl: str | None = None
     """The random number generator of typed PRNG keys."""
+    chunks: tuple[int, ...] | None = None
+    """The chunks it is cut into on disk; None if it is whole."""
 
     @property
     def name(self) -> str:
@@ -72,8 +74,7 @@ class TreeSpec:
         return {leaf.keys: leaf for leaf in self.leaves}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A leaf of a result: `saved` is read, and made what `wants` says; without `saved` it is `given`."""
 
     saved: LeafSpec | None
@@ -112,6 +113,8 @@ class _Walk:
         self.problems: list[tuple[str, str]] = []
 
     def node(self, node: Any, path: tuple[Any, ...], keys: Keys) -> Outline:
+        if isinstance(node, _ARRAYS):  # most nodes are; asking JAX costs as much as all the rest
+            return self.leaf(node, path, keys)
         children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
         if len(children) == 1 and not children[0][0]:
             return self.leaf(node, path, keys)
@@ -205,11 +208,11 @@ def describe_leaf(leaf: Any, path: str, keys: Keys, *, is_template: bool = False
             raise _UnsupportedError("is a ShapeDtypeStruct: it has no values")
         return spec(*_array_facts(leaf), is_weak(leaf))
     if type(leaf) in _SCALARS:
-        return spec(_SCALARS[type(leaf)], (), _scalar_dtype(leaf).name)
+        return spec(_SCALARS[type(leaf)], (), dtype_name(_scalar_dtype(leaf)))
     if isinstance(leaf, np.generic):
-        return spec("scalar", (), _storable(leaf.dtype).name)
+        return spec("scalar", (), dtype_name(_storable(leaf.dtype)))
     if type(leaf) in (np.ndarray, np.memmap):
-        return spec("numpy", leaf.shape, _storable(leaf.dtype).name)
+        return spec("numpy", leaf.shape, dtype_name(_storable(leaf.dtype)))
     raise _UnsupportedError(
         f"is a {type(leaf).__module__}.{type(leaf).__qualname__}, not an array or a number; "
         "what is not an array can be saved as an entry of extras"
@@ -219,14 +222,25 @@ def describe_leaf(leaf: Any, path: str, keys: Keys, *, is_template: bool = False
 def _array_facts(leaf: Any) -> tuple[str, tuple[int, ...], str]:
     if is_key(leaf):
         return "key", leaf.shape, str(leaf.dtype)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+    if _is_of(leaf.dtype, jax.dtypes.extended):
         raise _UnsupportedError(f"has the extended dtype {leaf.dtype}, which has no form on disk")
-    return "jax", leaf.shape, leaf.dtype.name
+    return "jax", leaf.shape, dtype_name(leaf.dtype)
 
 
 def is_key(leaf: Any) -> bool:
     """Whether a jax array holds typed PRNG keys."""
-    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+    return _is_of(leaf.dtype, jax.dtypes.prng_key)
+
+
+@functools.cache
+def _is_of(dtype: Any, family: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, family))
+
+
+@functools.cache
+def dtype_name(dtype: Any) -> str:
+    """`dtype.name`, which numpy spells anew each time."""
+    return str(dtype.name)
 
 
 def is_weak(leaf: Any) -> bool:
@@ -422,6 +436,8 @@ def raise_if_different(diff: StructureDiff, what: str) -> None:
 
 def renamed(saved: TreeSpec, rename: Mapping[str, str], template: TreeSpec) -> TreeSpec:
     """`saved` with the leaves whose path matches a regex of `rename` under their new path."""
+    if not rename:
+        return saved
     by_path = {leaf.path: leaf.keys for leaf in template.leaves}
     rules: list[tuple[re.Pattern[str], str]] = [(re.compile(old), new) for old, new in rename.items()]
 
@@ -430,7 +446,7 @@ def renamed(saved: TreeSpec, rename: Mapping[str, str], template: TreeSpec) -> T
         for old, new in rules:
             path = old.sub(new, path)
         keys = leaf.keys if path == leaf.path else by_path.get(path, (path,))
-        return dataclasses.replace(leaf, path=path, keys=keys)
+        return leaf._replace(path=path, keys=keys)
 
     leaves = tuple(map(apply, saved.leaves))
     names = _collisions(leaves)

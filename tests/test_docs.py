@@ -2,7 +2,8 @@
 
 Every python block of a page runs, in order and in one namespace, in a process of its own that starts
 in an empty directory with warnings as errors. A text block right below a python block is what that
-block prints; `...` in it stands for anything.
+block prints; `...` in it stands for anything. The examples that a page includes as whole files are run
+by `test_examples.py`.
 """
 
 import ast
@@ -193,9 +194,10 @@ def test_a_command_that_does_not_exist_is_found():
 
 
 def anchors(page):
-    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    """The anchors of a page: its headings, as GitHub and mkdocs make them, and the names it documents."""
     headings = re.findall(r"^#+ (.+)$", prose(page.read_text()), re.MULTILINE)
-    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    slugs = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    return slugs | set(re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE))
 
 
 @each_page

@@ -12,7 +12,7 @@ from ckptmgr import items
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.layout import Target
-from ckptmgr.storage import arrays, stock
+from ckptmgr.storage import arrays, devices, stock
 from ckptmgr.storage.orbax import METRICS, STEP_METADATA, json_file
 
 
@@ -26,10 +26,11 @@ def read_trees(
     wanted = []
     for each, places in zip(matched, targets, strict=True):
         item = manifest.items.get(each.item, manifests.Item("arrays"))
-        opener = arrays.Opener(directory / each.item, zarr3=item.zarr3, ocdbt=item.ocdbt)
+        plain = manifest.written_here and item.compression is None
+        opener = arrays.Opener(directory / each.item, zarr3=item.zarr3, ocdbt=item.ocdbt, plain=plain)
         saved = [row.saved for row in each.rows if row.saved is not None]
         wanted += [
-            arrays.Read(each.item, opener, spec, arrays.pieces(spec.shape, target))
+            arrays.Read(each.item, opener, spec, devices.pieces(spec.shape, target))
             for spec, target in zip(saved, places, strict=True)
         ]
     flat = [target for places in targets for target in places]
@@ -40,7 +41,7 @@ def read_trees(
             f"step {manifest.step}: {problem.leaf} cannot be read: {problem}",
             step=manifest.step, path=problem.item, leaf=problem.leaf,
         ) from problem  # fmt: skip
-    placed = iter(arrays.place(values, [read.spec.shape for read in wanted], flat))
+    placed = iter(devices.place(values, [read.spec.shape for read in wanted], flat))
     return {
         each.item: each.assemble([row.given if row.saved is None else next(placed) for row in each.rows])
         for each in matched

@@ -1,0 +1,194 @@
+"""From the devices to the host, and from the host onto the devices; each way in one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ckptmgr.layout import HERE, Target
+from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values, chunk_shape, numpy_dtype, whole
+from ckptmgr.structure import TreeSpec, dtype_name, is_key
+
+Part = tuple[Index, Values]
+
+
+# ---------------------------------------------------------------- to the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the leaves of a tree are stored: the same for every step, so it is made once."""
+
+    tree: TreeSpec
+    stored: tuple[Stored, ...]
+    shardings: tuple[Any, ...]
+    starts: tuple[int, ...]
+    """The leaves whose copy to the host has to be started: those on an accelerator."""
+
+
+class Planner:
+    """Remembers the plan of each item, for as long as its structure stays the same."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._known: dict[str, tuple[TreeSpec, Plan]] = {}
+
+    def plan(self, item: str, tree: TreeSpec, leaves: Sequence[Any]) -> Plan:
+        known = self._known.get(item)
+        if known is None or known[0] is not tree:
+            known = self._known[item] = (tree, _plan(tree, leaves, self._chunk_bytes))
+        return known[1]
+
+
+def _plan(tree: TreeSpec, leaves: Sequence[Any], chunk_bytes: int) -> Plan:
+    arrays = [_plain(leaf) for leaf in leaves]
+    stored = tuple(_stored(array, chunk_bytes) for array in arrays)
+    cut = tuple(
+        spec._replace(chunks=None if each.chunks == whole(each.shape) else each.chunks)
+        for spec, each in zip(tree.leaves, stored, strict=True)
+    )
+    shardings = tuple(getattr(array, "sharding", None) for array in arrays)
+    starts = tuple(
+        place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not _in_host_memory(leaf)
+    )
+    return Plan(dataclasses.replace(tree, leaves=cut), stored, shardings, starts)
+
+
+def _in_host_memory(array: jax.Array) -> bool:
+    """On the CPU the host's view of an array is the array."""
+    return is_key(array) or next(iter(array.sharding.device_set)).platform == "cpu"  # type: ignore[attr-defined]
+
+
+def _plain(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and is_key(leaf) else leaf
+
+
+def _stored(array: Any, chunk_bytes: int) -> Stored:
+    shape = np.shape(array)
+    on_device = isinstance(array, jax.Array)
+    shard = array.sharding.shard_shape(shape) if on_device else shape
+    dtype = array.dtype if on_device else np.asarray(array).dtype
+    name = "uint8" if dtype_name(dtype) in BYTES_ALONE else dtype_name(dtype)
+    return Stored(shape, name, chunk_shape(shape, shard, dtype.itemsize, chunk_bytes))
+
+
+def start_copies(plan: Plan, leaves: Sequence[Any]) -> None:
+    """Starts the copy of every leaf to the host; returns at once."""
+    for place in plan.starts:
+        leaves[place].copy_to_host_async()
+
+
+def collect(plan: Plan, leaves: Sequence[Any]) -> list[list[Part]]:
+    """Waits for the copies: for each leaf the pieces that this process writes.
+
+    The values are those of this moment whatever the caller does to the arrays afterwards: numpy
+    arrays are copied, and of a jax array a reference is held, so that one that is donated is copied
+    by JAX instead of overwritten.
+    """
+    return [_parts(leaf, sharding) for leaf, sharding in zip(leaves, plan.shardings, strict=True)]
+
+
+def _parts(leaf: Any, sharding: Any) -> list[Part]:
+    if sharding is None:
+        return [((), _as_bytes(np.array(leaf, order="C")))]
+    array = _plain(leaf)
+    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return [((), _as_bytes(np.asarray(array)))]
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    return [(shard.index, _as_bytes(np.asarray(shard.data))) for shard in shards]
+
+
+_BYTES_ALONE = frozenset(map(numpy_dtype, BYTES_ALONE))
+
+
+def _as_bytes(array: Values) -> Values:
+    return array.view(np.uint8) if array.dtype in _BYTES_ALONE else array
+
+
+# ---------------------------------------------------------------- onto the devices
+
+
+def pieces(shape: tuple[int, ...], target: Target) -> Sequence[Index]:
+    """The distinct pieces of an array that this process's devices hold; () is all of it."""
+    if not _is_sharded(target):
+        return ((),)
+    indices = target.place.addressable_devices_indices_map(shape).values()
+    return tuple({_spell(index, shape): index for index in indices}.values())
+
+
+def _is_sharded(target: Target) -> bool:
+    """Whether the pieces go to devices one by one; keys are made whole, then spread."""
+    sharded = isinstance(target.place, jax.sharding.Sharding) and len(target.place.device_set) > 1
+    return sharded and target.kind == "jax"
+
+
+def _spell(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    return tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
+
+
+def place(
+    values: Sequence[Sequence[Values]], shapes: Sequence[tuple[int, ...]], targets: Sequence[Target]
+) -> list[Any]:
+    """The leaves as their targets want them; all that goes to devices goes in one call."""
+    rows = list(zip(values, shapes, targets, strict=True))
+    moving = [_moves([_cast(piece, target) for piece in read], shape, target) for read, shape, target in rows]
+    free = [array for moves in moving for array, where in moves if where is HERE]
+    bound = [move for moves in moving for move in moves if move[1] is not HERE]
+    here = iter(jax.device_put(free))
+    there = iter(jax.device_put([array for array, _ in bound], [where for _, where in bound]))
+    return [
+        _finish([next(here if where is HERE else there) for _, where in moves], *row)
+        for moves, row in zip(moving, rows, strict=True)
+    ]
+
+
+def _cast(piece: Values, target: Target) -> Values:
+    unchanged = target.kind == "key" or dtype_name(piece.dtype) == target.dtype
+    return piece if unchanged else piece.astype(numpy_dtype(target.dtype))
+
+
+def _moves(read: Sequence[Values], shape: tuple[int, ...], target: Target) -> list[tuple[Values, Any]]:
+    """Each array of a leaf that goes to a device, and where to."""
+    if target.kind not in ("jax", "key"):
+        return []
+    if not _is_sharded(target):
+        alone = isinstance(target.place, jax.sharding.Sharding) and target.kind == "jax"
+        return [(read[0], target.place if alone else HERE)]
+    by_index = dict(zip((_spell(index, shape) for index in pieces(shape, target)), read, strict=True))
+    kind = target.place.memory_kind
+    return [
+        (by_index[_spell(index, shape)], jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
+        for device, index in target.place.addressable_devices_indices_map(shape).items()
+    ]
+
+
+_PYTHON: Mapping[str, Callable[[Any], Any]] = {"int": int, "float": float, "bool": bool, "complex": complex}
+
+
+def _finish(arrived: Sequence[jax.Array], read: Sequence[Values], shape: tuple[int, ...], target: Target) -> Any:
+    """One leaf, of what was read and of what has arrived on the devices."""
+    if target.kind in _PYTHON:
+        return _PYTHON[target.kind](read[0][()])
+    if target.kind == "scalar":
+        return _cast(read[0], target)[()]
+    if target.kind == "numpy":
+        value = _cast(read[0], target)
+        return value if value.flags.writeable else value.copy()
+    if target.kind == "key":
+        keys = jax.random.wrap_key_data(arrived[0], impl=target.impl)
+        return jax.device_put(keys, target.place) if isinstance(target.place, jax.sharding.Sharding) else keys
+    array = arrived[0]
+    if _is_sharded(target):
+        array = jax.make_array_from_single_device_arrays(shape, target.place, list(arrived))
+    return _weakly_typed(array) if target.weak else array
+
+
+def _weakly_typed(array: jax.Array) -> jax.Array:
+    """The same bits with JAX's weak type, which an update in place takes over from its operand."""
+    weak = jnp.broadcast_to(jnp.asarray(array.dtype.type(0).item()), array.shape)
+    return weak.at[...].set(array) if weak.dtype == array.dtype else array
