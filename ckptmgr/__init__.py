@@ -1,6 +1,7 @@
 """Checkpoints of JAX and optax training: saved whole, restored exactly, read by stock Orbax."""
 
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, SaveResult
+from ckptmgr.difference import StructureDiff
 from ckptmgr.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -17,7 +18,6 @@ from ckptmgr.hyperparams import get_hyperparams, set_hyperparams
 from ckptmgr.layout import HOST
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.policy import at_steps, best, every_seconds, every_steps, latest
-from ckptmgr.structure import StructureDiff
 
 __all__ = [
     "HOST",

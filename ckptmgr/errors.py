@@ -20,7 +20,7 @@ import pickle
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckptmgr.structure import StructureDiff
+    from ckptmgr.difference import StructureDiff
 
 
 class CheckpointError(Exception):

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckptmgr import structure
+from ckptmgr import difference, structure
+from ckptmgr.difference import LeafDiff, StructureDiff
 from ckptmgr.manifest import Item, Manifest
-from ckptmgr.structure import LeafDiff, LeafSpec, Row, StructureDiff, TreeSpec, is_weak
+from ckptmgr.structure import LeafSpec, Row, TreeSpec, is_weak
 
 PARAMS, OPT_STATE, STEP, METRICS = "params", "opt_state", "step", "metrics"
 _RESERVED = frozenset({PARAMS, OPT_STATE, STEP, METRICS})
@@ -183,7 +184,7 @@ def match(manifest: Manifest, templates: Mapping[str, Any], request: Request) ->
             pair, differs = _match_tree(name, item or Item("arrays"), template, request.rename)
             matched.append(pair)
             diff += differs.without(*allowed)
-    structure.raise_if_different(diff, " and ".join(templates))
+    difference.raise_if_different(diff, " and ".join(templates))
     return matched
 
 
@@ -194,11 +195,11 @@ def _match_tree(name: str, item: Item, template: Any, rename: Mapping[str, str])
         return Matched(name, None, rows, saved.outline), StructureDiff()
     template = state_of(template)
     wants = structure.describe(template, item=name, is_template=True)
-    known = structure.renamed(saved, rename, wants)
-    return Matched(name, template, _rows(saved, known, wants, template)), structure.compare(known, wants, name)
+    known = difference.renamed(saved, rename, wants)
+    return Matched(name, template, _rows(saved, known, wants, template)), difference.compare(known, wants, name)
 
 
-def diff(manifest: Manifest, params: Any, opt_state: Any) -> StructureDiff:
+def compare(manifest: Manifest, params: Any, opt_state: Any) -> StructureDiff:
     """How templates differ from a checkpoint."""
     given = {name: tree for name, tree in ((PARAMS, params), (OPT_STATE, opt_state)) if tree is not None}
     found = StructureDiff()

@@ -14,13 +14,12 @@ from typing import Any, Literal, Self
 import numpy as np
 from etils import epath
 
-from ckptmgr import catalog, items, lifecycle, options, policy, structure
+from ckptmgr import catalog, difference, history, items, lifecycle, options, policy
 from ckptmgr import layout as layouts
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, SaveResult
 from ckptmgr.errors import (
     CheckpointExistsError,
-    CheckpointNotFoundError,
     CorruptCheckpointError,
     SaveError,
 )
@@ -81,6 +80,7 @@ class CheckpointManager:
         self._options = options.check(given, adapt_save=orbax.adapt_save, adapt_keep=orbax.adapt_keep)
         self._directory = catalog.resolve(directory)
         self._catalog = catalog.Catalog(self._directory, reading.read_stock)
+        self._history = history.History(self._catalog, self._options.keep)
         self._composer = items.Composer()
         self._planner = devices.Planner(self._options.chunk_bytes)
         self._background = lifecycle.Background()
@@ -243,12 +243,11 @@ class CheckpointManager:
 
     def _retain(self) -> None:
         """Deletes what no policy keeps; called once a newer checkpoint is durable."""
-        for info in self._history():
-            if not info.kept:
-                try:
-                    self._catalog.delete(info.step)
-                except OSError:
-                    _log.exception("step %d could not be deleted", info.step)
+        for step in self._history.doomed():
+            try:
+                self._catalog.delete(step)
+            except OSError:
+                _log.exception("step %d could not be deleted", step)
 
     # ------------------------------------------------------------ waiting and closing
 
@@ -393,12 +392,7 @@ class CheckpointManager:
 
         Without arguments it is the metric of the first `ckptmgr.best` in `keep`.
         """
-        ranked_by = [each for each in self._options.keep if isinstance(each, policy.best)]
-        if metric is not None:
-            ranked_by = [policy.best(metric, mode=mode)]
-        if not ranked_by:
-            raise ValueError('best() needs a metric: name one, or give the manager keep=ckptmgr.best("loss")')
-        return next(iter(ranked_by[0].ranking(self._history())), None)
+        return self._history.best(metric, mode)
 
     def _best_or_raise(self) -> int:
         step = self.best()
@@ -408,25 +402,12 @@ class CheckpointManager:
 
     def info(self, step: int) -> CheckpointInfo:
         """What is known of a step without reading an array."""
-        self._catalog.require(_check_step(step))
-        known = next((info for info in self._history() if info.step == step), None)
-        return known or _info(self._catalog.manifest(step), False, ())
+        return self._history.info(_check_step(step))
 
-    def _history(self) -> list[CheckpointInfo]:
-        """Every readable step, with why it is kept."""
-        pinned, found = self._catalog.pinned(), []
-        for step in self._catalog.steps():
-            try:
-                found.append(_info(self._catalog.manifest(step), step in pinned, ()))
-            except (CorruptCheckpointError, CheckpointNotFoundError):
-                continue  # damaged, or deleted by another hand while we looked: neither counted nor deleted
-        reasons = policy.reasons_to_keep(self._options.keep, found, pinned)
-        return [dataclasses.replace(info, kept=reasons[info.step]) for info in found]
-
-    def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> structure.StructureDiff:
+    def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> difference.StructureDiff:
         """How the templates differ from a step; falsy if they do not."""
         self._catalog.require(_check_step(step))
-        return items.diff(self._catalog.manifest(step), params, opt_state)
+        return items.compare(self._catalog.manifest(step), params, opt_state)
 
     def delete(self, step: int) -> None:
         """Deletes a step, pinned or not."""
@@ -449,18 +430,3 @@ def _check_step(step: Any) -> int:
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
         raise ValueError(f"a step is a whole number of 0 or more, not {step!r}")
     return int(step)
-
-
-def _info(manifest: manifests.Manifest, pinned: bool, kept: tuple[str, ...]) -> CheckpointInfo:
-    return CheckpointInfo(
-        step=manifest.step,
-        time=manifest.time,
-        nbytes=manifest.nbytes,
-        items=tuple(manifest.items),
-        leaves={name: item.tree.leaves for name, item in manifest.items.items() if item.kind == "arrays"},
-        metrics=manifest.metrics,
-        metadata=manifest.metadata,
-        versions=manifest.versions,
-        pinned=pinned,
-        kept=kept,
-    )

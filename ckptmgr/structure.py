@@ -1,4 +1,4 @@
-"""The structure of a pytree: leaf paths, abstract leaves, and the difference of two trees.
+"""The structure of a pytree: leaf paths, abstract leaves, containers.
 
 A tree is described by a `TreeSpec`: one `LeafSpec` for each leaf, in JAX's own order, and an
 `outline` of the containers as plain JSON, from which `rebuild` makes nested plain containers again.
@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from ckptmgr.errors import StructureMismatchError, UnsupportedLeafError
+from ckptmgr.errors import UnsupportedLeafError
 
 Keys = tuple[str | int, ...]
 Outline = Any
@@ -94,7 +93,7 @@ def describe(tree: Any, *, item: str, is_template: bool = False) -> TreeSpec:
     """
     walk = _Walk(is_template)
     outline = walk.node(tree, (), ())
-    problems = walk.problems + ([] if is_template else _collisions(walk.leaves))
+    problems = walk.problems + ([] if is_template else collisions(walk.leaves))
     if problems:
         lines = "\n".join(f"  {item}{path}: {reason}" for path, reason in problems)
         raise UnsupportedLeafError(
@@ -174,7 +173,8 @@ def _key(entry: tuple[Any, ...]) -> Any:
     return key if isinstance(key, str | int | float) else ".".join(str(key_name(e)) for e in entry)
 
 
-def _collisions(leaves: Iterable[LeafSpec]) -> list[tuple[str, str]]:
+def collisions(leaves: Iterable[LeafSpec]) -> list[tuple[str, str]]:
+    """Path and reason of every leaf whose name on disk another leaf has."""
     seen: dict[str, LeafSpec] = {}
     problems = []
     for leaf in leaves:
@@ -309,147 +309,3 @@ def _steps(outline: Mapping[str, Any]) -> Iterable[tuple[str, Outline]]:
         return [(f"[{key!r}]", child) for key, child in outline["dict_items"]]
     children = outline.get("list", outline.get("tuple", []))
     return [(f"[{index}]", child) for index, child in enumerate(children)]
-
-
-# ---------------------------------------------------------------- comparing
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafDiff:
-    """One leaf that differs: what the checkpoint has and what the template has, None for nothing."""
-
-    path: str
-    saved: LeafSpec | None
-    template: LeafSpec | None
-    problem: str
-    """"missing" (from the checkpoint), "unexpected" (by the template), "shape" or "dtype"."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StructureDiff:
-    """Every difference between a checkpoint and a template; falsy when there is none."""
-
-    leaves: tuple[LeafDiff, ...] = ()
-    containers: tuple[tuple[str, str, str], ...] = ()
-    """Path, type in the checkpoint and type in the template of nodes of different types."""
-
-    def __bool__(self) -> bool:
-        return bool(self.leaves)
-
-    def of(self, problem: str) -> tuple[LeafDiff, ...]:
-        return tuple(leaf for leaf in self.leaves if leaf.problem == problem)
-
-    @property
-    def missing(self) -> tuple[LeafDiff, ...]:
-        return self.of("missing")
-
-    @property
-    def unexpected(self) -> tuple[LeafDiff, ...]:
-        return self.of("unexpected")
-
-    @property
-    def shape(self) -> tuple[LeafDiff, ...]:
-        return self.of("shape")
-
-    @property
-    def dtype(self) -> tuple[LeafDiff, ...]:
-        return self.of("dtype")
-
-    def __add__(self, other: StructureDiff) -> StructureDiff:
-        return StructureDiff(self.leaves + other.leaves, self.containers + other.containers)
-
-    def without(self, *problems: str) -> StructureDiff:
-        kept = tuple(leaf for leaf in self.leaves if leaf.problem not in problems)
-        return StructureDiff(kept, self.containers)
-
-    def __str__(self) -> str:
-        rows = [("leaf", "checkpoint", "template", "")]
-        rows += [(d.path, _show(d.saved), _show(d.template), _ADVICE[d.problem]) for d in self.leaves]
-        rows += [(*container, "node of another type") for container in self.containers]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(f"  {line.rstrip()}" for line in lines)
-
-
-_ADVICE = {
-    "missing": "not in the checkpoint (partial=True keeps the template's own value)",
-    "unexpected": "not in the template (partial=True ignores it)",
-    "shape": "another shape",
-    "dtype": "another dtype (cast=True converts)",
-}
-
-
-def _show(spec: LeafSpec | None) -> str:
-    return "-" if spec is None else str(spec)
-
-
-def compare(saved: TreeSpec, template: TreeSpec, item: str) -> StructureDiff:
-    """Every leaf that differs between a saved item and its template, by path."""
-    there, wanted = saved.by_keys(), template.by_keys()
-    leaves = []
-    for keys in dict.fromkeys([*wanted, *there]):
-        has, wants = there.get(keys), wanted.get(keys)
-        problem = _problem(has, wants)
-        if problem:
-            path = cast(LeafSpec, wants or has).path
-            leaves.append(LeafDiff(f"{item}{path}", has, wants, problem))
-    return StructureDiff(tuple(leaves), _other_containers(saved, template, item) if leaves else ())
-
-
-def _other_containers(saved: TreeSpec, template: TreeSpec, item: str) -> tuple[tuple[str, str, str], ...]:
-    there, wanted = containers(saved.outline), containers(template.outline)
-    return tuple(
-        (f"{item}{path}", there[path].rpartition(".")[2], wanted[path].rpartition(".")[2])
-        for path in wanted
-        if path in there and there[path] != wanted[path]
-    )
-
-
-def _problem(saved: LeafSpec | None, template: LeafSpec | None) -> str | None:
-    if saved is None:
-        return "missing"
-    if template is None:
-        return "unexpected"
-    if saved.shape != template.shape:
-        return "shape"
-    return None if _same_values(saved, template) else "dtype"
-
-
-def _same_values(saved: LeafSpec, template: LeafSpec) -> bool:
-    """Whether the saved values fit the template's leaf without a conversion that could change them."""
-    if saved.dtype == template.dtype:
-        return True
-    if template.kind in ("int", "float", "bool") and saved.kind != "key":  # a Python number holds any
-        kind = np.dtype(getattr(ml_dtypes, saved.dtype, saved.dtype)).kind
-        return kind in {"int": "iu", "float": "f", "bool": "b"}[template.kind]
-    return False
-
-
-def raise_if_different(diff: StructureDiff, what: str) -> None:
-    if diff:
-        raise StructureMismatchError(
-            f"{what} of the checkpoint does not fit the template, {len(diff.leaves)} "
-            f"{'leaf differs' if len(diff.leaves) == 1 else 'leaves differ'}:\n{diff}",
-            diff=diff,
-        )
-
-
-def renamed(saved: TreeSpec, rename: Mapping[str, str], template: TreeSpec) -> TreeSpec:
-    """`saved` with the leaves whose path matches a regex of `rename` under their new path."""
-    if not rename:
-        return saved
-    by_path = {leaf.path: leaf.keys for leaf in template.leaves}
-    rules: list[tuple[re.Pattern[str], str]] = [(re.compile(old), new) for old, new in rename.items()]
-
-    def apply(leaf: LeafSpec) -> LeafSpec:
-        path = leaf.path
-        for old, new in rules:
-            path = old.sub(new, path)
-        keys = leaf.keys if path == leaf.path else by_path.get(path, (path,))
-        return leaf._replace(path=path, keys=keys)
-
-    leaves = tuple(map(apply, saved.leaves))
-    names = _collisions(leaves)
-    if names:
-        raise ValueError(f"rename gives two leaves the path {names[0][0]}")
-    return TreeSpec(leaves, saved.outline, saved.empty)

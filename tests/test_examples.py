@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import counted
 
 from ckptmgr.testing import assert_trees_equal
 
@@ -65,16 +66,18 @@ def test_the_demo_ends_with_every_comparison_equal():
     assert "All equal" in done.stdout
 
 
-@pytest.mark.parametrize("forgotten", ["set_state", "key"])
+FORGOTTEN = {
+    "its data position": ('self.epoch, self.index = state["epoch"], state["index"]', "pass"),
+    "its dropout key": ('ckpt.opt_state, ckpt.extras["dropout_key"]', "ckpt.opt_state, key"),
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("forgotten", list(FORGOTTEN)[: counted(1, full=2)])
 def test_the_demo_notices_what_is_not_resumed(tmp_path, forgotten):
-    """The comparison can fail: a run that forgets its data position, or its key, does not agree."""
+    """The comparison can fail."""
     source = (EXAMPLES / "digits.py").read_text()
-    broken = {
-        "set_state": source.replace('self.epoch, self.index = state["epoch"], state["index"]', "pass"),
-        "key": source.replace(
-            'ckpt.params, ckpt.opt_state, ckpt.extras["dropout_key"]', "ckpt.params, ckpt.opt_state, key"
-        ),
-    }[forgotten]
+    broken = source.replace(*FORGOTTEN[forgotten])
     assert broken != source
     (tmp_path / "digits.py").write_text(broken)
     (tmp_path / "demo.py").write_text((EXAMPLES / "demo.py").read_text())

@@ -1,4 +1,4 @@
-"""Paths, abstract leaves, plain containers again, and the difference of two trees."""
+"""Paths, abstract leaves, and plain containers again."""
 
 import collections
 import dataclasses
@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptmgr import StructureMismatchError, UnsupportedLeafError, structure
-from ckptmgr.structure import StructureDiff, compare, describe
+from ckptmgr import UnsupportedLeafError, structure
+from ckptmgr.structure import describe
 
 Pair = collections.namedtuple("Pair", "left right")
 describe_params = functools.partial(describe, item="params")
@@ -160,84 +160,3 @@ def test_any_tree_of_plain_containers_survives_its_description(tree):
     spec = describe_params(tree)
     assert structure.rebuild(spec.outline, jax.tree_util.tree_leaves(tree)) == tree
     assert len(spec.leaves) == len(jax.tree_util.tree_leaves(tree))
-
-
-# ---------------------------------------------------------------- differences
-
-
-def difference(saved, template):
-    return compare(describe_params(saved), describe(template, item="params", is_template=True), "params")
-
-
-def test_equal_trees_do_not_differ_and_containers_of_one_shape_stand_for_each_other():
-    tree = {"w": jnp.ones((2, 3)), "n": (1, [2])}
-    assert not difference(tree, jax.eval_shape(lambda: {"w": jnp.ones((2, 3))}) | {"n": (1, [2])})
-    assert not difference({"p": Pair(1, 2)}, {"p": {"left": 1, "right": 2}})
-    assert not difference([1, 2], (1, 2))
-
-
-def test_every_difference_is_named_with_both_sides():
-    saved = {"same": jnp.ones(2), "shape": jnp.ones((2, 3)), "dtype": jnp.ones(2), "gone": jnp.ones(4)}
-    template = {
-        "same": jnp.ones(2),
-        "shape": jnp.ones((2, 4)),
-        "dtype": jnp.ones(2, jnp.int32),
-        "new": jnp.ones(5),
-    }
-    diff = difference(saved, template)
-    assert [leaf.path for leaf in diff.shape] == ["params['shape']"]
-    assert [leaf.path for leaf in diff.dtype] == ["params['dtype']"]
-    assert [leaf.path for leaf in diff.missing] == ["params['new']"]
-    assert [leaf.path for leaf in diff.unexpected] == ["params['gone']"]
-    assert "params['same']" not in str(diff)
-    table = {line.split()[0]: line for line in str(diff).splitlines()}
-    assert "float32[2,3]" in table["params['shape']"]
-    assert "float32[2,4]" in table["params['shape']"]
-    assert "int32[2]" in table["params['dtype']"]
-    assert "float32[5]" in table["params['new']"]
-    assert "partial=True" in table["params['gone']"]
-    with pytest.raises(StructureMismatchError, match="4 leaves differ") as caught:
-        structure.raise_if_different(diff, "params")
-    assert caught.value.diff is diff
-
-
-def test_another_optimizer_is_told_by_its_states():
-    params = {"w": jnp.ones(2)}
-    diff = difference(optax.adam(1e-3).init(params), optax.sgd(1e-3, momentum=0.9).init(params))
-    assert ("params[0]", "ScaleByAdamState", "TraceState") in diff.containers
-    assert {leaf.path for leaf in diff.unexpected} == {"params[0].count", "params[0].mu['w']", "params[0].nu['w']"}
-    assert {leaf.path for leaf in diff.missing} == {"params[0].trace['w']"}
-
-
-@pytest.mark.parametrize(
-    ("saved", "template", "differs"),
-    [
-        (1, 2, False),
-        (jnp.int32(1), 2, False),
-        (np.float32(1), 2.0, False),
-        (1.5, 2, True),
-        (1, jnp.int32(1), True),
-        (True, 1, True),
-        (jnp.ones(2, bool), jnp.ones(2, jnp.int8), True),
-        (jax.random.key(0), jax.random.key(0, impl="rbg"), True),
-        (jax.random.key(0), jax.random.key_data(jax.random.key(0)), True),
-    ],
-)
-def test_a_python_number_takes_any_number_that_it_holds_exactly(saved, template, differs):
-    assert bool(difference({"x": saved}, {"x": template})) is differs
-
-
-def test_rename_moves_leaves_and_refuses_to_merge_two():
-    saved = describe_params({"encoder": {"w": 1}, "head": {"w": 2}})
-    template = describe_params({"backbone": {"w": 1}, "head": {"w": 2}})
-    moved = structure.renamed(saved, {r"^\['encoder'\]": "['backbone']"}, template)
-    assert not compare(moved, template, "params")
-    with pytest.raises(ValueError, match="rename gives two leaves"):
-        structure.renamed(saved, {r"encoder": "head"}, template)
-
-
-def test_an_empty_difference_is_falsy_and_differences_add_up():
-    one = difference({"a": 1}, {"b": 1})
-    assert not StructureDiff()
-    assert len((one + one).leaves) == 4
-    assert not one.without("missing", "unexpected")

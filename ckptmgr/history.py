@@ -1,0 +1,66 @@
+"""What the run has saved so far, and why each checkpoint is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from ckptmgr import policy
+from ckptmgr.catalog import Catalog
+from ckptmgr.checkpoint import CheckpointInfo
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.manifest import Manifest
+
+
+class History:
+    """The checkpoints of a catalog under the `keep` policies of a manager; read from disk when asked."""
+
+    def __init__(self, catalog: Catalog, keep: Sequence[policy.KeepPolicy]) -> None:
+        self._catalog = catalog
+        self._keep = keep
+
+    def all(self) -> list[CheckpointInfo]:
+        """Every readable checkpoint, in order of steps."""
+        pinned, found = self._catalog.pinned(), []
+        for step in self._catalog.steps():
+            try:
+                found.append(describe(self._catalog.manifest(step), pinned=step in pinned))
+            except (CorruptCheckpointError, CheckpointNotFoundError):
+                continue  # damaged, or deleted by another hand while we looked: not counted, not deleted
+        reasons = policy.reasons_to_keep(self._keep, found, pinned)
+        return [dataclasses.replace(info, kept=reasons[info.step]) for info in found]
+
+    def info(self, step: int) -> CheckpointInfo:
+        """One checkpoint; raises CheckpointNotFoundError or CorruptCheckpointError."""
+        self._catalog.require(step)
+        known = next((info for info in self.all() if info.step == step), None)
+        return known or describe(self._catalog.manifest(step), pinned=False)
+
+    def doomed(self) -> list[int]:
+        """The steps that no policy keeps."""
+        return [info.step for info in self.all() if not info.kept]
+
+    def best(self, metric: str | None, mode: Literal["min", "max"]) -> int | None:
+        """The step with the best value of a metric, or of the first `best` policy."""
+        ranked_by = [each for each in self._keep if isinstance(each, policy.best)]
+        if metric is not None:
+            ranked_by = [policy.best(metric, mode=mode)]
+        if not ranked_by:
+            raise ValueError('best() needs a metric: name one, or give the manager keep=ckptmgr.best("loss")')
+        return next(iter(ranked_by[0].ranking(self.all())), None)
+
+
+def describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
+    """What a manifest tells about its checkpoint."""
+    return CheckpointInfo(
+        step=manifest.step,
+        time=manifest.time,
+        nbytes=manifest.nbytes,
+        items=tuple(manifest.items),
+        leaves={name: item.tree.leaves for name, item in manifest.items.items() if item.kind == "arrays"},
+        metrics=manifest.metrics,
+        metadata=manifest.metadata,
+        versions=manifest.versions,
+        pinned=pinned,
+    )
