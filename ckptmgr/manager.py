@@ -195,13 +195,17 @@ class CheckpointManager:
     def _copy(self, composed: Mapping[str, items.Tree | items.Value]) -> dict[str, Any]:
         """Copies every item to the host before any writer starts: a writer would slow the copies down."""
         trees = {name: item for name, item in composed.items() if isinstance(item, items.Tree)}
-        plans = {name: self._planner.plan(name, tree.spec, tree.leaves) for name, tree in trees.items()}
-        for name, tree in trees.items():
-            devices.start_copies(plans[name], tree.leaves)
+        bound = self._options.max_host_bytes
         copies = {
-            name: arrays.Snapshot(plans[name], devices.collect(plans[name], tree.leaves))
+            name: arrays.Snapshot(
+                self._planner.plan(name, tree.spec, tree.leaves), tree.leaves, bound and bound // len(trees)
+            )
             for name, tree in trees.items()
         }
+        for snapshot in copies.values():
+            snapshot.start()
+        for snapshot in copies.values():
+            snapshot.collect()
         return {**composed, **copies}
 
     def _describe(self, item: str, content: Any) -> manifests.Item:

@@ -102,12 +102,14 @@ def run(found, page, directory):
     return json.loads(done.stdout)
 
 
-@each_page
+def code_of(found):
+    return [block for block in found if block.language == "python" and not block.included]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(blocks(page.read_text()))], ids=name)
 def test_every_python_block_runs_and_prints_what_the_page_says(page, tmp_path):
     found = blocks(page.read_text())
-    code = [block for block in found if block.language == "python" and not block.included]
-    if not code:
-        pytest.skip("no code on this page")
+    code = code_of(found)
     printed = dict(zip(code, run(code, page, tmp_path), strict=True))
     for block, below in itertools.pairwise(found):
         if block in printed and below.language == "text" and not below.follows:

@@ -234,7 +234,7 @@ def test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it(run, mo
 
     with CheckpointManager(run, keep=1) as manager:
         monkeypatch.setattr(
-            arrays, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            arrays, "write_wave", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         )
         result = manager.save(4, PARAMS)
         with pytest.raises(ckptmgr.SaveError, match=r"step 4 could not be saved: .*No space left") as caught:

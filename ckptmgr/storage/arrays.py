@@ -10,14 +10,13 @@ stored inside a node (`max_inline_value_bytes`), so that it is covered too.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorstore as ts
 from etils import epath
 
-from ckptmgr.storage import chunks, files, stock
+from ckptmgr.storage import chunks, devices, files, stock
 from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values
 from ckptmgr.storage.devices import Part, Plan
 from ckptmgr.structure import LeafSpec
@@ -46,33 +45,55 @@ def _prefix(name: str) -> str:
 # ---------------------------------------------------------------- writing
 
 
-@dataclasses.dataclass
 class Snapshot:
-    """The host copies of one item, and how they are to be stored."""
+    """The host copies of one item on their way to disk: all of them, or one wave of `max_bytes` after another."""
 
-    plan: Plan
-    parts: list[list[Part]]
+    def __init__(self, plan: Plan, leaves: Sequence[Any], max_bytes: int | None) -> None:
+        self.plan = plan
+        self._leaves = leaves
+        self._waves = _waves(plan.stored, max_bytes)
+        self.copied: list[tuple[int, list[Part]]] = []
+        """The copies that wait to be written: the place of each leaf, and its parts."""
+
+    def start(self) -> None:
+        """Starts the copies of the next wave; returns at once."""
+        devices.start_copies(self.plan, self._leaves, self._waves[0])
+
+    def collect(self) -> None:
+        """Waits for the copies of the next wave."""
+        wave = self._waves.pop(0)
+        parts = devices.collect(self.plan, self._leaves, wave)
+        self.copied = list(zip(wave, parts, strict=True))
+        if not self._waves:
+            self._leaves = ()
+
+    def has_more(self) -> bool:
+        return bool(self._waves)
 
 
-def write(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
-    """Writes an item: its arrays in one transaction, then Orbax's own files about them."""
-    plan = snapshot.plan
-    if plan.stored:
-        _write_arrays(directory, snapshot, compression)
-    shapes, cuts = [each.shape for each in plan.stored], [each.chunks for each in plan.stored]
-    for name, data in stock.describe(plan.tree, shapes, cuts, plan.shardings).items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, data)
+def _waves(stored: Sequence[Stored], max_bytes: int | None) -> list[range]:
+    """Leaves that are copied together; one that is larger than the bound is copied alone."""
+    if max_bytes is None:
+        return [range(len(stored))]
+    ends, held = [], 0
+    for place, each in enumerate(stored):
+        if held and held + each.nbytes > max_bytes:
+            ends.append(place)
+            held = 0
+        held += each.nbytes
+    return [range(first, last) for first, last in zip([0, *ends], [*ends, len(stored)], strict=True)]
 
 
-def _write_arrays(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
+def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
+    """Writes what has been copied, in one transaction, and lets go of it."""
+    if not snapshot.copied:
+        return
     transaction, context = ts.Transaction(atomic=True), ts.Context()
     database = {**_database(directory), "config": {"max_inline_value_bytes": _INLINE_BYTES}}
     store = ts.KvStore.open(database, context=context).result().with_transaction(transaction)
     opened = []
-    for leaf, stored, parts in zip(snapshot.plan.tree.leaves, snapshot.plan.stored, snapshot.parts, strict=True):
-        prefix = _prefix(leaf.name)
+    for place, parts in snapshot.copied:
+        stored, prefix = snapshot.plan.stored[place], _prefix(snapshot.plan.tree.leaves[place].name)
         if compression is None and stored.is_direct():
             store.write(f"{prefix}zarr.json", chunks.zarr_json(stored, None))
             for index, part in parts:
@@ -92,6 +113,20 @@ def _write_arrays(directory: epath.Path, snapshot: Snapshot, compression: str | 
     for each in copied:
         each.copy.result()
     transaction.commit_async().result()
+    snapshot.copied = []
+
+
+def _at(array: Any, index: Index) -> Any:
+    return array[index] if index else array
+
+
+def describe(directory: epath.Path, plan: Plan) -> None:
+    """Writes Orbax's own files about the arrays of an item."""
+    shapes, cuts = [each.shape for each in plan.stored], [each.chunks for each in plan.stored]
+    for name, data in stock.describe(plan.tree, shapes, cuts, plan.shardings).items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, data)
 
 
 def _create(store: Any, stored: Stored, compression: str | None, context: Any) -> Any:
@@ -184,7 +219,7 @@ def _start(each: Read, future: Any) -> list[Any]:
         raise each.damaged(f"it is stored as {dtype}, not {spec.dtype}")
     if shape != spec.shape:
         raise each.damaged(f"it is stored with shape {shape}, not {spec.shape}")
-    return [(array[index] if index else array).read() for index in each.pieces]
+    return [_at(array, index).read() for index in each.pieces]
 
 
 def _cut(each: Read, answer: Any) -> list[Values]:
@@ -195,7 +230,7 @@ def _cut(each: Read, answer: Any) -> list[Values]:
         values = _view(each, chunks.decode(answer.value, _stored(each.spec)))
     except ValueError as problem:
         raise each.damaged(problem) from problem
-    return [values[index] if index else values for index in each.pieces]
+    return [_at(values, index) for index in each.pieces]
 
 
 def _result(each: Read, future: Any) -> Any:

@@ -77,20 +77,21 @@ def _stored(array: Any, chunk_bytes: int) -> Stored:
     return Stored(shape, name, chunk_shape(shape, shard, dtype.itemsize, chunk_bytes))
 
 
-def start_copies(plan: Plan, leaves: Sequence[Any]) -> None:
-    """Starts the copy of every leaf to the host; returns at once."""
+def start_copies(plan: Plan, leaves: Sequence[Any], places: range) -> None:
+    """Starts the copies of these leaves to the host; returns at once."""
     for place in plan.starts:
-        leaves[place].copy_to_host_async()
+        if place in places:
+            leaves[place].copy_to_host_async()
 
 
-def collect(plan: Plan, leaves: Sequence[Any]) -> list[list[Part]]:
-    """Waits for the copies: for each leaf the pieces that this process writes.
+def collect(plan: Plan, leaves: Sequence[Any], places: range) -> list[list[Part]]:
+    """Waits for the copies of these leaves: for each the pieces that this process writes.
 
     The values are those of this moment whatever the caller does to the arrays afterwards: numpy
     arrays are copied, and of a jax array a reference is held, so that one that is donated is copied
     by JAX instead of overwritten.
     """
-    return [_parts(leaf, sharding) for leaf, sharding in zip(leaves, plan.shardings, strict=True)]
+    return [_parts(leaves[place], plan.shardings[place]) for place in places]
 
 
 def _parts(leaf: Any, sharding: Any) -> list[Part]:

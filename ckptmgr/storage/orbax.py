@@ -12,6 +12,7 @@ import datetime
 import inspect
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,11 +51,12 @@ class Store:
         self._compression = compression
         self._timeout_s = timeout_s
         self._build_manifest: BuildManifest | None = None
+        self._go = threading.Event()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add(None, ocp.args.StandardSave, _ArraysHandler(self._compression))
+        registry.add(None, ocp.args.StandardSave, _ArraysHandler(self._compression, self._go))
         registry.add(None, ocp.args.JsonSave, _JsonHandler(json_file("")))
         registry.add(METRICS, ocp.args.JsonSave, _JsonHandler(json_file(METRICS)))
         options = ocp.CheckpointManagerOptions(
@@ -81,7 +83,11 @@ class Store:
             name: ocp.args.StandardSave(item) if isinstance(item, arrays.Snapshot) else ocp.args.JsonSave(item)
             for name, item in items.items()
         }
-        self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+        self._go.clear()  # a writer that starts while the caller is still in `save` only holds it up
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+        finally:
+            self._go.set()
 
     def wait(self) -> None:
         """Waits until the step is durable, or raises what stopped it."""
@@ -114,17 +120,25 @@ class _UnlistedSteps(ocp.path.step.NameFormat[Any]):
 class _ArraysHandler(ocp.StandardCheckpointHandler):
     """Writes the Snapshot it is given; recorded on disk under the name of the handler it stands for."""
 
-    def __init__(self, compression: str | None) -> None:
+    def __init__(self, compression: str | None, go: threading.Event) -> None:
         super().__init__()
         self._compression = compression
+        self._go = go
 
     @classmethod
     def typestr(cls) -> str:
         return str(ocp.StandardCheckpointHandler.typestr())
 
     async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
-        async def write() -> None:  # runs in a thread of its own once the directory is there
-            arrays.write(directory, args.item, self._compression)
+        snapshot, compression = args.item, self._compression
+        while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
+            arrays.write_wave(directory, snapshot, compression)
+            snapshot.collect()
+
+        async def write() -> None:  # runs in a thread of its own
+            self._go.wait()
+            arrays.write_wave(directory, snapshot, compression)
+            arrays.describe(directory, snapshot.plan)
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="ckptmgr_arrays")]
 

@@ -1,5 +1,7 @@
 """Every leaf kind through the disk bit for bit; chunks; what the caller does to arrays after `save`."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -162,3 +164,25 @@ def test_the_caller_may_do_what_it_likes_once_save_has_returned(tmp_path):
     for name, values in expected.items():
         assert np.array_equal(back.params[name], values), name
     assert back.metrics == {"loss": 2.5}
+
+
+def test_max_host_bytes_bounds_the_copies_that_wait_to_be_written(tmp_path):
+    params = {f"w{n}": np.random.default_rng(n).random((1024, 1024)) for n in range(12)}  # 8 MiB each
+    total = sum(leaf.nbytes for leaf in params.values())
+    peaks = {}
+    for bound in (None, 24 * 2**20):
+        with CheckpointManager(tmp_path / str(bound), max_host_bytes=bound) as manager:
+            tracemalloc.start()  # numpy's memory is counted
+            manager.save(1, params, {"moments": params["w0"]}).result()
+            peaks[bound] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert_trees_equal(manager.restore(1, params=params).params, params)
+    assert peaks[None] > total
+    assert peaks[24 * 2**20] < 25 * 2**20
+
+
+def test_leaves_larger_than_the_bound_are_copied_one_by_one(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",))
+    params = {f"w{n}": jnp.full((64, 64), float(n)) for n in range(5)}
+    params["spread"] = jax.device_put(jnp.ones((64, 8)), NamedSharding(mesh, PartitionSpec("data")))
+    assert_trees_equal(through_disk(tmp_path, params, max_host_bytes=1), params)
