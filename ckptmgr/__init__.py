@@ -1,7 +1,7 @@
 """Checkpoints of JAX and optax training: saved whole, restored exactly, read by stock Orbax."""
 
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, SaveResult
-from ckptmgr.difference import StructureDiff
+from ckptmgr.difference import LeafDiff, StructureDiff
 from ckptmgr.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -18,6 +18,7 @@ from ckptmgr.hyperparams import get_hyperparams, set_hyperparams
 from ckptmgr.layout import HOST
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.policy import at_steps, best, every_seconds, every_steps, latest
+from ckptmgr.structure import LeafSpec
 
 __all__ = [
     "HOST",
@@ -30,6 +31,8 @@ __all__ = [
     "CheckpointTimeoutError",
     "CorruptCheckpointError",
     "LayoutError",
+    "LeafDiff",
+    "LeafSpec",
     "SaveError",
     "SaveResult",
     "StructureDiff",

@@ -64,10 +64,7 @@ class Catalog:
 
     def steps(self) -> list[int]:
         """The committed steps on disk, in order."""
-        if not self.directory.exists():
-            return []
-        names = [entry.name for entry in self.directory.iterdir() if _STEP.fullmatch(entry.name)]
-        return sorted(map(int, names))
+        return sorted(int(name) for name in _folders(self.directory) if _STEP.fullmatch(name))
 
     def require(self, step: int) -> epath.Path:
         """The directory of a step that must be there."""
@@ -93,15 +90,16 @@ class Catalog:
         runs = [entry.name for entry in below if Catalog(entry, None).steps()]
         return f"did you mean {self.directory / runs[0]}?" if runs else "nothing is saved in it yet"
 
-    def nothing_good(self, damaged: Mapping[int, str]) -> CheckpointError:
+    def nothing_good(self, damaged: Mapping[int, str], why: str | None = None) -> CheckpointError:
         """The error for a run without a step to restore."""
         if damaged:
-            newest, why = max(damaged.items())
+            newest, reason = max(damaged.items())
             return CorruptCheckpointError(
-                f"all {len(damaged)} checkpoints in {self.directory} are damaged; the newest: {why}", step=newest
+                f"all {len(damaged)} checkpoints in {self.directory} are damaged; the newest: {reason}",
+                step=newest,
             )
         return CheckpointNotFoundError(
-            f"there is no checkpoint in {self.directory}; {self._what_is_there()}",
+            f"there is no such checkpoint in {self.directory}; {why or self._what_is_there()}",
             directory=str(self.directory),
         )
 
@@ -157,6 +155,17 @@ class Catalog:
                     entry.rmtree()
                 else:
                     entry.rename(step)
+
+
+def _folders(directory: epath.Path) -> list[str]:
+    """The names of the directories in it; of a directory that is not there, none."""
+    if "://" in str(directory):
+        return [entry.name for entry in directory.iterdir() if entry.is_dir()] if directory.exists() else []
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
+    except FileNotFoundError:
+        return []
 
 
 def _writable(directory: epath.Path) -> bool:

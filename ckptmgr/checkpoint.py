@@ -33,7 +33,7 @@ class CheckpointInfo:
     """Versions of the libraries it was written with; empty for a checkpoint of stock Orbax."""
     pinned: bool = False
     kept: tuple[str, ...] = ()
-    """Why retention keeps it; empty if it would go."""
+    """Why retention keeps it, empty if it would go; filled in by `CheckpointManager.info`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

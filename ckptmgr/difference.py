@@ -37,28 +37,34 @@ class StructureDiff:
         return bool(self.leaves)
 
     def of(self, problem: str) -> tuple[LeafDiff, ...]:
+        """Leaves with this problem."""
         return tuple(leaf for leaf in self.leaves if leaf.problem == problem)
 
     @property
     def missing(self) -> tuple[LeafDiff, ...]:
+        """Leaves that the checkpoint lacks."""
         return self.of("missing")
 
     @property
     def unexpected(self) -> tuple[LeafDiff, ...]:
+        """Leaves that the template lacks."""
         return self.of("unexpected")
 
     @property
     def shape(self) -> tuple[LeafDiff, ...]:
+        """Leaves of another shape."""
         return self.of("shape")
 
     @property
     def dtype(self) -> tuple[LeafDiff, ...]:
+        """Leaves of another dtype."""
         return self.of("dtype")
 
     def __add__(self, other: StructureDiff) -> StructureDiff:
         return StructureDiff(self.leaves + other.leaves, self.containers + other.containers)
 
     def without(self, *problems: str) -> StructureDiff:
+        """The same without leaves that have one of these problems."""
         kept = tuple(leaf for leaf in self.leaves if leaf.problem not in problems)
         return StructureDiff(kept, self.containers)
 
@@ -128,7 +134,7 @@ def _same_values(saved: LeafSpec, template: LeafSpec) -> bool:
 def raise_if_different(diff: StructureDiff, what: str) -> None:
     if diff:
         raise StructureMismatchError(
-            f"{what} of the checkpoint does not fit the template, {len(diff.leaves)} "
+            f"the checkpoint does not fit the template of {what}, {len(diff.leaves)} "
             f"{'leaf differs' if len(diff.leaves) == 1 else 'leaves differ'}:\n{diff}",
             diff=diff,
         )

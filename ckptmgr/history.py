@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ckptmgr import policy
-from ckptmgr.catalog import Catalog
+from ckptmgr.catalog import PIN, Catalog
 from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckptmgr.manifest import Manifest
@@ -25,21 +25,25 @@ class History:
         pinned, found = self._catalog.pinned(), []
         for step in self._catalog.steps():
             try:
-                found.append(describe(self._catalog.manifest(step), pinned=step in pinned))
+                found.append(_describe(self._catalog.manifest(step), pinned=step in pinned))
             except (CorruptCheckpointError, CheckpointNotFoundError):
                 continue  # damaged, or deleted by another hand while we looked: not counted, not deleted
         reasons = policy.reasons_to_keep(self._keep, found, pinned)
         return [dataclasses.replace(info, kept=reasons[info.step]) for info in found]
 
+    def glance(self, manifest: Manifest) -> CheckpointInfo:
+        """One checkpoint by itself: why it is kept is not looked up, which would take all the others."""
+        return _describe(manifest, pinned=(self._catalog.path(manifest.step) / PIN).exists())
+
     def info(self, step: int) -> CheckpointInfo:
         """One checkpoint; raises CheckpointNotFoundError or CorruptCheckpointError."""
         self._catalog.require(step)
         known = next((info for info in self.all() if info.step == step), None)
-        return known or describe(self._catalog.manifest(step), pinned=False)
+        return known or self.glance(self._catalog.manifest(step))
 
     def doomed(self) -> list[int]:
         """The steps that no policy keeps."""
-        return [info.step for info in self.all() if not info.kept]
+        return [info.step for info in self.all() if not info.kept] if self._keep else []
 
     def best(self, metric: str | None, mode: Literal["min", "max"]) -> int | None:
         """The step with the best value of a metric, or of the first `best` policy."""
@@ -51,7 +55,7 @@ class History:
         return next(iter(ranked_by[0].ranking(self.all())), None)
 
 
-def describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
+def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
     """What a manifest tells about its checkpoint."""
     return CheckpointInfo(
         step=manifest.step,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,6 @@ from ckptmgr.structure import LeafSpec, Row, TreeSpec, is_weak
 PARAMS, OPT_STATE, STEP, METRICS = "params", "opt_state", "step", "metrics"
 _RESERVED = frozenset({PARAMS, OPT_STATE, STEP, METRICS})
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_BYTES = "base64"  # the key of the JSON object that bytes are stored as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,12 @@ class Tree:
     leaves: Sequence[Any]
 
 
-Value = Callable[[], Any]
-"""An item of JSON: called once the caller has gone on, so that a metric is never waited for."""
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """An item of JSON: `get` is called once the caller has gone on, so that a metric is never waited for."""
+
+    get: Callable[[], Any]
+    kind: Literal["json", "bytes"] = "json"
 
 
 # ---------------------------------------------------------------- going in
@@ -60,7 +64,7 @@ class Composer:
             found[OPT_STATE] = self.tree(OPT_STATE, opt_state)
         for name, value in extras.items():
             found[name] = self._extra(name, value)
-        return found | {STEP: lambda: step, METRICS: _metrics(metrics)}
+        return found | {STEP: Value(lambda: step), METRICS: _metrics(metrics)}
 
     def tree(self, item: str, tree: Any) -> Tree:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
@@ -78,8 +82,11 @@ class Composer:
             )
         if hasattr(value, "get_state") and hasattr(value, "set_state"):
             value = value.get_state()
-        text = _json_text(value)
-        return self.tree(name, value) if text is None else lambda: json.loads(text)
+        if isinstance(value, bytes):
+            return Value(functools.partial(_to_base64, value), "bytes")
+        if _is_json(value):
+            return Value(functools.partial(json.loads, json.dumps(value)))  # a copy: the caller goes on
+        return self.tree(name, value)
 
 
 def _signature(leaf: Any) -> Any:
@@ -93,14 +100,12 @@ def _signature(leaf: Any) -> Any:
     return type(leaf)
 
 
-def _json_text(value: Any) -> str | None:
-    """`value` as JSON, if it comes back from it as it was; None otherwise."""
-    if isinstance(value, bytes):
-        return json.dumps({_BYTES: base64.b64encode(value).decode()})
-    return json.dumps(value) if _is_json(value) else None
+def _to_base64(value: bytes) -> str:
+    return base64.b64encode(value).decode()
 
 
 def _is_json(value: Any) -> bool:
+    """Whether a value comes back from JSON as it was."""
     if type(value) is dict:
         return all(type(key) is str for key in value) and all(map(_is_json, value.values()))
     if type(value) is list:
@@ -113,7 +118,7 @@ def _metrics(metrics: Mapping[str, Any]) -> Value:
     for value in checked.values():
         if isinstance(value, jax.Array):
             value.copy_to_host_async()
-    return lambda: {name: float(value) for name, value in checked.items()}
+    return Value(lambda: {name: float(value) for name, value in checked.items()})
 
 
 def _metric(name: Any, value: Any) -> Any:
@@ -179,7 +184,7 @@ def match(manifest: Manifest, templates: Mapping[str, Any], request: Request) ->
     for name, template in templates.items():
         item = manifest.items.get(name)
         if item is None and name not in _RESERVED:
-            diff += StructureDiff((LeafDiff(name, None, None, "missing"),))
+            diff += StructureDiff((LeafDiff(name, None, None, "missing"),)).without(*allowed)
         elif item is None or item.kind == "arrays":
             pair, differs = _match_tree(name, item or Item("arrays"), template, request.rename)
             matched.append(pair)
@@ -228,9 +233,9 @@ def _abstract(leaf: LeafSpec) -> Any:
     return jax.eval_shape(lambda: jnp.zeros(leaf.shape, leaf.dtype))
 
 
-def from_json(value: Any) -> Any:
-    """The value of a JSON extra; bytes, which JSON has no form for, come back as bytes."""
-    return base64.b64decode(value[_BYTES]) if isinstance(value, dict) and set(value) == {_BYTES} else value
+def from_json(item: Item, value: Any) -> Any:
+    """The value of an item that is not a tree."""
+    return base64.b64decode(value) if item.kind == "bytes" else value
 
 
 def state_of(template: Any) -> Any:

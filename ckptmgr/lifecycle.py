@@ -27,10 +27,14 @@ class Background:
         self._thread = threading.Thread(target=task, name=f"ckptmgr: {what}")
         self._thread.start()
 
+    def is_current(self) -> bool:
+        """Whether the caller is the task itself (a callback of it, say), which must not wait for itself."""
+        return self._thread is threading.current_thread()
+
     def wait(self, timeout_s: float | None) -> None:
         """Waits until nothing runs."""
         thread = self._thread
-        if thread is None or thread is threading.current_thread():
+        if thread is None or self.is_current():
             return
         thread.join(timeout_s)
         if thread.is_alive():

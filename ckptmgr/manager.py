@@ -149,13 +149,14 @@ class CheckpointManager:
         described = manifests.Manifest(
             step=step,
             time=self._options.clock(),
-            items={name: self._describe(name, item) for name, item in written.items()},
+            items={name: self._describe(name, item, written[name]) for name, item in composed.items()},
             metadata=self._options.metadata,
             versions=manifests.versions(),
         )
 
         def build_manifest(files: Mapping[str, manifests.File]) -> bytes:
-            return manifests.encode(dataclasses.replace(described, files=files, metrics=written[items.METRICS]()))
+            metrics = written[items.METRICS]()
+            return manifests.encode(dataclasses.replace(described, files=files, metrics=metrics))
 
         self._catalog.forget(step)
         store.start(step, written, build_manifest)
@@ -206,12 +207,13 @@ class CheckpointManager:
             snapshot.start()
         for snapshot in copies.values():
             snapshot.collect()
-        return {**composed, **copies}
+        values = {name: item.get for name, item in composed.items() if isinstance(item, items.Value)}
+        return {**copies, **values}
 
-    def _describe(self, item: str, content: Any) -> manifests.Item:
-        if isinstance(content, arrays.Snapshot):
-            return manifests.Item("arrays", content.plan.tree, compression=self._options.compression)
-        return manifests.Item("json", file=orbax.json_file(item))
+    def _describe(self, name: str, item: items.Tree | items.Value, written: Any) -> manifests.Item:
+        if isinstance(item, items.Value):
+            return manifests.Item(item.kind, file=orbax.json_file(name))
+        return manifests.Item("arrays", written.plan.tree, compression=self._options.compression)
 
     def _follow(self, step: int, store: orbax.Store, reason: str) -> SaveResult:
         """Waits beside the caller until the step is durable, then does what follows from it."""
@@ -220,11 +222,12 @@ class CheckpointManager:
         def finish() -> None:
             try:
                 store.wait()
-                info = self.info(step)
+                info = self._history.glance(self._catalog.manifest(step))
             except BaseException as problem:  # raised again at the next call
                 self._last = None
                 self._failure = SaveError(f"step {step} could not be saved: {problem}", step=step)
                 self._failure.__cause__ = problem
+                _log.error("%s", self._failure)  # heard even if no next call comes
                 commit.set_exception(self._failure)
                 return
             finally:
@@ -285,6 +288,11 @@ class CheckpointManager:
         self._background.wait(self._options.timeout_s)
         self._raise_failure()
 
+    def _settle(self, step: int) -> None:
+        """Waits for a step that is being written: to its caller it is there already."""
+        if step == self._writing and not self._background.is_current():
+            self.wait()
+
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -322,7 +330,10 @@ class CheckpointManager:
         Without any template everything comes back, as nested dicts, lists and tuples.
 
         Raises:
-          CheckpointNotFoundError, CorruptCheckpointError, StructureMismatchError, LayoutError.
+          CheckpointNotFoundError: there is no checkpoint, or none with this number.
+          CorruptCheckpointError: the step asked for is damaged, or every step is.
+          StructureMismatchError: a template does not fit; nothing was read.
+          LayoutError: a leaf cannot go where `layout` wants it; nothing was read.
         """
         request = items.Request(
             params, opt_state, optimizer, extras or {}, layouts.check(layout), cast, partial, rename or {}
@@ -370,14 +381,15 @@ class CheckpointManager:
         manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
         values = reading.read_trees(manifest, directory, matched, targets)
         values |= reading.read_values(manifest, directory, templates)
+        absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
         _log.info("step %d restored from %s", step, directory)
         return Checkpoint(
             step=step,
             params=values.pop(items.PARAMS, None),
             opt_state=values.pop(items.OPT_STATE, None),
-            extras={name: items.handed_over(templates[name], value) for name, value in values.items()},
+            extras=absent | {name: items.handed_over(templates[name], value) for name, value in values.items()},
             metrics=manifest.metrics,
-            info=self.info(step),
+            info=self._history.glance(manifest),
             skipped=skipped or {},
         )
 
@@ -401,11 +413,12 @@ class CheckpointManager:
     def _best_or_raise(self) -> int:
         step = self.best()
         if step is None:
-            raise self._catalog.nothing_good({})
+            raise self._catalog.nothing_good({}, "no checkpoint has the metric that ranks them, or all are NaN")
         return step
 
     def info(self, step: int) -> CheckpointInfo:
         """What is known of a step without reading an array."""
+        self._settle(step)
         return self._history.info(_check_step(step))
 
     def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> difference.StructureDiff:
@@ -422,11 +435,13 @@ class CheckpointManager:
     def pin(self, step: int) -> None:
         """Keeps a step whatever retention says, until `unpin`."""
         self._writable(step)
+        self._settle(step)
         self._catalog.pin(step)
 
     def unpin(self, step: int) -> None:
         """Gives a step back to retention."""
         self._writable(step)
+        self._settle(step)
         self._catalog.unpin(step)
 
 

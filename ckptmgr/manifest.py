@@ -35,9 +35,9 @@ NO_TREE = TreeSpec((), None)
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One item of a checkpoint: a tree of arrays, or a JSON value in `file`."""
+    """One item of a checkpoint: a tree of arrays, or a JSON value in `file` (bytes are one in base64)."""
 
-    kind: Literal["arrays", "json"]
+    kind: Literal["arrays", "json", "bytes"]
     tree: TreeSpec = NO_TREE
     file: str = ""
     zarr3: bool = True
@@ -133,6 +133,9 @@ def decode(data: bytes, *, step: int, path: str) -> Manifest:
         raise damaged(f"it has format {body['format']}, this ckptmgr reads up to {FORMAT}; upgrade ckptmgr")
     if body["step"] != step:
         raise damaged(f"it belongs to step {body['step']}")
+    for name in (*body["items"], *body["files"], *(item.get("file", "x") for item in body["items"].values())):
+        if not _stays_inside(name):
+            raise damaged(f"{name!r} would lie outside of the checkpoint")
     return Manifest(
         step=step,
         time=body["time"],
@@ -144,9 +147,14 @@ def decode(data: bytes, *, step: int, path: str) -> Manifest:
     )
 
 
+def _stays_inside(name: str) -> bool:
+    """Whether a name read from disk can be joined to the checkpoint's directory without leaving it."""
+    return bool(name) and not any(part in ("", ".", "..") or "\\" in part for part in name.split("/"))
+
+
 def _item_to_json(item: Item) -> dict[str, Any]:
-    if item.kind == "json":
-        return {"kind": "json", "file": item.file}
+    if item.kind != "arrays":
+        return {"kind": item.kind, "file": item.file}
     leaves = [_leaf_to_json(leaf) for leaf in item.tree.leaves]
     return {
         "kind": "arrays",
@@ -164,8 +172,8 @@ def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
 
 
 def _item_from_json(item: Mapping[str, Any]) -> Item:
-    if item["kind"] == "json":
-        return Item("json", file=item["file"])
+    if item["kind"] != "arrays":
+        return Item(item["kind"], file=item["file"])
     leaves = tuple(map(_leaf_from_json, item["leaves"]))
     return Item("arrays", TreeSpec(leaves, item["outline"]), compression=item["compression"])
 

@@ -97,7 +97,7 @@ def describe(tree: Any, *, item: str, is_template: bool = False) -> TreeSpec:
     if problems:
         lines = "\n".join(f"  {item}{path}: {reason}" for path, reason in problems)
         raise UnsupportedLeafError(
-            f"{len(problems)} leaves of {item} cannot be stored:\n{lines}", leaf=problems[0][0]
+            f"{item} cannot be saved because of {len(problems)} of its leaves:\n{lines}", leaf=problems[0][0]
         )
     return TreeSpec(tuple(walk.leaves), outline, tuple(walk.empty))
 

@@ -20,6 +20,7 @@ def run(tmp_path):
 def test_only_whole_numbers_are_steps(run):
     for name in ("07", "-3", "12.orbax-checkpoint-tmp", "notes", "5.5", ".deleted-3-1"):
         (run / name).mkdir()
+    (run / "11").write_text("a file")
     assert CheckpointManager(run, read_only=True).steps() == [5, 10]
 
 

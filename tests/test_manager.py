@@ -229,7 +229,7 @@ def test_closed_and_read_only_managers_do_not_save(run):
 # ---------------------------------------------------------------- failure
 
 
-def test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it(run, monkeypatch):
+def test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it(run, monkeypatch, caplog):
     from ckptmgr.storage import arrays
 
     with CheckpointManager(run, keep=1) as manager:
@@ -249,6 +249,7 @@ def test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it(run, mo
         manager.save(4, PARAMS).result()
         manager.wait()
         assert manager.steps() == [4]
+    assert "step 4 could not be saved" in caplog.text
 
 
 # ---------------------------------------------------------------- restoring
@@ -275,6 +276,8 @@ def test_the_newest_the_best_or_one_by_number(run):
     assert manager.best() == manager.best("loss") == 2
     assert manager.best("loss", mode="max") == 1
     assert manager.best("accuracy") is None
+    with pytest.raises(ckptmgr.CheckpointNotFoundError, match="no checkpoint has the metric"):
+        CheckpointManager(run, keep=best("accuracy")).restore("best")
     with pytest.raises(ValueError, match="needs a metric"):
         CheckpointManager(run).best()
     with pytest.raises(ckptmgr.CheckpointNotFoundError, match=r"no step 4 in .*its steps are 1, 2, 3") as caught:
@@ -384,7 +387,9 @@ class Iterator:
         self.state = state
 
 
-@pytest.mark.parametrize("position", [41, {"epoch": 3, "index": [1, 2.5, None]}, b"\x00opaque\xff", np.arange(3)])
+@pytest.mark.parametrize(
+    "position", [41, {"epoch": 3, "index": [1, 2.5, None]}, {"base64": 5}, b"\x00opaque\xff", np.arange(3)]
+)
 def test_iterators_json_and_trees_are_extras(tmp_path, position):
     with CheckpointManager(tmp_path) as manager:
         manager.save(1, PARAMS, extras={"data": Iterator(position), "ema": PARAMS, "note": "half way"})
@@ -397,6 +402,10 @@ def test_iterators_json_and_trees_are_extras(tmp_path, position):
         assert manager.restore(params=PARAMS).extras == {}
         with pytest.raises(ckptmgr.StructureMismatchError, match="other"):
             manager.restore(params=PARAMS, extras={"other": Iterator()})
+        new = Iterator("where it starts")
+        back = manager.restore(params=PARAMS, extras={"other": new, "note": ""}, partial=True)
+        assert back.extras == {"other": new, "note": "half way"}
+        assert new.state == "where it starts"
 
 
 def test_restoring_walks_back_past_a_damaged_step_and_says_so(run, caplog):
@@ -429,6 +438,21 @@ def test_retention_keeps_latest_best_and_every_n_and_survives_a_restart(tmp_path
     assert manager.steps() == [2, 4, 6, 7]
     assert manager.info(2).kept == ("best(metric='loss', n=1, mode='min')",)
     assert set(manager.info(7).kept) == {"latest(n=2)", "newest"}
+
+
+def test_a_step_that_is_being_written_is_there_for_its_caller(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, PARAMS)
+        manager.pin(1)
+        manager.save(2, PARAMS)
+        assert manager.info(2).step == 2
+        assert manager.info(1).pinned
+    seen = []
+    with CheckpointManager(
+        tmp_path, on_commit=lambda info: seen.append(manager.info(info.step).nbytes)
+    ) as manager:
+        manager.save(3, PARAMS)
+    assert seen == [manager.info(3).nbytes]
 
 
 def test_pinned_steps_stay_until_they_are_unpinned(tmp_path):

@@ -68,6 +68,19 @@ def test_a_manifest_of_another_step_or_of_a_later_format_is_refused(monkeypatch)
         manifest.decode(later, step=12, path="manifest.json")
 
 
+@pytest.mark.parametrize("name", ["../secret", "/etc", "a/../../b", "..", ".", "", "a\\..\\b"])
+def test_names_that_lead_outside_of_the_checkpoint_are_refused(name):
+    good = sample()
+    forged = [
+        dataclasses.replace(good, items={name: good.items["params"]}),
+        dataclasses.replace(good, items={"step": manifest.Item("json", file=name)}),
+        dataclasses.replace(good, files={name: manifest.File(3, 99)}),
+    ]
+    for each in forged:
+        with pytest.raises(CorruptCheckpointError, match="would lie outside of the checkpoint"):
+            manifest.decode(manifest.encode(each), step=12, path="manifest.json")
+
+
 @pytest.fixture
 def recorded(tmp_path):
     """A directory of files and a manifest that records them; `params/d/x` checks itself."""

@@ -189,7 +189,8 @@ class Read(NamedTuple):
     pieces: Sequence[Index] = ((),)
 
     def damaged(self, reason: object) -> DamagedArrayError:
-        return DamagedArrayError(self.item, self.spec.path, str(reason))
+        first_line = str(reason).partition("\n")[0]
+        return DamagedArrayError(self.item, self.spec.path, first_line.partition(" [")[0])  # not the whole spec
 
 
 def read(wanted: Sequence[Read]) -> list[list[Values]]:

@@ -76,7 +76,7 @@ class Store:
         return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
 
     def start(self, step: int, items: Mapping[str, Any], build_manifest: BuildManifest) -> None:
-        """Starts writing a step; a Snapshot is an item of arrays, anything else a function giving JSON."""
+        """Starts writing a step: `items` are Snapshots of arrays, and functions that give JSON values."""
         self._manager.reload()
         self._build_manifest = build_manifest
         arguments = {

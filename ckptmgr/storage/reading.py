@@ -50,9 +50,9 @@ def read_trees(
 
 def read_values(manifest: manifests.Manifest, directory: epath.Path, names: Iterable[str]) -> dict[str, Any]:
     """The JSON values among these items."""
-    chosen = {name: item for name in names if (item := manifest.items.get(name)) and item.kind == "json"}
+    chosen = {name: item for name in names if (item := manifest.items.get(name)) and item.kind != "arrays"}
     return {
-        name: items.from_json(json.loads((directory / name / item.file).read_bytes()))
+        name: items.from_json(item, json.loads((directory / name / item.file).read_bytes()))
         for name, item in chosen.items()
     }
 
