@@ -1,6 +1,6 @@
 """Checkpoints of JAX and optax training: saved whole, restored exactly, read by stock Orbax."""
 
-from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, SaveResult
+from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, SaveResult, VerifyReport
 from ckptmgr.difference import LeafDiff, StructureDiff
 from ckptmgr.errors import (
     CheckpointError,
@@ -39,6 +39,7 @@ __all__ = [
     "StructureMismatchError",
     "UnsafePickleError",
     "UnsupportedLeafError",
+    "VerifyReport",
     "at_steps",
     "best",
     "every_seconds",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
 from ckptmgr.structure import LeafSpec
@@ -50,6 +50,36 @@ class Checkpoint:
     """False when nothing was saved yet and these are the values given to `restore_or`."""
     skipped: Mapping[int, str] = _empty()
     """Newer steps that were passed over as damaged, and why."""
+
+
+class Damage(NamedTuple):
+    """One damaged place of a checkpoint: a file, or a leaf of the arrays."""
+
+    where: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What `verify` found; falsy if anything is damaged."""
+
+    step: int
+    damages: tuple[Damage, ...] = ()
+    unchecked: tuple[str, ...] = ()
+    """What has no checksum to be checked by: parts of a checkpoint of stock Orbax."""
+    files: int = 0
+    leaves: int = 0
+    nbytes: int = 0
+    """Bytes of the arrays that were read."""
+
+    def __bool__(self) -> bool:
+        return not self.damages
+
+    def __str__(self) -> str:
+        counted = f"step {self.step}: {self.files} files, {self.leaves} leaves, {self.nbytes} bytes of arrays"
+        if self:
+            return f"{counted}: whole" + "".join(f"\n  not checked: {what}" for what in self.unchecked)
+        return f"{counted}: damaged" + "".join(f"\n  {where}: {reason}" for where, reason in self.damages)
 
 
 class SaveResult:

@@ -17,13 +17,13 @@ from etils import epath
 from ckptmgr import catalog, difference, history, items, lifecycle, options, policy
 from ckptmgr import layout as layouts
 from ckptmgr import manifest as manifests
-from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, SaveResult
+from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.errors import (
     CheckpointExistsError,
     CorruptCheckpointError,
     SaveError,
 )
-from ckptmgr.storage import arrays, devices, orbax, reading
+from ckptmgr.storage import arrays, devices, orbax, reading, verifying
 
 _log = logging.getLogger("ckptmgr")
 
@@ -425,6 +425,25 @@ class CheckpointManager:
         """How the templates differ from a step; falsy if they do not."""
         self._catalog.require(_check_step(step))
         return items.compare(self._catalog.manifest(step), params, opt_state)
+
+    def verify(
+        self, step: int | None = None, *, on_progress: Callable[[int, int], object] | None = None
+    ) -> VerifyReport:
+        """Reads every file and every array of a step (default: the newest), whole but in bounded memory.
+
+        Args:
+          step: its number.
+          on_progress: called with the bytes of arrays read so far, and in all.
+        """
+        number = self.latest() if step is None else _check_step(step)
+        if number is None:
+            raise self._catalog.nothing_good({})
+        self._settle(number)
+        try:
+            manifest = self._catalog.manifest(number, fresh=True)
+        except CorruptCheckpointError as problem:
+            return VerifyReport(step=number, damages=(Damage(problem.path or "", str(problem)),))
+        return verifying.verify(manifest, self._catalog.path(number), on_progress)
 
     def delete(self, step: int) -> None:
         """Deletes a step, pinned or not."""

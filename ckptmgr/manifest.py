@@ -47,10 +47,11 @@ class Item:
 
     @property
     def nbytes(self) -> int:
-        return sum(_nbytes(leaf) for leaf in self.tree.leaves)
+        return sum(leaf_nbytes(leaf) for leaf in self.tree.leaves)
 
 
-def _nbytes(leaf: LeafSpec) -> int:
+def leaf_nbytes(leaf: LeafSpec) -> int:
+    """Bytes of one leaf before compression."""
     if leaf.kind == "key":  # the words of a key depend on its generator; threefry has two
         return math.prod(leaf.shape) * (16 if "rbg" in (leaf.impl or "") else 8)
     return math.prod(leaf.shape) * np.dtype(getattr(ml_dtypes, leaf.dtype, leaf.dtype)).itemsize

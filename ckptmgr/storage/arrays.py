@@ -210,8 +210,25 @@ def read(wanted: Sequence[Read]) -> list[list[Values]]:
     ]
 
 
+def opened(each: Read) -> Any:
+    """The opened array; raises DamagedArrayError."""
+    return _expected(each, each.opener.open(each.spec.name))
+
+
+def drain(each: Read, futures: Sequence[Any]) -> None:
+    """Waits for reads whose values are not wanted; raises DamagedArrayError."""
+    for future in futures:
+        _result(each, future)
+
+
 def _start(each: Read, future: Any) -> list[Any]:
-    """Starts the reads of an opened array, if it is the one the manifest speaks of."""
+    """Starts the reads of an opened array."""
+    array = _expected(each, future)
+    return [_at(array, index).read() for index in each.pieces]
+
+
+def _expected(each: Read, future: Any) -> Any:
+    """An opened array, if it is the one the manifest speaks of."""
     array, spec = _result(each, future), each.spec
     shape, dtype = tuple(array.shape), array.dtype.name
     if spec.kind == "key":
@@ -220,7 +237,7 @@ def _start(each: Read, future: Any) -> list[Any]:
         raise each.damaged(f"it is stored as {dtype}, not {spec.dtype}")
     if shape != spec.shape:
         raise each.damaged(f"it is stored with shape {shape}, not {spec.shape}")
-    return [_at(array, index).read() for index in each.pieces]
+    return array
 
 
 def _cut(each: Read, answer: Any) -> list[Values]:

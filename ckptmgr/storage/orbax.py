@@ -29,6 +29,9 @@ STEP_METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"
 METRICS, STEP = "metrics", "step"
 
+SIGNATURE = {"ckptmgr": {"format": manifests.FORMAT}}
+"""In Orbax's metadata of a step of ours: one that has it and no manifest has lost its manifest."""
+
 
 def json_file(item: str) -> str:
     """The file of an item that is a JSON value; Orbax reads metrics from a file of that name."""
@@ -85,7 +88,7 @@ class Store:
         }
         self._go.clear()  # a writer that starts while the caller is still in `save` only holds it up
         try:
-            self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+            self._manager.save(step, args=ocp.args.Composite(**arguments), force=True, custom_metadata=SIGNATURE)
         finally:
             self._go.set()
 

@@ -63,6 +63,10 @@ def read_values(manifest: manifests.Manifest, directory: epath.Path, names: Iter
 def read_stock(step: int, directory: epath.Path) -> manifests.Manifest:
     """The manifest of a checkpoint that has none, from Orbax's own files."""
     metadata = _json(directory / STEP_METADATA) or {}
+    if "ckptmgr" in (metadata.get("custom_metadata") or {}):
+        raise CorruptCheckpointError(
+            f"step {step}: {directory / manifests.NAME} is missing", step=step, path=manifests.NAME
+        )
     folders = [entry for entry in directory.iterdir() if entry.is_dir()]
     found = {folder.name: item for folder in folders if (item := _stock_item(step, folder)) is not None}
     nanoseconds = metadata.get("commit_timestamp_nsecs") or metadata.get("init_timestamp_nsecs") or 0
