@@ -2,7 +2,7 @@
 
     python docs/examples/schedule.py [DIRECTORY]
 
-Kill it at any time and run it again: it goes on from its newest checkpoint, and does not warm up twice.
+Stop it at any time and run it again: the warm-up is not warmed up twice.
 """
 
 import sys
@@ -14,41 +14,37 @@ from sklearn.datasets import load_diabetes
 
 import ckptmgr
 
-INPUTS, TARGETS = load_diabetes(return_X_y=True)
-SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, peak_value=2.0, warmup_steps=200, decay_steps=1000)
+DATA = load_diabetes()
+INPUTS, TARGETS = jnp.asarray(DATA.data, jnp.float32), jnp.asarray(DATA.target, jnp.float32)
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, peak_value=2.0, warmup_steps=100, decay_steps=400)
 OPTIMIZER = optax.adam(SCHEDULE)
-
-
-def loss_of(params):
-    return jnp.mean((INPUTS @ params["w"] + params["b"] - TARGETS) ** 2)
 
 
 @jax.jit
 def train_step(params, opt_state):
-    loss, gradient = jax.value_and_grad(loss_of)(params)
-    updates, opt_state = OPTIMIZER.update(gradient, opt_state)
-    return optax.apply_updates(params, updates), opt_state, loss
-
-
-def learning_rate(opt_state):
-    return float(SCHEDULE(optax.tree_utils.tree_get(opt_state, "ScaleByScheduleState").count))
+    loss = lambda params: jnp.mean((INPUTS @ params["w"] + params["b"] - TARGETS) ** 2)  # noqa: E731
+    updates, opt_state = OPTIMIZER.update(jax.grad(loss)(params), opt_state)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def train(directory, total_steps):
-    """Returns the final params and opt_state, and the losses of the steps that were done here."""
-    params, losses = {"w": jnp.zeros(10), "b": jnp.zeros(())}, {}
-    opt_state = OPTIMIZER.init(params)
-    with ckptmgr.CheckpointManager(directory, save_every=100, keep=3) as manager:
-        ckpt = manager.restore_or(step=0, params=params, opt_state=opt_state)
+    params = {"w": jnp.zeros(10), "b": jnp.zeros(())}
+    with ckptmgr.CheckpointManager(directory, save_every=50, keep=3) as manager:
+        ckpt = manager.restore_or(step=0, params=params, opt_state=OPTIMIZER.init(params))
         params, opt_state = ckpt.params, ckpt.opt_state
-        came_from = f"resumed from step {ckpt.step}" if ckpt.resumed else "started at step 0"
-        print(f"{came_from}; the next learning rate is {learning_rate(opt_state):.3f}")
+        position = int(optax.tree_utils.tree_get(opt_state, "count", filtering=_of_the_schedule))
+        print(f"at step {ckpt.step} the schedule gives {float(SCHEDULE(position)):.4f}")
         for step in range(ckpt.step + 1, total_steps + 1):
-            params, opt_state, losses[step] = train_step(params, opt_state)
+            params, opt_state = train_step(params, opt_state)
             manager.save(step, params, opt_state)
-    print(f"final loss {loss_of(params):.2f}")
-    return (params, opt_state), losses
+        manager.save(total_steps, params, opt_state, force=True, on_exists="skip")
+    return params, opt_state
+
+
+def _of_the_schedule(path, value):
+    """Adam counts steps too; the schedule's own counter is the one in ScaleByScheduleState."""
+    return any(getattr(key, "tuple_name", "") == "ScaleByScheduleState" for key in path)
 
 
 if __name__ == "__main__":
-    train(sys.argv[1] if len(sys.argv) > 1 else "runs/schedule", total_steps=1000)
+    train(*(sys.argv[1:] or ["runs/schedule"]), total_steps=400)
