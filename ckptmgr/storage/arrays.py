@@ -201,12 +201,11 @@ def read(wanted: Sequence[Read]) -> list[list[Values]]:
         for each, fast in zip(wanted, direct, strict=True)
     ]
     reading = [
-        [future] if fast else _start(each, future)
-        for each, fast, future in zip(wanted, direct, asked, strict=True)
+        [] if fast else _start(each, future) for each, fast, future in zip(wanted, direct, asked, strict=True)
     ]
     return [
-        _cut(each, _result(each, futures[0])) if fast else [_view(each, _result(each, each_)) for each_ in futures]
-        for each, fast, futures in zip(wanted, direct, reading, strict=True)
+        _cut(each, _result(each, future)) if fast else [_finished(each, *piece) for piece in pieces]
+        for each, fast, future, pieces in zip(wanted, direct, asked, reading, strict=True)
     ]
 
 
@@ -221,10 +220,17 @@ def drain(each: Read, futures: Sequence[Any]) -> None:
         _result(each, future)
 
 
-def _start(each: Read, future: Any) -> list[Any]:
-    """Starts the reads of an opened array."""
+def _start(each: Read, future: Any) -> list[tuple[Values, Any]]:
+    """Starts to read the pieces of an opened array, each into memory that JAX can take over as it is."""
     array = _expected(each, future)
-    return [_at(array, index).read() for index in each.pieces]
+    pieces = [_at(array, index) for index in each.pieces]
+    buffers = [chunks.aligned(piece.shape, array.dtype.numpy_dtype) for piece in pieces]
+    return [(buffer, ts.array(buffer).write(piece)) for buffer, piece in zip(buffers, pieces, strict=True)]
+
+
+def _finished(each: Read, buffer: Values, future: Any) -> Values:
+    _result(each, future)
+    return _view(each, buffer)
 
 
 def _expected(each: Read, future: Any) -> Any:

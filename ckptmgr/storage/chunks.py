@@ -28,6 +28,7 @@ BYTES_ALONE = frozenset({"uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "floa
 
 _PACKED = frozenset({"int2", "int4", "float4_e2m1fn"})  # TensorStore normalises their spare bits
 _DIRECT_BYTES = 1 << 20
+_ALIGNMENT = 64
 _RESIDUE = 0x48674BC7  # CRC-32C of anything followed by its own CRC-32C, little-endian
 
 
@@ -68,6 +69,14 @@ def chunk_shape(shape: Sequence[int], shard: Sequence[int], itemsize: int, chunk
 def whole(shape: Sequence[int]) -> tuple[int, ...]:
     """The chunk that holds all of an array."""
     return tuple(max(1, size) for size in shape)
+
+
+def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> Values:
+    """Memory for an array that begins where JAX wants it; from elsewhere it copies to the CPU's device."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return memory[first : first + nbytes].view(dtype).reshape(shape)
 
 
 def _next_smaller(size: int, *, sharded: bool) -> int:
