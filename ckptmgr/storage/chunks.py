@@ -28,6 +28,7 @@ BYTES_ALONE = frozenset({"uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "floa
 
 _PACKED = frozenset({"int2", "int4", "float4_e2m1fn"})  # TensorStore normalises their spare bits
 _DIRECT_BYTES = 1 << 20
+_SMALL_BYTES = 1 << 20  # smaller chunks cost more than they save
 _ALIGNMENT = 64
 _RESIDUE = 0x48674BC7  # CRC-32C of anything followed by its own CRC-32C, little-endian
 
@@ -53,8 +54,9 @@ class Stored:
 def chunk_shape(shape: Sequence[int], shard: Sequence[int], itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
     """The largest chunk of at most `chunk_bytes` that no two shards share, cut along the longest axes.
 
-    A chunk bounds what a restore onto another layout has to read; one that two processes share could
-    not be written by both.
+    A chunk is read whole, so it bounds what a restore onto another layout has to read: of an array in n
+    shards the axes that are not sharded are cut too, until one of n shards along them would read at
+    most twice what it needs. One that two processes share could not be written by both.
     """
     chunk = [max(1, size) for size in shard]
     while math.prod(chunk) * itemsize > chunk_bytes:
@@ -63,6 +65,10 @@ def chunk_shape(shape: Sequence[int], shard: Sequence[int], itemsize: int, chunk
             break
         _, axis = max(cuts)
         chunk[axis] = _next_smaller(chunk[axis], sharded=shard[axis] != shape[axis])
+    shards = math.prod(have // part for have, part in zip(shape, shard, strict=True) if part)
+    for axis, (have, part) in enumerate(zip(shape, shard, strict=True)):
+        while have == part and chunk[axis] * shards > 2 * have and math.prod(chunk) * itemsize > 2 * _SMALL_BYTES:
+            chunk[axis] = _next_smaller(chunk[axis], sharded=False)
     return tuple(chunk)
 
 

@@ -135,9 +135,17 @@ def test_chunks_are_bounded_and_never_shared_by_two_shards(shard, itemsize, chun
         assert part == whole or part % size == 0  # a sharded axis is cut where shards end
 
 
+def test_a_shard_along_an_axis_that_was_not_sharded_reads_at_most_twice_its_bytes():
+    gigabyte = (16384, 16384)
+    assert chunk_shape(gigabyte, (2048, 16384), 4, 64 * 2**20) == (2048, 4096)
+    assert chunk_shape(gigabyte, (16384, 2048), 4, 64 * 2**20) == (4096, 2048)
+    assert chunk_shape(gigabyte, (4096, 8192), 4, 64 * 2**20) == (4096, 4096)
+    assert chunk_shape((1024, 64), (128, 64), 4, 64 * 2**20) == (128, 64)  # small: left whole
+
+
 def test_a_chunk_is_as_large_as_it_may_be():
     assert chunk_shape((4096, 4096), (4096, 4096), 4, 64 * 2**20) == (4096, 4096)
-    assert chunk_shape((4096, 4096), (512, 4096), 4, 4 * 2**20) == (512, 2048)
+    assert chunk_shape((4096, 4096), (4096, 4096), 4, 4 * 2**20) == (1024, 1024)
     assert chunk_shape((), (), 4, 1) == ()
 
 
