@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
@@ -90,11 +90,13 @@ class SaveResult:
         step: int,
         reason: str,
         commit: concurrent.futures.Future[CheckpointInfo] | None = None,
+        acknowledge: Callable[[], None] = lambda: None,
     ) -> None:
         self.step = step
         self.reason = reason
         """Why the step was saved, or why it was not."""
         self._commit = commit
+        self._acknowledge = acknowledge
 
     def __bool__(self) -> bool:
         return self._commit is not None
@@ -117,9 +119,10 @@ class SaveResult:
             raise SaveError(f"step {self.step} was not saved: {self.reason}", step=self.step)
         try:
             return self._commit.result(timeout_s)
+        except SaveError:
+            self._acknowledge()
+            raise
         except concurrent.futures.TimeoutError:
-            if self._commit.done():  # the save itself failed with a TimeoutError
-                raise
             waiting_for = f"the save of step {self.step}"
             raise CheckpointTimeoutError(
                 f"{waiting_for} took longer than {timeout_s} s", waiting_for=waiting_for

@@ -159,7 +159,10 @@ class CheckpointManager:
             return manifests.encode(dataclasses.replace(described, files=files, metrics=metrics))
 
         self._catalog.forget(step)
-        store.start(step, written, build_manifest)
+        try:
+            store.start(step, written, build_manifest)
+        except OSError as problem:  # the step's directory could not be made, or a bounded wave not be written
+            raise SaveError(f"step {step} could not be saved: {problem}", step=step) from problem
         self._writing, self._last = step, CheckpointInfo(step=step, time=described.time)
         return self._follow(step, store, "forced" if force else "due")
 
@@ -221,7 +224,7 @@ class CheckpointManager:
 
         def finish() -> None:
             try:
-                store.wait()
+                store.wait(step)
                 info = self._history.glance(self._catalog.manifest(step))
             except BaseException as problem:  # raised again at the next call
                 self._last = None
@@ -239,7 +242,7 @@ class CheckpointManager:
         self._background.start(f"the save of step {step}", finish)
         if not self._options.asynchronous:
             self.wait()
-        return SaveResult(step, reason, commit)
+        return SaveResult(step, reason, commit, self._acknowledge)
 
     def _announce(self, info: CheckpointInfo) -> None:
         for callback in self._options.on_commit:
@@ -292,6 +295,10 @@ class CheckpointManager:
         """Waits for a step that is being written: to its caller it is there already."""
         if step == self._writing and not self._background.is_current():
             self.wait()
+
+    def _acknowledge(self) -> None:
+        """A failure that `SaveResult.result` has raised is not raised again."""
+        self._failure = None
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None

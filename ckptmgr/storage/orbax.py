@@ -7,6 +7,7 @@ metadata. Ours are the writers of the items, and the last act of a commit: the m
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import inspect
@@ -27,6 +28,7 @@ from ckptmgr.storage import arrays, files
 BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
 STEP_METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"
+_UNFINISHED = ".orbax-checkpoint-tmp"
 METRICS, STEP = "metrics", "step"
 
 SIGNATURE = {"ckptmgr": {"format": manifests.FORMAT}}
@@ -89,16 +91,27 @@ class Store:
         self._go.clear()  # a writer that starts while the caller is still in `save` only holds it up
         try:
             self._manager.save(step, args=ocp.args.Composite(**arguments), force=True, custom_metadata=SIGNATURE)
+        except BaseException:
+            self._recover(step)
+            raise
         finally:
             self._go.set()
 
-    def wait(self) -> None:
+    def wait(self, step: int) -> None:
         """Waits until the step is durable, or raises what stopped it."""
         try:
             self._manager.wait_until_finished()
         except BaseException:
-            self._manager = self._open()  # a manager whose commit failed keeps the failure
+            self._recover(step)
             raise
+
+    def _recover(self, step: int) -> None:
+        """Makes room again, and a new manager: one whose commit failed keeps the failure."""
+        self._manager = self._open()
+        unfinished = self._directory / f"{step}{_UNFINISHED}"
+        if unfinished.exists():
+            with contextlib.suppress(OSError):  # the failure that is on its way says more
+                unfinished.rmtree()
 
     def close(self) -> None:
         self._manager.close()

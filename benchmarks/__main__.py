@@ -1,0 +1,107 @@
+"""The command line: `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import budgets, fresh, machine, plan, report, workloads
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures, writes, and prints; 1 if a peer did not restore what it saved."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parse(given)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the data directory goes
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ckptmgr-benchmark-", dir=options.dir) as directory:
+        results = machine.occasion(given) | _measure(options, Path(directory))
+    (options.out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    text = report.text(results)
+    (options.out / "results.txt").write_text(text + "\n")
+    print(text)
+    if options.plots:
+        from benchmarks import plots
+
+        plots.draw(results, options.out)
+    print(f"written to {options.out}")
+    return 0 if _all_verified(results) else 1
+
+
+def _measure(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    facts = machine.facts(directory) | {"devices": fresh.call(machine.devices)}
+    run = plan.Run(options.sizes, directory, options.quick)
+    measured = {name: found for name in options.workloads if (found := run.workload(name))}
+    for found in measured.values():
+        report.add_ratios(found)
+    results = {
+        "quick": options.quick, "repeats": options.sizes.repeats,
+        "series_repeats": options.sizes.series_repeats, "machine": facts, "versions": machine.versions(),
+        "workloads": measured, "series": {name: run.series(name) for name in options.series},
+        "not_installed": run.not_installed, "skipped": run.skipped,
+    }  # fmt: skip
+    return results | {"budgets": budgets.check(results)}
+
+
+def _all_verified(results: Mapping[str, Any]) -> bool:
+    """Whether every peer restored the bits it saved; those that did not are named."""
+    measured = [*results["workloads"].values(), *results["series"].get("leaves", ()),
+                *results["series"].get("bytes", ())]  # fmt: skip
+    wrong = [name for found in measured for name, figures in found["peers"].items() if not figures["verified"]]
+    for name in wrong:
+        print(f"{name} DID NOT RESTORE WHAT IT SAVED", file=sys.stderr)
+    return not wrong
+
+
+# ---------------------------------------------------------------- options
+
+
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=_DESCRIPTION)
+    known = ",".join(workloads.all_workloads(quick=False))
+    series = ",".join(plan.SERIES)
+    parser.add_argument("--out", type=Path, default=Path("docs/performance"), help="where results and plots go")
+    parser.add_argument("--dir", type=Path, help="data is written to a temporary directory in it, then removed")
+    parser.add_argument("--workloads", type=_some_of(known), default=known, help=f"of {known}; default: all")
+    parser.add_argument("--series", type=_some_of(series), default=series, help=f"of {series}; default: all")
+    parser.add_argument("--repeats", type=_positive, help="of each measurement; default: 5, of a series 3")
+    parser.add_argument("--quick", action="store_true", help="runs everything on next to nothing, judges no times")
+    parser.add_argument("--no-plots", dest="plots", action="store_false")
+    options = parser.parse_args(given)
+    options.sizes = plan.sizes(quick=options.quick, repeats=options.repeats)
+    if options.plots and machine.is_missing("matplotlib"):
+        parser.error("the plots need matplotlib: pip install 'ckptmgr[bench]', or give --no-plots")
+    return options
+
+
+_DESCRIPTION = "Measures ckptmgr beside pickle, stock Orbax, safetensors and torch DCP."
+
+
+def _some_of(known: str) -> Any:
+    """Parses "a,b" into a list of known names; "none" is the empty list."""
+
+    def parse(text: str) -> list[str]:
+        names = [] if text == "none" else text.split(",")
+        unknown = sorted(set(names) - set(known.split(",")))
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: known are {known} and none")
+        return names
+
+    return parse
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

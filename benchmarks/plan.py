@@ -1,0 +1,154 @@
+"""What a run measures: the sizes of the full run and of the quick one, and the order."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import distributed, fresh, machine, measure, memory, peers, series, workloads
+from benchmarks.workloads import Workload
+
+SERIES = ("leaves", "bytes", "training", "opening", "shards", "processes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of everything; these are the full run's, `QUICK` runs the same code on next to nothing."""
+
+    repeats: int = 5
+    series_repeats: int = 3
+    leaves: tuple[int, ...] = (30, 100, 300, 1_000, 3_000, 10_000)
+    leaves_bytes: int = 25 * 10**6
+    bytes: tuple[int, ...] = (10**6, 4 * 10**6, 16 * 10**6, 64 * 10**6, 256 * 10**6, 10**9, 2 * 10**9)
+    bytes_leaves: int = 30
+    training: tuple[int, int, int] = (1024, 256, 100)  # width, rows, save_every
+    training_turns: int = 12
+    steps: int = 2_000
+    shards: tuple[int, int, int] = (8, 8192, 4096)  # count, rows, columns
+    processes: tuple[int, ...] = (1, 2, 4)
+    process_rows: int = 1024  # 67 MB in all
+    group_timeout_s: float = 180
+
+
+QUICK = Sizes(
+    repeats=1, series_repeats=1, leaves=(30, 60), leaves_bytes=10**5, bytes=(10**5, 10**6),
+    training=(32, 8, 20), training_turns=2, steps=20, shards=(4, 64, 64), processes=(1, 2), process_rows=8,
+    group_timeout_s=25,
+)  # fmt: skip
+
+
+def sizes(*, quick: bool, repeats: int | None) -> Sizes:
+    """`repeats` is for workloads and series alike, the turns of training excepted."""
+    chosen = QUICK if quick else Sizes()
+    return chosen if repeats is None else dataclasses.replace(chosen, repeats=repeats, series_repeats=repeats)
+
+
+class Run:
+    """Measures in fresh processes, with all data below one directory; says on stderr what it is at."""
+
+    def __init__(self, sizes: Sizes, directory: Path, quick: bool) -> None:
+        self._sizes, self._directory = sizes, directory
+        self._known = workloads.all_workloads(quick)
+        self.not_installed = {name: package for name in peers.ALL if (package := peers.missing(name))}
+        self._peers = [name for name in peers.ALL if name not in self.not_installed]
+        self.skipped: dict[str, str] = {}
+
+    def workload(self, name: str) -> dict[str, Any] | None:
+        """Times and memory of every peer on one workload; None if the machine is too small."""
+        workload = self._known[name]
+        found = self._times(workload, self._sizes.repeats)
+        if found is not None:
+            found = {"title": workload.title, "devices": workload.devices} | found
+        self._clean()
+        return found
+
+    def series(self, name: str) -> Any:
+        runs: dict[str, Callable[[], Any]] = {
+            "leaves": self._leaves, "bytes": self._bytes, "training": self._training,
+            "opening": self._opening, "shards": self._shards, "processes": self._processes,
+        }  # fmt: skip
+        _say(f"series: {name}")
+        found = runs[name]()
+        self._clean()
+        return found
+
+    # ------------------------------------------------------------ workloads
+
+    def _times(self, workload: Workload, repeats: int, *, with_memory: bool = True) -> dict[str, Any] | None:
+        too_small = _too_small(workload, self._directory)
+        if too_small:
+            _say(f"{workload.title}: skipped, {too_small}")
+            self.skipped[workload.title] = too_small
+            return None
+        _say(f"{workload.title}: times")
+        args = (workload, self._peers, repeats, self._directory)
+        found = fresh.call(measure.times, *args, devices=workload.devices)
+        if with_memory:
+            _say(f"{workload.title}: memory")
+            for name, figures in found["peers"].items():
+                figures |= self._memory(workload, name)
+        return found
+
+    def _memory(self, workload: Workload, name: str) -> dict[str, int]:
+        scratch = self._directory / "scratch" / name
+        return fresh.call(memory.peaks, workload, name, self._directory / name, scratch, devices=workload.devices)
+
+    def _clean(self) -> None:
+        for entry in self._directory.iterdir():
+            shutil.rmtree(entry)
+
+    # ------------------------------------------------------------ series
+
+    def _points(self, chosen: Sequence[Workload]) -> list[dict[str, Any]]:
+        points = []
+        for workload in chosen:
+            found = self._times(workload, self._sizes.series_repeats, with_memory=False)
+            points += [] if found is None else [found]
+            self._clean()
+        return points
+
+    def _leaves(self) -> list[dict[str, Any]]:
+        return self._points([workloads.uniform(count, self._sizes.leaves_bytes) for count in self._sizes.leaves])
+
+    def _bytes(self) -> list[dict[str, Any]]:
+        return self._points([workloads.uniform(self._sizes.bytes_leaves, size) for size in self._sizes.bytes])
+
+    def _training(self) -> dict[str, Any]:
+        names, sizes = ("ckptmgr", "orbax", "pickle-fsync"), self._sizes
+        return fresh.call(series.training, names, *sizes.training, sizes.training_turns, self._directory)
+
+    def _opening(self) -> dict[str, Any]:
+        return fresh.call(series.opening, self._sizes.steps, self._sizes.series_repeats, self._directory)
+
+    def _shards(self) -> dict[str, Any]:
+        return distributed.shards(_BOTH, *self._sizes.shards, self._sizes.group_timeout_s, self._directory)
+
+    def _processes(self) -> dict[str, Any]:
+        sizes = self._sizes
+        return distributed.processes(
+            _BOTH, sizes.processes, sizes.process_rows, sizes.series_repeats, sizes.group_timeout_s,
+            self._directory,
+        )  # fmt: skip
+
+
+_BOTH = ("ckptmgr", "orbax")  # the peers that know several processes, and a part of an array
+
+
+def _too_small(workload: Workload, directory: Path) -> str | None:
+    """Why this machine cannot measure the workload; None if it can."""
+    # The reference, a copy of it, what is restored, and what a peer copies, twice; each peer's checkpoint, the
+    # one that replaces it, and the raw file.
+    memory_bytes, disk_bytes = 6 * workload.nbytes, (len(peers.ALL) + 3) * workload.nbytes
+    if machine.available_bytes() < memory_bytes:
+        return f"it takes {workloads.spell_bytes(memory_bytes)} of memory"
+    if shutil.disk_usage(directory).free < disk_bytes:
+        return f"it takes {workloads.spell_bytes(disk_bytes)} of disk"
+    return None
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)

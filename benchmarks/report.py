@@ -1,0 +1,200 @@
+"""The results as tables for a terminal, and the ratios that go into the JSON file beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks import peers
+from benchmarks.measure import TIMES
+from benchmarks.workloads import spell_bytes
+
+Results = Mapping[str, Any]
+BASES = {"pickle-fsync": "pickle + fsync", "orbax": "stock Orbax"}
+
+
+def add_ratios(found: dict[str, Any]) -> None:
+    """Gives each peer of a workload its times over those of pickle and of stock Orbax, medians over medians."""
+    for figures in found["peers"].values():
+        figures["ratios"] = {
+            base: {time: figures[time]["median"] / found["peers"][base][time]["median"] for time in TIMES}
+            for base in BASES
+        }
+
+
+def text(results: Results) -> str:
+    """Everything that was measured, for a terminal of some 110 columns."""
+    return "\n".join(line for part in _parts(results) for line in [*part, ""])
+
+
+def _parts(results: Results) -> Iterator[list[str]]:
+    yield _occasion(results)
+    for found in results["workloads"].values():
+        yield _workload(found)
+    series = results["series"]
+    for name, heading in (("leaves", "cost against leaves"), ("bytes", "cost against bytes")):
+        if series.get(name):
+            yield _growth(heading, series[name])
+    for name, write in (
+        ("training", _training), ("opening", _opening), ("shards", _shards), ("processes", _processes)
+    ):  # fmt: skip
+        if name in series:
+            yield write(series[name])
+    if results["budgets"]:
+        yield _budgets(results["budgets"])
+    yield _remarks(results)
+
+
+def _occasion(results: Results) -> list[str]:
+    machine, versions = results["machine"], results["versions"]
+    return [
+        f"{results['command']}   {results['date']}   commit {results['commit'][:10]}{results['commit'][40:]}",
+        f"{machine['cpu']}, {machine['cores']} cores, {spell_bytes(machine['memory_bytes'])}, "
+        f"{machine['kernel']}, {machine['file_system']}, JAX on {machine['devices']}",
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+    ]
+
+
+# ---------------------------------------------------------------- one workload
+
+
+def _workload(found: Results) -> list[str]:
+    times = [
+        [_title(name), *(_spread(figures[time]) for time in TIMES), "yes" if figures["verified"] else "NO"]
+        for name, figures in found["peers"].items()
+    ]
+    header = ["seconds: median (min - max)", "blocked in save", "until durable", "restore", "bits verified"]
+    return [_heading(found["title"]), *_table(header, times), _ceilings(found["ceilings"]), "", *_space(found)]
+
+
+def _space(found: Results) -> list[str]:
+    header = ["", "x pickle + fsync", "x stock Orbax", "on disk", "files", "memory: save", "restore"]
+    rows = [
+        [
+            _title(name),
+            *(" / ".join(_short(figures["ratios"][base][time]) for time in TIMES) for base in BASES),
+            spell_bytes(figures["disk_bytes"]),
+            str(figures["files"]),
+            *(spell_bytes(figures[peak]) for peak in ("save_peak_bytes", "restore_peak_bytes")),
+        ]
+        for name, figures in found["peers"].items()
+    ]
+    remark = "ratios are blocked / durable / restore; memory is the peak above the job's own"
+    return [*_table(header, rows), remark]
+
+
+def _ceilings(found: Results) -> str:
+    words = {"raw_write_s": "raw write + fsync", "raw_read_s": "raw read()", "device_get_s": "jax.device_get"}
+    return "ceilings: " + ", ".join(f"{words[name]} {_spread(found[name])}" for name in words)
+
+
+# ---------------------------------------------------------------- series
+
+
+def _growth(heading: str, points: Sequence[Results]) -> list[str]:
+    rows = [
+        [f"{point['leaves']:,}", spell_bytes(point["nbytes"]), _title(name),
+         *(_short(figures[time]["median"]) for time in TIMES)]
+        for point in points
+        for name, figures in point["peers"].items()
+    ]  # fmt: skip
+    header = ["leaves", "bytes", "", "blocked s", "durable s", "restore s"]
+    return [_heading(heading), *_table(header, rows, left=3)]
+
+
+def _training(found: Results) -> list[str]:
+    rows = [
+        [_title(name), _spread(speed), f"{found['slowdown'].get(name, 0):.1%}"]
+        for name, speed in found["steps_per_s"].items()
+    ]
+    heading = f"training that saves {spell_bytes(found['nbytes'])} every {found['save_every']} steps"
+    return [_heading(heading), *_table(["", "steps/s", "slower, quietest turns"], rows)]
+
+
+def _opening(found: Results) -> list[str]:
+    rows = [
+        [_title(name), _spread(figures["open_s"]), _spread(figures["first_save_blocked_s"])]
+        for name, figures in found["peers"].items()
+    ]
+    header = ["seconds", "open, list", "blocked in the first save"]
+    return [_heading(f"opening a directory of {found['steps']:,} steps"), *_table(header, rows)]
+
+
+def _shards(found: Results) -> list[str]:
+    rows = [
+        [_title(name), spell_bytes(figures["chunk_bytes"]),
+         *(_ratio_or_reason(figures[axis]) for axis in ("saved_axis", "other_axis"))]
+        for name, figures in found["peers"].items()
+    ]  # fmt: skip
+    heading = f"restoring one shard of {found['count']} ({spell_bytes(found['shard_bytes'])}): bytes read / needed"
+    return [_heading(heading), *_table(["", "chunk", "along the saved axis", "along the other"], rows)]
+
+
+def _processes(found: Results) -> list[str]:
+    rows = [
+        [_title(name), count, *(_short(figures[time]["median"]) for time in TIMES), ""]
+        if figures["supported"]
+        else [_title(name), count, "-", "-", "-", f"not supported yet: {figures['reason'][:60]}"]
+        for name, by_count in found["peers"].items()
+        for count, figures in by_count.items()
+    ]
+    header = ["", "processes", "blocked s", "durable s", "restore s", ""]
+    return [_heading(f"several processes, {spell_bytes(found['nbytes'])}"), *_table(header, rows)]
+
+
+# ---------------------------------------------------------------- budgets and remarks
+
+
+def _budgets(budgets: Sequence[Results]) -> list[str]:
+    verdict = {True: "met", False: "MISSED", None: "not judged"}
+    rows = [
+        [row["where"], row["what"], _short(row["limit"]), _short(row["measured"]), verdict[row["met"]]]
+        for row in budgets
+    ]
+    return [_heading("budgets"), *_table(["", "", "at most", "measured", ""], rows, left=2)]
+
+
+def _remarks(results: Results) -> list[str]:
+    return [
+        *(f"{peers.ALL[name].title}: {peers.ALL[name].note}" for name in peers.ALL),
+        *(f"{peers.ALL[name].title} was not measured: {package} is not installed"
+          for name, package in results["not_installed"].items()),
+        *(f"{name} was skipped: {why}" for name, why in results["skipped"].items()),
+        "Reads come from the page cache: what is restored was written just before.",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- words and columns
+
+
+def _title(name: str) -> str:
+    return peers.ALL[name].title if name in peers.ALL else name
+
+
+def _heading(words: str) -> str:
+    return f"== {words} "
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _spread(found: Mapping[str, float]) -> str:
+    return f"{_short(found['median'])} ({_short(found['min'])} - {_short(found['max'])})"
+
+
+def _ratio_or_reason(found: Mapping[str, Any]) -> str:
+    return _short(found["ratio"]) if found["supported"] else f"not supported yet: {found['reason'][:40]}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Columns as wide as they need; the first `left` are aligned to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
