@@ -23,7 +23,7 @@ from ckptmgr.errors import (
     CorruptCheckpointError,
     SaveError,
 )
-from ckptmgr.storage import arrays, devices, orbax, reading, verifying
+from ckptmgr.storage import orbax, reading, verifying, writing
 
 _log = logging.getLogger("ckptmgr")
 
@@ -82,7 +82,7 @@ class CheckpointManager:
         self._catalog = catalog.Catalog(self._directory, reading.read_stock)
         self._history = history.History(self._catalog, self._options.keep)
         self._composer = items.Composer()
-        self._planner = devices.Planner(self._options.chunk_bytes)
+        self._copier = writing.Copier(self._options)
         self._background = lifecycle.Background()
         self._failure: SaveError | None = None
         self._last: CheckpointInfo | None = None
@@ -145,25 +145,13 @@ class CheckpointManager:
             raise ValueError("save needs params, or an opt_state that holds them")
         composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
         self._wait_for_last_save()
-        written = self._copy(composed)
-        described = manifests.Manifest(
-            step=step,
-            time=self._options.clock(),
-            items={name: self._describe(name, item, written[name]) for name, item in composed.items()},
-            metadata=self._options.metadata,
-            versions=manifests.versions(),
-        )
-
-        def build_manifest(files: Mapping[str, manifests.File]) -> bytes:
-            metrics = written[items.METRICS]()
-            return manifests.encode(dataclasses.replace(described, files=files, metrics=metrics))
-
+        copied = self._copier.copy(step, self._options.clock(), composed)
         self._catalog.forget(step)
         try:
-            store.start(step, written, build_manifest)
+            store.start(step, copied.contents, copied.build_manifest)
         except OSError as problem:  # the step's directory could not be made, or a bounded wave not be written
             raise SaveError(f"step {step} could not be saved: {problem}", step=step) from problem
-        self._writing, self._last = step, CheckpointInfo(step=step, time=described.time)
+        self._writing, self._last = step, CheckpointInfo(step=step, time=copied.manifest.time)
         return self._follow(step, store, "forced" if force else "due")
 
     def _last_save(self) -> policy.Record | None:
@@ -195,28 +183,6 @@ class CheckpointManager:
             f'step {step} is already in {self._directory}; on_exists="replace" replaces it, "skip" keeps it',
             step=step,
         )
-
-    def _copy(self, composed: Mapping[str, items.Tree | items.Value]) -> dict[str, Any]:
-        """Copies every item to the host before any writer starts: a writer would slow the copies down."""
-        trees = {name: item for name, item in composed.items() if isinstance(item, items.Tree)}
-        bound = self._options.max_host_bytes
-        copies = {
-            name: arrays.Snapshot(
-                self._planner.plan(name, tree.spec, tree.leaves), tree.leaves, bound and bound // len(trees)
-            )
-            for name, tree in trees.items()
-        }
-        for snapshot in copies.values():
-            snapshot.start()
-        for snapshot in copies.values():
-            snapshot.collect()
-        values = {name: item.get for name, item in composed.items() if isinstance(item, items.Value)}
-        return {**copies, **values}
-
-    def _describe(self, name: str, item: items.Tree | items.Value, written: Any) -> manifests.Item:
-        if isinstance(item, items.Value):
-            return manifests.Item(item.kind, file=orbax.json_file(name))
-        return manifests.Item("arrays", written.plan.tree, compression=self._options.compression)
 
     def _follow(self, step: int, store: orbax.Store, reason: str) -> SaveResult:
         """Waits beside the caller until the step is durable, then does what follows from it."""
