@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PEERS = {"ckptmgr", "stock Orbax", "pickle", "pickle + fsync", "safetensors"}  # torch only where it is installed
+PEERS = {"ckptmgr", "orbax", "pickle", "pickle-fsync", "safetensors"}  # torch only where it is installed
 
 
 @pytest.fixture(scope="module")
