@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(given)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the data directory goes
     options.out.mkdir(parents=True, exist_ok=True)
+    occasion = machine.occasion(given)
     with tempfile.TemporaryDirectory(prefix="ckptmgr-benchmark-", dir=options.dir) as directory:
-        results = machine.occasion(given) | _measure(options, Path(directory))
-    (options.out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    text = report.text(results)
-    (options.out / "results.txt").write_text(text + "\n")
+        for results in _measure(options, Path(directory)):
+            results = occasion | results | {"budgets": budgets.check(results)}
+            text = report.text(results)
+            (options.out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+            (options.out / "results.txt").write_text(text + "\n")
     print(text)
     if options.plots:
         from benchmarks import plots
@@ -34,19 +36,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if _all_verified(results) else 1
 
 
-def _measure(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, Any]]:
+    """What is known after each part of the run: one that is stopped has not run for nothing."""
     facts = machine.facts(directory) | {"devices": fresh.call(machine.devices)}
     run = plan.Run(options.sizes, directory, options.quick)
-    measured = {name: found for name in options.workloads if (found := run.workload(name))}
-    for found in measured.values():
-        report.add_ratios(found)
-    results = {
+    results: dict[str, Any] = {
         "quick": options.quick, "repeats": options.sizes.repeats,
         "series_repeats": options.sizes.series_repeats, "machine": facts, "versions": machine.versions(),
-        "workloads": measured, "series": {name: run.series(name) for name in options.series},
-        "not_installed": run.not_installed, "skipped": run.skipped,
+        "workloads": {}, "series": {}, "not_installed": run.not_installed, "skipped": run.skipped,
     }  # fmt: skip
-    return results | {"budgets": budgets.check(results)}
+    for name in options.workloads:
+        if found := run.workload(name):
+            report.add_ratios(found)
+            results["workloads"][name] = found
+        yield results
+    for name in options.series:
+        results["series"][name] = run.series(name)
+        yield results
 
 
 def _all_verified(results: Mapping[str, Any]) -> bool:

@@ -13,16 +13,21 @@ Results = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """A ratio, or a fraction, that is not to be above `limit`."""
+    """A ratio, or a fraction, that is not to be above `limit`; it is known to within `uncertainty`."""
 
     where: str
     what: str
     limit: float
     measured: float
+    uncertainty: float = 0.0
 
     def row(self, judged: bool) -> dict[str, Any]:
-        """With the verdict; None where nothing is judged: a quick run measures start-up costs."""
-        return dataclasses.asdict(self) | {"met": self.measured <= self.limit if judged else None}
+        """With the verdict; None if the limit lies within the uncertainty, or if nothing is judged.
+
+        A quick run is not judged: it measures start-up costs.
+        """
+        is_clear = abs(self.measured - self.limit) >= self.uncertainty
+        return dataclasses.asdict(self) | {"met": self.measured <= self.limit if judged and is_clear else None}
 
 
 def check(results: Results) -> list[dict[str, Any]]:
@@ -102,8 +107,10 @@ def _training(results: Results) -> list[Budget]:
     found = results["series"].get("training")
     if found is None:
         return []
-    what = f"slower when it saves every {found['save_every']} steps, quietest of each"
-    return [Budget("training", what, 0.035, found["slowdown"]["ckptmgr"])]
+    slowdown = found["slowdown"]["ckptmgr"]
+    within = 2 * slowdown["standard_error"]
+    what = f"slower when it saves every {found['save_every']} steps, known to within {within:.2g}"
+    return [Budget("training", what, 0.035, slowdown["mean"], within)]
 
 
 def _opening(results: Results) -> list[Budget]:

@@ -156,7 +156,8 @@ def _training(found: Mapping[str, Any]) -> Any:
         colour, hatch, _ = _STYLES.get(name, ("#999999", "", "o"))
         spread = [[speed["median"] - speed["min"]], [speed["max"] - speed["median"]]]
         panel.barh(i, speed["median"], xerr=spread, color=colour, hatch=hatch, edgecolor="black", linewidth=0.5)
-    names = [peers.ALL[name].title if name in peers.ALL else "never saves" for name in found["steps_per_s"]]
+    words = {"never": "never saves", "control": "never saves, again"}
+    names = [words.get(name) or peers.ALL[name].title for name in found["steps_per_s"]]
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
     panel.set(xlabel="steps per second", title=f"saving every {found['save_every']} steps")

@@ -1,17 +1,20 @@
 """Where the time of a save and a restore goes, line by line: `python -m benchmarks.profiling [many] [repeats]`.
 
-Looks at every thread every millisecond, for stock Orbax and for ckptmgr, and prints the lines they were
-seen at most often: the innermost Python line, so that a line that calls into JAX or TensorStore stands
-for what these do. A share is of the wall time, and a thread that only waits is not counted.
+py-spy looks at a process that saves and restores from outside, so that a line that lets go of the
+interpreter's lock is not seen more often than one that holds it. The line is the innermost one of
+Python: one that calls into JAX or TensorStore stands for what these do. A share is of the wall time
+of all saves, or restores; a thread that only waits is not counted, and two may be busy at once.
 """
 
 from __future__ import annotations
 
 import collections
+import json
 import linecache
+import re
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,67 +24,91 @@ import jax
 from benchmarks import peers, workloads
 
 ROWS = 8
-IDLE = {"wait", "_wait_for_tstate_lock", "select", "acquire", "_worker", "join", "sample", "_recv", "read"}
+LOOKS_PER_S = 100
+IDLE = ("_worker", "select", "wait", "_wait_for_tstate_lock")
+COMPARED = {"orbax": peers.Orbax, "ckptmgr": peers.Ckptmgr}
 
 
-class Sampler:
-    """Counts the lines at which any thread is seen while a call runs."""
-
-    def __init__(self) -> None:
-        self.seen: collections.Counter[tuple[str, int, str]] = collections.Counter()
-        self.moments = 0
-        self._done = threading.Event()
-
-    def sample(self) -> None:
-        while not self._done.wait(0.001):
-            self.moments += 1
-            for frame in sys._current_frames().values():
-                code = frame.f_code
-                if code.co_name not in IDLE and code.co_filename != __file__:
-                    self.seen[(code.co_filename, frame.f_lineno, code.co_name)] += 1
-
-    def run(self, call: Callable[[], object]) -> float:
-        thread = threading.Thread(target=self.sample)
-        thread.start()
-        started = time.perf_counter()
-        call()
-        took = time.perf_counter() - started
-        self._done.set()
-        thread.join()
-        self._done.clear()
-        return took
-
-
-def show(what: str, sampler: Sampler, took: list[float]) -> None:
-    print(f"\n{what}: {sorted(took)[len(took) // 2]:.3f} s while being watched (median of {len(took)})")
-    for (file, line, function), count in sampler.seen.most_common(ROWS):
-        place = "/".join(Path(file).parts[-2:])
-        source = linecache.getline(file, line).strip()
-        print(f"  {count / max(1, sampler.moments):6.1%}  {place}:{line} in {function}: {source[:70]}")
-
-
-def main(name: str = "many", repeats: str = "5") -> None:
-    workload = workloads.all_workloads(quick=False)[name]
-    state = workloads.build(workload)
-    print(f"{workload.title}: lines seen most often")
-    for kind in (peers.Orbax, peers.Ckptmgr):
+def main(name: str = "many", repeats: str = "10") -> None:
+    print(
+        f"{workloads.all_workloads(quick=False)[name].title}: the lines seen most often, of {repeats} repetitions"
+    )
+    for peer, kind in COMPARED.items():
         with tempfile.TemporaryDirectory() as directory:
-            watch(kind(Path(directory)), state, int(repeats))
+            show(kind.title, *look(["--watched", peer, name, repeats, directory], Path(directory, "seen.txt")))
 
 
-def watch(peer: peers.Peer, state: workloads.State, repeats: int) -> None:
-    saving, restoring = Sampler(), Sampler()
-    save_s, restore_s = [], []
-    peer.save(state)  # the first save of a process pays for what later ones find made
-    peer.wait()
-    for _ in range(repeats):
-        fresh = workloads.copy(state)
-        save_s.append(saving.run(lambda fresh=fresh: (peer.save(fresh), peer.wait())))
-        restore_s.append(restoring.run(lambda: jax.block_until_ready(peer.restore(state))))
-    peer.close()
-    show(f"{peer.title}, save until durable", saving, save_s)
-    show(f"{peer.title}, restore", restoring, restore_s)
+def look(arguments: list[str], seen: Path) -> tuple[dict[str, list[float]], list[str]]:
+    """The seconds that each save and restore took, and all stacks: frames, and how often they were seen."""
+    watched = [sys.executable, "-m", "benchmarks.profiling", *arguments]
+    options = [
+        "--rate",
+        str(LOOKS_PER_S),
+        "--nonblocking",
+        "--full-filenames",
+        "--format",
+        "raw",
+        "--output",
+        seen,
+    ]
+    done = subprocess.run(["py-spy", "record", *options, "--", *watched], stdout=subprocess.PIPE, text=True)
+    answer = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
+    if answer is None:
+        raise SystemExit("the process that was to be watched failed")
+    return json.loads(answer), seen.read_text().splitlines()
+
+
+def show(title: str, seconds: dict[str, list[float]], stacks: list[str]) -> None:
+    for what, took in seconds.items():
+        lines: collections.Counter[str] = collections.Counter()
+        for stack in stacks:
+            frames, _, count = stack.rpartition(" ")
+            innermost = frames.rpartition(";")[2]
+            in_background = what == "save" and "_bootstrap_inner (" in frames
+            is_idle = innermost.partition(" ")[0].endswith(IDLE)
+            if not is_idle and (in_background or re.search(rf"\b{what} \([^;]*profiling\.py", frames)):
+                lines[innermost] += int(count)
+        print(f"\n{title}, {what}: {sorted(took)[len(took) // 2]:.3f} s (median)")
+        for line, count in lines.most_common(ROWS):
+            print(f"  {count / LOOKS_PER_S / sum(took):6.1%}  {spell(line)}")
+
+
+def spell(frame: str) -> str:
+    """`function (/path/file.py:12)` with the end of the path, and the line itself."""
+    function, _, place = frame.rstrip(")").rpartition(" (")
+    file, _, line = place.rpartition(":")
+    source = linecache.getline(file, int(line)).strip()
+    return f"{'/'.join(Path(file).parts[-2:])}:{line} in {function}: {source[:70]}"
+
+
+# ---------------------------------------------------------------- the process that is watched
+
+
+def watched(peer: str, name: str, repeats: str, directory: str) -> None:
+    state = workloads.build(workloads.all_workloads(quick=False)[name])
+    opened = COMPARED[peer](Path(directory))
+
+    def save(fresh: workloads.State) -> None:
+        opened.save(fresh)
+        opened.wait()
+
+    def restore(template: workloads.State) -> None:
+        jax.block_until_ready(opened.restore(template))
+
+    saved = [seconds(save, workloads.copy(state)) for _ in range(int(repeats))]
+    restored = [seconds(restore, state) for _ in range(int(repeats))]
+    opened.close()
+    print(json.dumps({"save": saved, "restore": restored}), flush=True)
+
+
+def seconds(call: Callable[[workloads.State], None], state: workloads.State) -> float:
+    started = time.perf_counter()
+    call(state)
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:2] == ["--watched"]:
+        watched(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])

@@ -104,11 +104,11 @@ def _growth(heading: str, points: Sequence[Results]) -> list[str]:
 
 def _training(found: Results) -> list[str]:
     rows = [
-        [_title(name), _spread(speed), f"{found['slowdown'].get(name, 0):.1%}"]
+        [_title(name), _spread(speed), _percent(found["slowdown"].get(name))]
         for name, speed in found["steps_per_s"].items()
     ]
     heading = f"training that saves {spell_bytes(found['nbytes'])} every {found['save_every']} steps"
-    return [_heading(heading), *_table(["", "steps/s", "slower, quietest turns"], rows)]
+    return [_heading(heading), *_table(["", "steps/s", "slower: mean, standard error"], rows)]
 
 
 def _opening(found: Results) -> list[str]:
@@ -181,6 +181,10 @@ def _short(value: float) -> str:
 
 def _spread(found: Mapping[str, float]) -> str:
     return f"{_short(found['median'])} ({_short(found['min'])} - {_short(found['max'])})"
+
+
+def _percent(found: Mapping[str, float] | None) -> str:
+    return "{mean:.1%} +- {standard_error:.1%}".format(**found) if found else ""
 
 
 def _ratio_or_reason(found: Mapping[str, Any]) -> str:

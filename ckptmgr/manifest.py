@@ -54,7 +54,12 @@ def leaf_nbytes(leaf: LeafSpec) -> int:
     """Bytes of one leaf before compression."""
     if leaf.kind == "key":  # the words of a key depend on its generator; threefry has two
         return math.prod(leaf.shape) * (16 if "rbg" in (leaf.impl or "") else 8)
-    return math.prod(leaf.shape) * np.dtype(getattr(ml_dtypes, leaf.dtype, leaf.dtype)).itemsize
+    return math.prod(leaf.shape) * _itemsize(leaf.dtype)
+
+
+@functools.cache
+def _itemsize(dtype: str) -> int:
+    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
 
 
 @dataclasses.dataclass(frozen=True)

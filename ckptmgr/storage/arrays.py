@@ -10,13 +10,14 @@ stored inside a node (`max_inline_value_bytes`), so that it is covered too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorstore as ts
 from etils import epath
 
-from ckptmgr.storage import chunks, devices, files, stock
+from ckptmgr.storage import chunks, devices, files
 from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values
 from ckptmgr.storage.devices import Part, Plan
 from ckptmgr.structure import LeafSpec
@@ -36,10 +37,6 @@ class DamagedArrayError(Exception):
 def _database(directory: epath.Path) -> dict[str, Any]:
     path = str(directory)
     return {"driver": "ocdbt", "base": path if "://" in path else f"file://{path}/"}
-
-
-def _prefix(name: str) -> str:
-    return f"{name}/" if name else ""
 
 
 # ---------------------------------------------------------------- writing
@@ -88,24 +85,20 @@ def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | Non
     """Writes what has been copied, in one transaction, and lets go of it."""
     if not snapshot.copied:
         return
+    plan = snapshot.plan
     transaction, context = ts.Transaction(atomic=True), ts.Context()
     database = {**_database(directory), "config": {"max_inline_value_bytes": _INLINE_BYTES}}
     store = ts.KvStore.open(database, context=context).result().with_transaction(transaction)
-    opened = []
-    for place, parts in snapshot.copied:
-        stored, prefix = snapshot.plan.stored[place], _prefix(snapshot.plan.tree.leaves[place].name)
-        if compression is None and stored.is_direct():
-            store.write(f"{prefix}zarr.json", chunks.zarr_json(stored, None))
-            for index, part in parts:
-                for name, data in chunks.encoded(part, index, stored.chunks):
-                    store.write(prefix + name, data)
-            parts.clear()  # the transaction has a copy of its own
-        else:
-            opened.append((_create(store / prefix, stored, compression, context), parts))
+    with _ENCODING:
+        for key, data in _encoded(snapshot) if compression is None else ():
+            store[key] = data
+    opened = [
+        (_create(store / plan.prefixes[place], plan.stored[place], compression, context), parts)
+        for place, parts in snapshot.copied
+        if parts
+    ]
     copied = [
-        (array.result()[index] if index else array.result()).write(
-            part, can_reference_source_data_indefinitely=True
-        )
+        _at(array.result(), index).write(part, can_reference_source_data_indefinitely=True)
         for array, parts in opened
         for index, part in parts
         if part.size
@@ -116,14 +109,30 @@ def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | Non
     snapshot.copied = []
 
 
+_ENCODING = threading.Lock()
+"""Held by the item that is being encoded: threads that all run Python only take turns, at a price."""
+
+
+def _encoded(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
+    """Key and bytes of every array that is small enough to be encoded here; its copy is let go."""
+    plan = snapshot.plan
+    for place, parts in snapshot.copied:
+        head, prefix, cuts = plan.heads[place], plan.prefixes[place], plan.stored[place].chunks
+        if head is not None and parts:
+            yield f"{prefix}zarr.json", head
+            for index, part in parts:
+                for name, data in chunks.encoded(part, index, cuts):
+                    yield prefix + name, data
+            parts.clear()
+
+
 def _at(array: Any, index: Index) -> Any:
     return array[index] if index else array
 
 
 def describe(directory: epath.Path, plan: Plan) -> None:
     """Writes Orbax's own files about the arrays of an item."""
-    shapes, cuts = [each.shape for each in plan.stored], [each.chunks for each in plan.stored]
-    for name, data in stock.describe(plan.tree, shapes, cuts, plan.shardings).items():
+    for name, data in plan.files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, data)
@@ -161,12 +170,12 @@ class Opener:
 
     def chunk(self, spec: LeafSpec) -> Any:
         """A future of the only chunk of an array."""
-        return self._store.read(_prefix(spec.name) + chunks.ONLY[len(spec.shape)])
+        return self._store.read(chunks.prefix(spec.name) + chunks.ONLY[len(spec.shape)])
 
     def open(self, name: str) -> Any:
         """A future of the array with this name."""
         return ts.open(
-            self._spec, kvstore=self._store / _prefix(name), open=True, read=True, context=self._context
+            self._spec, kvstore=self._store / chunks.prefix(name), open=True, read=True, context=self._context
         )
 
     def facts(self, name: str) -> tuple[tuple[int, ...], str]:

@@ -122,6 +122,11 @@ def zarr_json(stored: Stored, compression: str | None) -> bytes:
     return bytes(store.read("zarr.json").result().value)
 
 
+def prefix(name: str) -> str:
+    """What the keys of an array begin with."""
+    return f"{name}/" if name else ""
+
+
 ONLY = ["/".join(["c", *["0"] * rank]) for rank in range(33)]
 """The name of the only chunk of an array of each rank."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckptmgr.layout import HERE, Target
+from ckptmgr.storage import chunks, stock
 from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values, chunk_shape, numpy_dtype, whole
 from ckptmgr.structure import TreeSpec, dtype_name, is_key
 
@@ -29,6 +31,22 @@ class Plan:
     shardings: tuple[Any, ...]
     starts: tuple[int, ...]
     """The leaves whose copy to the host has to be started: those on an accelerator."""
+
+    @functools.cached_property
+    def prefixes(self) -> Sequence[str]:
+        """What the keys of each leaf begin with."""
+        return [chunks.prefix(leaf.name) for leaf in self.tree.leaves]
+
+    @functools.cached_property
+    def heads(self) -> Sequence[bytes | None]:
+        """The `zarr.json` of each leaf, uncompressed; None if its chunks are too large to be encoded here."""
+        return [chunks.zarr_json(each, None) if each.is_direct() else None for each in self.stored]
+
+    @functools.cached_property
+    def files(self) -> Mapping[str, bytes]:
+        """Orbax's own files about the leaves."""
+        shapes, cuts = [each.shape for each in self.stored], [each.chunks for each in self.stored]
+        return stock.describe(self.tree, shapes, cuts, self.shardings)
 
 
 class Planner:
