@@ -197,6 +197,11 @@ class Read(NamedTuple):
     spec: LeafSpec
     pieces: Sequence[Index] = ((),)
 
+    @property
+    def copied_nbytes(self) -> int:
+        """Bytes that are held twice while the leaf goes to its device."""
+        return _stored(self.spec).nbytes if self.opener.is_direct(self.spec) else 0
+
     def damaged(self, reason: object) -> DamagedArrayError:
         first_line = str(reason).partition("\n")[0]
         return DamagedArrayError(self.item, self.spec.path, first_line.partition(" [")[0])  # not the whole spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -14,6 +14,8 @@ from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.layout import Target
 from ckptmgr.storage import arrays, devices, stock
 from ckptmgr.storage.orbax import METRICS, STEP_METADATA, json_file
+
+_COPIED_BYTES = 2 << 20
 
 
 def read_trees(
@@ -34,18 +36,34 @@ def read_trees(
             for spec, target in zip(saved, places, strict=True)
         ]
     flat = [target for places in targets for target in places]
+    placed: list[Any] = []
     try:
-        values = arrays.read(wanted)
+        for group in _groups(
+            [manifests.leaf_nbytes(read.spec) if read.opener.is_direct(read.spec) else 0 for read in wanted]
+        ):
+            reads, where = wanted[group], flat[group]
+            placed += devices.place(arrays.read(reads), [read.spec.shape for read in reads], where)
     except arrays.DamagedArrayError as problem:
         raise CorruptCheckpointError(
             f"step {manifest.step}: {problem.leaf} cannot be read: {problem}",
             step=manifest.step, path=problem.item, leaf=problem.leaf,
         ) from problem  # fmt: skip
-    placed = iter(devices.place(values, [read.spec.shape for read in wanted], flat))
+    arrived = iter(placed)
     return {
-        each.item: each.assemble([row.given if row.saved is None else next(placed) for row in each.rows])
+        each.item: each.assemble([row.given if row.saved is None else next(arrived) for row in each.rows])
         for each in matched
     }
+
+
+def _groups(copied: Sequence[int]) -> Iterator[slice]:
+    """Leaves that are read together: JAX copies small ones once more, so not all of them at a time."""
+    first = held = 0
+    for place, nbytes in enumerate(copied):
+        if held + nbytes > _COPIED_BYTES:
+            yield slice(first, place)
+            first, held = place, 0
+        held += nbytes
+    yield slice(first, len(copied))
 
 
 def read_values(manifest: manifests.Manifest, directory: epath.Path, names: Iterable[str]) -> dict[str, Any]:
