@@ -6,10 +6,12 @@ The disk is the truth: nothing about steps is remembered that the next listing c
     <directory>/<step>/PINNED       retention leaves it alone
     <directory>/<step>.replaced/    the old checkpoint of a step that is being replaced
     <directory>/.deleted-<step>-*/  on its way out
+    <directory>/<step>.damaged-*/   a damaged checkpoint whose step was saved again
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -24,7 +26,10 @@ from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptChec
 PIN = "PINNED"
 REPLACED = ".replaced"
 DELETED = ".deleted-"
+DAMAGED = ".damaged-"
 _STEP = re.compile(r"0|[1-9][0-9]*")
+_UNFINISHED = re.compile(r"(0|[1-9][0-9]*)\.orbax-checkpoint-tmp")
+_log = logging.getLogger("ckptmgr")
 
 
 def resolve(directory: str | os.PathLike[str]) -> epath.Path:
@@ -44,9 +49,11 @@ class Catalog:
         self.directory = directory
         self._read_stock = read_stock
         self._manifests: dict[int, manifests.Manifest] = {}
+        self.damaged: set[int] = set()
+        """Steps that a restore has passed over: retention does not count them, and deletes none."""
 
     def prepare(self) -> None:
-        """Makes sure that the run can be written to, and finishes what an earlier process was stopped in."""
+        """Makes sure that the run can be written to."""
         if self.directory.exists() and not self.directory.is_dir():
             raise NotADirectoryError(f"directory {self.directory} is a file")
         try:
@@ -57,7 +64,6 @@ class Catalog:
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission") from None
         if not _writable(self.directory):
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission")
-        self.tidy()
 
     def path(self, step: int) -> epath.Path:
         return self.directory / str(step)
@@ -119,9 +125,18 @@ class Catalog:
             self._manifests[step] = manifest
         return self._manifests[step]
 
+    def identity(self, step: int) -> tuple[int, int] | None:
+        """What tells a step from another of the same number; None if it is gone, or not on a local disk."""
+        try:
+            found = os.stat(self.path(step)) if "://" not in str(self.directory) else None
+        except FileNotFoundError:
+            return None
+        return found and (found.st_dev, found.st_ino)
+
     def forget(self, step: int) -> None:
         """Drops what was remembered of a step that was replaced or deleted."""
         self._manifests.pop(step, None)
+        self.damaged.discard(step)
 
     # ------------------------------------------------------------ pins
 
@@ -144,17 +159,31 @@ class Catalog:
         path.rename(doomed)
         doomed.rmtree()
 
+    def set_aside(self, step: int) -> epath.Path:
+        """Takes a damaged step out of the listing, and keeps it for whoever wants to look into it."""
+        self.forget(step)
+        aside = self.directory / f"{step}{DAMAGED}{time.time_ns()}"
+        self.path(step).rename(aside)
+        return aside
+
     def tidy(self) -> None:
-        """Finishes what an earlier process was stopped in: deletions, and replacing a step."""
+        """Finishes what an earlier process was stopped in: saves, deletions, and replacing a step."""
         for entry in list(self.directory.iterdir()):
-            if entry.name.startswith(DELETED):
-                entry.rmtree()
+            if entry.name.startswith(DELETED) or _UNFINISHED.fullmatch(entry.name):
+                _remove(entry)
             elif entry.name.endswith(REPLACED):
                 step = self.directory / entry.name.removesuffix(REPLACED)
                 if step.exists():
-                    entry.rmtree()
+                    _remove(entry)
                 else:
                     entry.rename(step)
+
+
+def _remove(leftover: epath.Path) -> None:
+    try:
+        leftover.rmtree()
+    except OSError as problem:  # the run goes on beside it
+        _log.warning("%s, left by an earlier process, could not be removed: %s", leftover, problem)
 
 
 def _folders(directory: epath.Path) -> list[str]:

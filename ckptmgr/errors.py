@@ -79,9 +79,9 @@ class UnsupportedLeafError(CheckpointError, TypeError):
 
 
 class SaveError(CheckpointError, RuntimeError):
-    """A save was refused or failed; nothing that was saved before is touched."""
+    """A save was refused or failed; nothing that was saved before is touched. `step` is None for a whole run."""
 
-    def __init__(self, message: str, *, step: int) -> None:
+    def __init__(self, message: str, *, step: int | None) -> None:
         super().__init__(message)
         self.step = step
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from ckptmgr import policy
@@ -22,14 +22,22 @@ class History:
 
     def all(self) -> list[CheckpointInfo]:
         """Every readable checkpoint, in order of steps."""
-        pinned, found = self._catalog.pinned(), []
-        for step in self._catalog.steps():
-            try:
-                found.append(_describe(self._catalog.manifest(step), pinned=step in pinned))
-            except (CorruptCheckpointError, CheckpointNotFoundError):
-                continue  # damaged, or deleted by another hand while we looked: not counted, not deleted
+        pinned = self._catalog.pinned()
+        counted = [step for step in self._catalog.steps() if step not in self._catalog.damaged]
+        found = [info for step in counted if (info := self._read(step, pinned)) is not None]
         reasons = policy.reasons_to_keep(self._keep, found, pinned)
         return [dataclasses.replace(info, kept=reasons[info.step]) for info in found]
+
+    def newest(self) -> CheckpointInfo | None:
+        """The newest readable checkpoint; the others are not looked at."""
+        read = (self._read(step) for step in reversed(self._catalog.steps()))
+        return next((info for info in read if info is not None), None)
+
+    def _read(self, step: int, pinned: Collection[int] = ()) -> CheckpointInfo | None:
+        try:
+            return _describe(self._catalog.manifest(step), pinned=step in pinned)
+        except (CorruptCheckpointError, CheckpointNotFoundError):
+            return None  # damaged, or deleted by another hand while we looked: not counted, not deleted
 
     def glance(self, manifest: Manifest) -> CheckpointInfo:
         """One checkpoint by itself: why it is kept is not looked up, which would take all the others."""

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import jax
 import numpy as np
 from etils import epath
 
-from ckptmgr import catalog, difference, history, items, lifecycle, options, policy
+from ckptmgr import catalog, difference, history, items, lifecycle, options, policy, writer
 from ckptmgr import layout as layouts
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.errors import (
     CheckpointExistsError,
+    CheckpointNotFoundError,
     CorruptCheckpointError,
     SaveError,
 )
@@ -53,6 +57,7 @@ class CheckpointManager:
     Raises:
       ValueError, TypeError: an option is wrong; the message names it.
       NotADirectoryError, PermissionError: the directory cannot be used.
+      SaveError: another process writes into the directory.
     """
 
     def __init__(
@@ -88,8 +93,13 @@ class CheckpointManager:
         self._last: CheckpointInfo | None = None
         self._writing: int | None = None
         self._store: orbax.Store | None = None
+        self._preemption = lifecycle.Preemption()
         if not read_only:
             self._catalog.prepare()
+            self._writer = writer.Writer(self._directory, speaks=jax.process_index() == 0)
+            if self._writer.is_first:  # what lies about is nobody's any more
+                self._catalog.tidy()
+            lifecycle.drain_on_sigterm()
             self._store = orbax.Store(
                 self._directory, compression=self._options.compression, timeout_s=self._options.timeout_s
             )
@@ -102,10 +112,11 @@ class CheckpointManager:
     # ------------------------------------------------------------ saving
 
     def should_save(self, step: int) -> bool:
-        """Whether `save(step, ...)` would save now, by `save_every` alone."""
+        """Whether `save(step, ...)` would save now: by `save_every`, or because the run is to stop."""
         _check_step(step)
         now, last = self._options.clock(), self._last_save()
-        return any(each.should_save(step, now=now, last=last) for each in self._options.save_every)
+        due = any(each.should_save(step, now=now, last=last) for each in self._options.save_every)
+        return self._preemption.is_due(due)
 
     def save(
         self,
@@ -146,19 +157,20 @@ class CheckpointManager:
         composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
         self._wait_for_last_save()
         copied = self._copier.copy(step, self._options.clock(), composed)
+        if step in self._catalog.damaged:  # the run walked back, and comes by again
+            _log.warning("step %d is damaged and set aside as %s", step, self._catalog.set_aside(step))
         self._catalog.forget(step)
         try:
             store.start(step, copied.contents, copied.build_manifest)
         except OSError as problem:  # the step's directory could not be made, or a bounded wave not be written
             raise SaveError(f"step {step} could not be saved: {problem}", step=step) from problem
         self._writing, self._last = step, CheckpointInfo(step=step, time=copied.manifest.time)
-        return self._follow(step, store, "forced" if force else "due")
+        return self._follow(step, store, "forced" if force else "preempted" if self.preempted else "due")
 
     def _last_save(self) -> policy.Record | None:
         """The last save that was accepted here, else the newest checkpoint on disk."""
         if self._last is None:
-            newest = self.latest()
-            self._last = None if newest is None else self.info(newest)
+            self._last = self._history.newest()
         return self._last
 
     def _writable(self, step: int) -> orbax.Store:
@@ -172,9 +184,10 @@ class CheckpointManager:
         """Why this step is not to be saved; None if it is."""
         if on_exists not in ("error", "skip", "replace"):
             raise ValueError(f'on_exists takes "error", "skip" or "replace", not {on_exists!r}')
-        if not force and not self.should_save(step):
+        due = self._preemption.is_due(True) if force else self.should_save(step)
+        if not due:
             return "not due by save_every"
-        exists = step == self._writing or step in self._catalog.steps()
+        exists = step == self._writing or step in set(self._catalog.steps()) - self._catalog.damaged
         if not exists or on_exists == "replace":
             return None
         if on_exists == "skip":
@@ -244,6 +257,29 @@ class CheckpointManager:
             store, self._store = self._store, None
             if store is not None:
                 store.close()
+                self._writer.release()
+
+    @contextlib.contextmanager
+    def preemption_guard(self, signals: Sequence[int] = (signal.SIGTERM,)) -> Iterator[None]:
+        """Inside it a signal makes the next `save` happen whatever `save_every` says, and sets `preempted`.
+
+        A second signal ends the process at once. Handlers that were there before are called too, and get
+        their signals back at the end, once what was accepted is durable.
+        """
+        with self._preemption.guard(signals):
+            try:
+                yield
+            finally:
+                self.wait()
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a signal has come and training is to stop now.
+
+        Not yet if the newest step was declined just before the signal: the next call of `save` saves, then
+        it is True. So a loop that saves, then looks, always ends with its last step saved.
+        """
+        return self._preemption.reached
 
     def __enter__(self) -> Self:
         return self
@@ -317,13 +353,21 @@ class CheckpointManager:
             self._catalog.require(number)
             return self._restore_step(number, request)
         skipped: dict[int, str] = {}
-        for candidate in reversed(self._catalog.steps()):
+        while (candidate := self._newest_beside(skipped)) is not None:
             try:
-                return self._restore_step(candidate, request, skipped)
+                found = self._restore_step(candidate, request, skipped)
             except CorruptCheckpointError as problem:
                 _log.warning("step %d is passed over as damaged: %s", candidate, problem)
                 skipped[candidate] = str(problem)
+            except CheckpointNotFoundError:
+                continue  # the trainer deleted it under our hands, and has a newer one
+            else:
+                self._catalog.damaged.update(skipped)
+                return found
         raise self._catalog.nothing_good(skipped)
+
+    def _newest_beside(self, skipped: Mapping[int, str]) -> int | None:
+        return max(set(self._catalog.steps()) - set(skipped), default=None)
 
     def restore_or(
         self,
@@ -347,6 +391,20 @@ class CheckpointManager:
     def _restore_step(
         self, step: int, request: items.Request, skipped: Mapping[int, str] | None = None
     ) -> Checkpoint:
+        """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
+        while True:
+            identity = self._catalog.identity(step)
+            try:
+                found = self._read_step(step, request, skipped or {})
+            except (CorruptCheckpointError, OSError):
+                if self._catalog.identity(step) == identity:
+                    raise
+                self._catalog.require(step)  # says that it was deleted
+                continue
+            if self._catalog.identity(step) in (identity, None):
+                return found
+
+    def _read_step(self, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
         manifest, directory = self._catalog.manifest(step, fresh=True), self._catalog.path(step)
         templates = request.templates(manifest)
         matched = items.match(manifest, templates, request)
@@ -363,7 +421,7 @@ class CheckpointManager:
             extras=absent | {name: items.handed_over(templates[name], value) for name, value in values.items()},
             metrics=manifest.metrics,
             info=self._history.glance(manifest),
-            skipped=skipped or {},
+            skipped=skipped,
         )
 
     # ------------------------------------------------------------ looking
@@ -375,6 +433,42 @@ class CheckpointManager:
     def latest(self) -> int | None:
         """The newest committed step; None if there is none."""
         return max(self._catalog.steps(), default=None)
+
+    def watch(
+        self, after: int | None = None, *, timeout_s: float | None = None, poll_s: float = 1.0
+    ) -> Iterator[int]:
+        """Yields each step that is committed, also by another process, once and in order; for evaluators.
+
+        Args:
+          after: only steps after this one; None: those that are there already come first.
+          timeout_s: ends when no new step has come for so long; None: never.
+          poll_s: how often to look.
+        """
+        waited_since = time.monotonic()
+        while True:
+            new = [step for step in self._catalog.steps() if after is None or step > after]
+            for step in new:
+                after = step
+                if self._is_readable(step):
+                    yield step
+            if new:
+                waited_since = time.monotonic()
+            elif timeout_s is not None and time.monotonic() - waited_since >= timeout_s:
+                return
+            else:
+                time.sleep(poll_s)
+
+    def _is_readable(self, step: int) -> bool:
+        """Whether a step is there and its small files are whole; said if they are not."""
+        try:
+            manifest = self._catalog.manifest(step, fresh=True)
+            manifests.check_files(manifest, self._catalog.path(step), manifest.items)
+        except CheckpointNotFoundError:
+            return False
+        except CorruptCheckpointError as problem:
+            _log.warning("step %d is passed over as damaged: %s", step, problem)
+            return False
+        return True
 
     def best(self, metric: str | None = None, *, mode: Literal["min", "max"] = "min") -> int | None:
         """The step with the best value of a metric, of equals the newer; None if no step has it.

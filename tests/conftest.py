@@ -17,3 +17,8 @@ SOAK = bool(os.environ.get("CKPTMGR_SOAK"))
 def counted(few: int, full: int) -> int:
     """How often a long check is repeated: `few` times in `make test`, `full` times in `make soak`."""
     return full if SOAK else few
+
+
+def visible(directory):
+    """What is in a directory, but for what a manager hides there while it is open."""
+    return sorted(name for name in os.listdir(directory) if not name.startswith("."))

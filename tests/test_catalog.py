@@ -4,6 +4,7 @@ import os
 
 import jax.numpy as jnp
 import pytest
+from conftest import visible
 from etils import epath
 
 from ckptmgr import CheckpointManager, catalog
@@ -29,7 +30,7 @@ def test_an_interrupted_deletion_is_finished_at_the_next_start(run):
     assert CheckpointManager(run, read_only=True).steps() == [10]
     assert (run / ".deleted-5-123").exists()  # a reader leaves everything as it is
     CheckpointManager(run).close()
-    assert sorted(os.listdir(run)) == ["10"]
+    assert visible(run) == ["10"]
 
 
 def test_a_step_caught_between_its_old_and_its_new_self_comes_back(run):
@@ -39,7 +40,7 @@ def test_a_step_caught_between_its_old_and_its_new_self_comes_back(run):
         assert float(manager.restore(5).params["w"][0]) == 5.0
     (run / "5.replaced").mkdir()
     CheckpointManager(run).close()
-    assert sorted(os.listdir(run)) == ["10", "5"]
+    assert visible(run) == ["10", "5"]
 
 
 def test_deleting_takes_the_step_away_before_its_files(run, monkeypatch):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import visible
 
 import ckptmgr
 from ckptmgr import CheckpointManager, best, every_steps, latest
@@ -104,7 +105,7 @@ def test_a_step_that_exists(run):
         assert manager.info(2).pinned
         assert manager.steps() == [1, 2, 3]
         manager.wait()
-    assert sorted(os.listdir(run)) == ["1", "2", "3"]
+    assert visible(run) == ["1", "2", "3"]
     with CheckpointManager(run) as manager:
         manager.save(9, PARAMS)
         with pytest.raises(ckptmgr.CheckpointExistsError):  # also while the first is being written
@@ -138,7 +139,7 @@ def test_bad_input_has_its_own_error_and_nothing_is_written(tmp_path, arguments,
     with CheckpointManager(tmp_path) as manager:
         with pytest.raises(error, match=message):
             manager.save(**{"step": 1, "params": PARAMS, **arguments})
-        assert os.listdir(tmp_path) == []
+        assert visible(tmp_path) == []
         manager.save(1, PARAMS).result()  # and it goes on as if nothing had been asked
 
 
@@ -276,7 +277,7 @@ def test_a_full_disk_is_said_and_saving_goes_on_once_there_is_room(small_disk, r
         assert_trees_equal(manager.restore(params=params).params, params)
         (small_disk / "ballast").unlink()
         manager.save(2, params).result()
-        assert sorted(os.listdir(small_disk / "run")) == ["1", "2"]
+        assert visible(small_disk / "run") == ["1", "2"]
 
 
 # ---------------------------------------------------------------- restoring

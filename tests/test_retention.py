@@ -1,12 +1,11 @@
 """Retention on disk, with restarts in between, against an oracle of ten lines."""
 
 import math
-import os
 import random
 
 import jax.numpy as jnp
 import pytest
-from conftest import counted
+from conftest import counted, visible
 
 from ckptmgr import CheckpointManager, best, every_steps, latest
 
@@ -41,4 +40,4 @@ def test_what_is_kept_is_what_the_oracle_says(tmp_path, seed):
             manager = CheckpointManager(tmp_path, keep=keep)
     manager.close()
     assert manager.steps() == oracle(losses)
-    assert sorted(map(int, os.listdir(tmp_path))) == manager.steps()
+    assert sorted(map(int, visible(tmp_path))) == manager.steps()

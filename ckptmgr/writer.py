@@ -1,0 +1,112 @@
+"""One writing process for each run: a lock that the system lets go of when its owner ends, however it ends.
+
+`flock` on `<directory>/.writer` holds it; what the file says is for the people who meet it. The managers of
+one process share it, and a process that is forked lets go of its copy.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import json
+import os
+import socket
+import sys
+from typing import Any
+
+from etils import epath
+
+from ckptmgr.errors import SaveError
+
+if sys.platform != "win32":
+    import fcntl
+
+NAME = ".writer"
+_files: dict[str, int] = {}
+_managers: collections.Counter[str] = collections.Counter()
+
+
+class Writer:
+    """The right to write into a run; `is_first` unless this process had it already.
+
+    Of the processes of one job only one `speaks` for all.
+    """
+
+    def __init__(self, directory: epath.Path, *, speaks: bool = True) -> None:
+        self._path = str(directory / NAME)
+        self.is_first = speaks and _managers[self._path] == 0
+        if self.is_first and "://" not in self._path and sys.platform != "win32":
+            _files[self._path] = _lock(self._path)
+        _managers[self._path] += 1
+        self._held = True
+
+    def release(self) -> None:
+        """Gives the right back; the last manager of this process to do so lets another process in."""
+        if not self._held:
+            return
+        self._held = False
+        _managers[self._path] -= 1
+        if _managers[self._path] == 0 and self._path in _files:
+            descriptor = _files.pop(self._path)
+            with contextlib.suppress(OSError):
+                if _is_still(self._path, descriptor):
+                    os.unlink(self._path)  # while it is still ours
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # modules may be half gone when Python ends
+            self.release()
+
+
+def _lock(path: str) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 4096)
+            os.close(descriptor)
+            raise SaveError(
+                f"{os.path.dirname(path)} is being written to by {_spell(owner)}; a run has one writer. Wait "
+                "until it ends, or open the directory with read_only=True",
+                step=None,
+            ) from None
+        except OSError:  # a file system without locks
+            return descriptor
+        if _is_still(path, descriptor):
+            break
+        os.close(descriptor)  # its owner removed it between our two calls
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    said = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now})
+    with contextlib.suppress(OSError):  # on a full disk it holds all the same
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, said.encode(), 0)
+    return descriptor
+
+
+def _is_still(path: str, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _spell(owner: bytes) -> str:
+    try:
+        said: dict[str, Any] = json.loads(owner)
+        return f"process {said['pid']} on {said['host']} since {said['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _forget() -> None:
+    """After a fork: a lock ends with the last copy of its file, and it is the parent's."""
+    for descriptor in _files.values():
+        os.close(descriptor)
+    _files.clear()
+    _managers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

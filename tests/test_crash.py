@@ -1,0 +1,262 @@
+"""Nothing is lost: real processes, real signals, and what is on disk afterwards."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faults
+import pytest
+import trainer
+from conftest import counted
+
+import ckptmgr
+
+pytestmark = pytest.mark.xdist_group("crash")
+
+SCRIPT = Path(trainer.__file__)
+
+
+def start(directory, steps, *how, fault=""):
+    command = [sys.executable, str(SCRIPT), str(directory), str(steps), *how]
+    env = os.environ | {"CKPTMGR_FAULT": fault}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def run(directory, steps, *how, fault=""):
+    process = start(directory, steps, *how, fault=fault)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def last(said, word):
+    return max((int(line.split()[1]) for line in said.splitlines() if line.startswith(f"{word} ")), default=0)
+
+
+def leftovers(directory):
+    return [path.name for path in directory.iterdir() if path.name != ".writer" and not path.name.isdigit()]
+
+
+@pytest.mark.soak
+def test_killed_at_random_moments_the_newest_committed_step_is_there_and_nothing_is_left_over(tmp_path):
+    draw, committed, interrupted = random.Random(0), 0, 0
+    for _ in range(counted(4, full=200)):
+        process = start(tmp_path, 10**6, "train")
+        assert process.stdout.readline().startswith("resumed")
+        assert leftovers(tmp_path) == []  # cleaned by the start
+        time.sleep(draw.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        said, _ = process.communicate()
+        committed = max(committed, last(said, "committed"))
+        interrupted += bool(leftovers(tmp_path))
+        with ckptmgr.CheckpointManager(tmp_path, read_only=True) as reader:
+            found = reader.restore(params=trainer.state(0))
+            assert found.step == reader.latest() >= committed
+            assert not found.skipped
+            assert trainer.step_of(found.params) == found.step
+    assert interrupted  # else no kill hit a save
+
+
+MATRIX = [
+    (how, f"{when} {point}")
+    for how, absent in (("train", ["exchange"]), ("replace", ["delete"]))
+    for point in faults.POINTS
+    for when in ("before", "after")
+    if point not in absent
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("how", "point"), MATRIX[:: counted(5, full=1)], ids=str)
+def test_killed_at_each_point_of_a_save_the_newest_committed_step_is_there(how, point, tmp_path):
+    returned, said, _ = run(tmp_path, 50, how, fault=f"{point} {12 if 'file' in point else 4}")
+    assert returned == -signal.SIGKILL
+    saving, committed = last(said, "saving"), last(said, "committed")
+    assert 0 < committed <= saving < 50
+    with ckptmgr.CheckpointManager(tmp_path, read_only=True) as reader:
+        found = reader.restore(params=trainer.state(0))
+        assert not found.skipped
+        assert committed <= trainer.step_of(found.params) <= saving
+        for step in reader.steps():  # no step that is listed is less than whole
+            assert reader.verify(step)
+    ckptmgr.CheckpointManager(tmp_path).close()
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("how", "status"), [("end", 0), ("raise", 1), ("exit", 3), ("SIGTERM", -signal.SIGTERM)], ids=str
+)
+def test_a_script_that_leaves_right_after_save_loses_nothing(how, status, tmp_path):
+    size = counted(30_000_000, full=300_000_000)
+    returned, _, said = run(tmp_path, size, "leave", how)
+    assert returned == status, said
+    with ckptmgr.CheckpointManager(tmp_path, read_only=True) as reader:
+        found = reader.restore(7, params=trainer.state(0, size // 4 // trainer.LEAVES))
+    assert trainer.step_of(found.params) == 7
+
+
+@pytest.mark.soak
+def test_sigterm_saves_the_last_completed_step_and_the_run_goes_on_bit_for_bit(tmp_path):
+    draw, steps = random.Random(1), 10**6
+    for _ in range(counted(3, full=50)):
+        process = start(tmp_path, steps, "guard")
+        assert process.stdout.readline().startswith("resumed")
+        process.stdout.readline()
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        with ckptmgr.CheckpointManager(tmp_path, read_only=True) as reader:
+            assert reader.latest() == last(said, "done") == last(said, "ended")
+    stopped = said.split()[-1]
+    code, straight, _ = run(tmp_path / "straight", last(said, "ended"), "guard")
+    assert code == 0
+    assert straight.split()[-1] == stopped
+
+
+def test_a_second_signal_ends_at_once_and_a_handler_that_was_there_is_called(tmp_path):
+    manager, called = ckptmgr.CheckpointManager(tmp_path, save_every=10), []
+    before = signal.signal(signal.SIGUSR1, lambda *_: called.append(1))
+    try:
+        with manager.preemption_guard([signal.SIGUSR1]):
+            assert not manager.save(1, trainer.state(1))
+            assert not manager.preempted
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert called == [1]
+            assert not manager.preempted  # step 1 was declined: the next is saved first
+            assert manager.save(2, trainer.state(2)).reason == "preempted"
+            assert manager.preempted
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert called == [1, 1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert manager.steps() == [2]
+    returned, said, _ = run(tmp_path / "twice", 10**6, "twice")
+    assert (returned, said) == (-signal.SIGTERM, "told once\n")
+
+
+def test_a_second_writer_is_told_who_writes_and_the_first_goes_on(tmp_path):
+    process = start(tmp_path, 10**6, "train")
+    process.stdout.readline()
+    with pytest.raises(ckptmgr.SaveError, match=f"process {process.pid} on .* since 20.*read_only=True"):
+        ckptmgr.CheckpointManager(tmp_path)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    with ckptmgr.CheckpointManager(tmp_path) as manager, ckptmgr.CheckpointManager(tmp_path) as other:
+        assert manager.steps() == other.steps()  # the owner is gone; one process may have two managers
+
+
+def test_a_process_that_was_forked_does_not_hold_the_run(tmp_path):
+    process = start(tmp_path, 1, "fork")
+    child = int(process.stdout.readline().split()[1])
+    with pytest.raises(ckptmgr.SaveError, match=f"process {process.pid} "):
+        ckptmgr.CheckpointManager(tmp_path)
+    process.kill()
+    try:
+        process.wait()
+        os.kill(child, 0)  # it is still there
+        ckptmgr.CheckpointManager(tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", ["train", "replace"])
+def test_a_reader_beside_a_writer_sees_whole_steps_or_a_clear_error(how, tmp_path):
+    process = start(tmp_path, 10**6, how)
+    try:
+        reader = ckptmgr.CheckpointManager(tmp_path, read_only=True)
+        (first,) = zip(reader.watch(timeout_s=60, poll_s=0.01), range(1), strict=False)
+        ends, restored, gone = time.monotonic() + counted(3, full=60), [], 0
+        while time.monotonic() < ends:
+            found = reader.restore(params=trainer.state(0))
+            assert not found.skipped
+            assert trainer.step_of(found.params) == (found.metrics["made"] if how == "replace" else found.step)
+            restored.append(trainer.step_of(found.params))
+            try:
+                reader.restore(reader.steps()[0], params=trainer.state(0))
+            except ckptmgr.CheckpointNotFoundError:
+                gone += 1  # deleted under the reader's hands, and said so
+        assert first[0] == 0 or how == "train"
+        assert restored == sorted(restored)
+        assert len(set(restored)) > 3
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_watch_yields_each_good_step_once(tmp_path):
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, trainer.state(step))
+        manager.wait()
+        (tmp_path / "2" / "params" / "_METADATA").write_bytes(b"{}")
+        reader = ckptmgr.CheckpointManager(tmp_path, read_only=True)
+        assert list(reader.watch(timeout_s=0, poll_s=0.01)) == [1, 3]
+        assert list(reader.watch(after=1, timeout_s=0, poll_s=0.01)) == [3]
+        watching = reader.watch(after=3, poll_s=0.01)
+        manager.save(4, trainer.state(4))
+        assert next(watching) == 4
+
+
+def damage(path, how):
+    if how == "removed":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data if how == "flipped" else data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "removed"])
+def test_damage_in_any_file_of_the_newest_step_gives_the_one_before_with_a_warning(how, tmp_path, caplog):
+    with ckptmgr.CheckpointManager(tmp_path / "run") as manager:
+        for step in (1, 2):
+            manager.save(
+                step, trainer.state(step), trainer.state(step), extras={"at": {"n": step}}, metrics={"n": 1}
+            )
+    templates = {"params": trainer.state(0), "opt_state": trainer.state(0), "extras": {"at": {"n": 0}}}
+    names = [
+        path.relative_to(tmp_path / "run" / "2") for path in (tmp_path / "run" / "2").rglob("*") if path.is_file()
+    ]
+    assert len(names) > 10
+    for name in names:
+        shutil.copytree(tmp_path / "run", tmp_path / "damaged")
+        damage(tmp_path / "damaged" / "2" / name, how)
+        with ckptmgr.CheckpointManager(tmp_path / "damaged") as manager:
+            caplog.clear()
+            found = manager.restore(**templates)
+            assert (found.step, list(found.skipped), trainer.step_of(found.params)) == (1, [2], 1), name
+            assert "step 2 is passed over as damaged" in caplog.text
+            with pytest.raises(ckptmgr.CorruptCheckpointError) as caught:
+                manager.restore(2, **templates)
+            assert caught.value.path or caught.value.leaf
+        shutil.rmtree(tmp_path / "damaged")
+
+
+def test_a_damaged_step_is_not_counted_not_deleted_and_its_number_is_free_again(tmp_path):
+    manager = ckptmgr.CheckpointManager(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        manager.save(step, trainer.state(step))
+    manager.wait()
+    for chunk in (tmp_path / "3").rglob("d/*"):
+        chunk.write_bytes(b"")
+    found = manager.restore(params=trainer.state(0))
+    assert (found.step, list(found.skipped)) == (2, [3])
+    with pytest.raises(ckptmgr.CorruptCheckpointError):
+        manager.restore(3, params=trainer.state(0))  # never another in its place
+    manager.save(1, trainer.state(1))
+    manager.wait()
+    assert manager.steps() == [1, 2, 3]  # two that are good, and the damaged one
+    manager.save(3, trainer.state(3))
+    manager.wait()
+    assert manager.steps() == [2, 3]
+    assert trainer.step_of(manager.restore(params=trainer.state(0)).params) == 3
+    assert list(tmp_path.glob("3.damaged-*"))

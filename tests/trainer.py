@@ -1,0 +1,121 @@
+"""A training process to be stopped, killed, or read beside: `python trainer.py DIRECTORY STEPS [how]`.
+
+Every value of a checkpoint is made from its step alone, so that any mixture of two can be seen. Prints
+`saving N` before and `committed N` after each step is durable.
+
+    train       saves each step, keeps three, goes on from the newest
+    replace     saves step 0 again and again
+    guard       saves every fourth step under a preemption_guard, and says `done N` after each step
+    twice       is told to stop twice
+    fork        opens a manager and forks, as a data loader does
+    leave HOW   saves one step of STEPS bytes and leaves: by its end, an exception, sys.exit(3), or SIGTERM
+"""
+
+import os
+import signal
+import sys
+import time
+
+import faults
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ckptmgr
+
+LEAVES = 12
+
+
+def state(step, size=4096):
+    return {f"w{i}": np.full(size, step * 1000 + i, np.int32) for i in range(LEAVES)}
+
+
+def step_of(params):
+    """The step these values were made from; fails unless it is the same for every value of every leaf."""
+    (step,) = {int(value) // 1000 for leaf in params.values() for value in np.unique(leaf)}
+    assert all((np.asarray(params[f"w{i}"]) == step * 1000 + i).all() for i in range(LEAVES))
+    return step
+
+
+def say(*words):
+    print(*words, flush=True)
+
+
+def commits(number):
+    return lambda info: say("committed", int(info.metrics.get(number, info.step)))
+
+
+def train(directory, steps):
+    with ckptmgr.CheckpointManager(
+        directory, keep=3, on_commit=lambda info: say("committed", info.step)
+    ) as manager:
+        start = manager.restore_or(step=0, params=state(0))
+        assert step_of(start.params) == start.step
+        say("resumed", start.step)
+        for step in range(start.step + 1, steps + 1):
+            say("saving", step)
+            manager.save(step, state(step), metrics={"loss": 1 / step})
+
+
+def replace(directory, steps):
+    with ckptmgr.CheckpointManager(directory, on_commit=commits("made")) as manager:
+        for step in range(1, steps + 1):
+            say("saving", step)
+            manager.save(0, state(step), metrics={"made": step}, on_exists="replace")
+
+
+def guard(directory, steps):
+    @jax.jit
+    def train_step(params, step):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (64,))
+        return {"w": params["w"] * 0.99 + noise}
+
+    manager = ckptmgr.CheckpointManager(directory, save_every=4)
+    found = manager.restore_or(params={"w": jnp.zeros(64)})
+    params = found.params
+    say("resumed", found.step)
+    with manager.preemption_guard():
+        for step in range(found.step + 1, steps + 1):
+            params = train_step(params, step)
+            time.sleep(0.002)
+            say("done", step)
+            manager.save(step, params)
+            if manager.preempted:
+                break
+    say("ended", step, float(params["w"].sum()).hex())
+
+
+def twice(directory, steps):
+    with ckptmgr.CheckpointManager(directory).preemption_guard():
+        os.kill(os.getpid(), signal.SIGTERM)
+        say("told once")
+        os.kill(os.getpid(), signal.SIGTERM)
+        say("told twice")
+
+
+def fork(directory, steps):
+    manager = ckptmgr.CheckpointManager(directory)
+    if child := os.fork():
+        say("forked", child)
+    time.sleep(60)
+    manager.close()
+
+
+def leave(directory, nbytes, how):
+    manager = ckptmgr.CheckpointManager(directory)
+    manager.save(7, state(7, nbytes // 4 // LEAVES))
+    if how == "raise":
+        raise RuntimeError("on purpose")
+    if how == "exit":
+        sys.exit(3)
+    if how == "SIGTERM":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+    faults.install(os.environ.get("CKPTMGR_FAULT", ""))
+    run = {"train": train, "replace": replace, "guard": guard, "twice": twice, "fork": fork, "leave": leave}[
+        sys.argv[3]
+    ]
+    run(sys.argv[1], int(sys.argv[2]), *sys.argv[4:])
