@@ -116,7 +116,7 @@ def _draw_ceilings(panel: Any, workloads: Mapping[str, Any], ceiling: str | None
 
 
 def _on_two_lines(title: str) -> str:
-    return title.replace(" (", "\n(")
+    return title.replace(" (", "\n(").replace(" over ", "\nover ")
 
 
 def _legend(figure: Any, panel: Any) -> None:
