@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import threading
@@ -15,7 +14,6 @@ from typing import Any
 
 from ckptmgr.errors import CheckpointTimeoutError
 
-_log = logging.getLogger("ckptmgr")
 _running: weakref.WeakSet[Background] = weakref.WeakSet()
 
 

@@ -24,6 +24,7 @@ from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, V
 from ckptmgr.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
+    CheckpointTimeoutError,
     CorruptCheckpointError,
     SaveError,
 )
@@ -392,7 +393,8 @@ class CheckpointManager:
         self, step: int, request: items.Request, skipped: Mapping[int, str] | None = None
     ) -> Checkpoint:
         """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
-        while True:
+        ends = time.monotonic() + self._options.timeout_s
+        while time.monotonic() < ends:
             identity = self._catalog.identity(step)
             try:
                 found = self._read_step(step, request, skipped or {})
@@ -403,6 +405,8 @@ class CheckpointManager:
                 continue
             if self._catalog.identity(step) in (identity, None):
                 return found
+        waiting_for = f"a moment to read step {step} in which no writer replaces it"
+        raise CheckpointTimeoutError(f"no {waiting_for} in {self._options.timeout_s} s", waiting_for=waiting_for)
 
     def _read_step(self, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
         manifest, directory = self._catalog.manifest(step, fresh=True), self._catalog.path(step)

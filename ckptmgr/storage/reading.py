@@ -38,9 +38,7 @@ def read_trees(
     flat = [target for places in targets for target in places]
     placed: list[Any] = []
     try:
-        for group in _groups(
-            [manifests.leaf_nbytes(read.spec) if read.opener.is_direct(read.spec) else 0 for read in wanted]
-        ):
+        for group in _groups([read.copied_nbytes for read in wanted]):
             reads, where = wanted[group], flat[group]
             placed += devices.place(arrays.read(reads), [read.spec.shape for read in reads], where)
     except arrays.DamagedArrayError as problem:
