@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 import jax
+import numpy as np
 
 from benchmarks import peers, workloads
 from benchmarks.workloads import Workload
@@ -80,6 +81,22 @@ def peaks(workload: Workload, name: str, directory: Path, scratch: Path) -> dict
         peer.wait()
     peer.close()
     return {"save_peak_bytes": saving.nbytes, "restore_peak_bytes": restoring.nbytes}
+
+
+def bare_arrays(workload: Workload) -> int:
+    """Peak bytes of putting as many arrays on the devices, from host memory that is there already.
+
+    What is above the bytes of the arrays is JAX's own, and in every restore.
+    """
+    leaves = jax.tree.leaves(workloads.template(workload))
+    jax.block_until_ready(jax.device_put(np.zeros(3)))  # starts the devices
+    host = {leaf.shape: np.ones(leaf.shape, leaf.dtype) for leaf in leaves}
+    with Peak() as putting:
+        put = jax.device_put(
+            [host[leaf.shape] for leaf in leaves], [leaf.sharding for leaf in leaves], may_alias=False
+        )
+        jax.block_until_ready(put)
+    return putting.nbytes
 
 
 def _warm_up(name: str, devices: int, scratch: Path) -> None:

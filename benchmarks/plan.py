@@ -91,6 +91,9 @@ class Run:
             _say(f"{workload.title}: memory")
             for name, figures in found["peers"].items():
                 figures |= self._memory(workload, name)
+            found["ceilings"]["arrays_peak_bytes"] = fresh.call(
+                memory.bare_arrays, workload, devices=workload.devices
+            )
         return found
 
     def _memory(self, workload: Workload, name: str) -> dict[str, int]:

@@ -80,7 +80,8 @@ def _space(found: Results) -> list[str]:
         for name, figures in found["peers"].items()
     ]
     remark = "ratios are blocked / durable / restore; memory is the peak above the job's own"
-    return [*_table(header, rows), remark]
+    arrays = f"as many JAX arrays, and nothing else, take {spell_bytes(found['ceilings']['arrays_peak_bytes'])}"
+    return [*_table(header, rows), remark, arrays]
 
 
 def _ceilings(found: Results) -> str:

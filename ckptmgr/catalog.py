@@ -131,7 +131,7 @@ class Catalog:
             found = os.stat(self.path(step)) if "://" not in str(self.directory) else None
         except FileNotFoundError:
             return None
-        return found and (found.st_dev, found.st_ino)
+        return found and (found.st_ino, found.st_mtime_ns)  # the number alone goes to the next file
 
     def forget(self, step: int) -> None:
         """Drops what was remembered of a step that was replaced or deleted."""

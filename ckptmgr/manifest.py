@@ -17,12 +17,10 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-import ml_dtypes
-import numpy as np
 from etils import epath
 
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.structure import LeafSpec, TreeSpec
+from ckptmgr.structure import LeafSpec, TreeSpec, numpy_dtype
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -54,12 +52,7 @@ def leaf_nbytes(leaf: LeafSpec) -> int:
     """Bytes of one leaf before compression."""
     if leaf.kind == "key":  # the words of a key depend on its generator; threefry has two
         return math.prod(leaf.shape) * (16 if "rbg" in (leaf.impl or "") else 8)
-    return math.prod(leaf.shape) * _itemsize(leaf.dtype)
-
-
-@functools.cache
-def _itemsize(dtype: str) -> int:
-    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+    return math.prod(leaf.shape) * numpy_dtype(leaf.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -243,6 +243,12 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype.name)
 
 
+@functools.cache
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of this name, numpy's or one of ml_dtypes."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 def is_weak(leaf: Any) -> bool:
     """Whether JAX lets other types win over this array's; keys do not take part."""
     return bool(getattr(leaf, "weak_type", False))

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import weakref
 from typing import Any
 
 from etils import epath
@@ -34,29 +35,26 @@ class Writer:
     """
 
     def __init__(self, directory: epath.Path, *, speaks: bool = True) -> None:
-        self._path = str(directory / NAME)
-        self.is_first = speaks and _managers[self._path] == 0
-        if self.is_first and "://" not in self._path and sys.platform != "win32":
-            _files[self._path] = _lock(self._path)
-        _managers[self._path] += 1
-        self._held = True
+        path = str(directory / NAME)
+        self.is_first = speaks and _managers[path] == 0
+        if self.is_first and "://" not in path and sys.platform != "win32":
+            _files[path] = _lock(path)
+        _managers[path] += 1
+        self.release = weakref.finalize(self, _release, path, os.getpid())
+        """Gives the right back; also called when nobody holds the manager any more, or Python ends."""
 
-    def release(self) -> None:
-        """Gives the right back; the last manager of this process to do so lets another process in."""
-        if not self._held:
-            return
-        self._held = False
-        _managers[self._path] -= 1
-        if _managers[self._path] == 0 and self._path in _files:
-            descriptor = _files.pop(self._path)
-            with contextlib.suppress(OSError):
-                if _is_still(self._path, descriptor):
-                    os.unlink(self._path)  # while it is still ours
-            os.close(descriptor)
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # modules may be half gone when Python ends
-            self.release()
+def _release(path: str, owner: int) -> None:
+    """The last manager of a process to give the right back lets another process in."""
+    if os.getpid() != owner:
+        return
+    _managers[path] -= 1
+    if _managers[path] == 0 and path in _files:
+        descriptor = _files.pop(path)
+        with contextlib.suppress(OSError):
+            if _is_still(path, descriptor):
+                os.unlink(path)  # while it is still ours
+        os.close(descriptor)
 
 
 def _lock(path: str) -> int:

@@ -173,7 +173,7 @@ def test_a_reader_beside_a_writer_sees_whole_steps_or_a_clear_error(how, tmp_pat
     process = start(tmp_path, 10**6, how)
     try:
         reader = ckptmgr.CheckpointManager(tmp_path, read_only=True)
-        (first,) = zip(reader.watch(timeout_s=60, poll_s=0.01), range(1), strict=False)
+        first = next(reader.watch(timeout_s=60, poll_s=0.01))
         ends, restored, gone = time.monotonic() + counted(3, full=60), [], 0
         while time.monotonic() < ends:
             found = reader.restore(params=trainer.state(0))
@@ -184,12 +184,30 @@ def test_a_reader_beside_a_writer_sees_whole_steps_or_a_clear_error(how, tmp_pat
                 reader.restore(reader.steps()[0], params=trainer.state(0))
             except ckptmgr.CheckpointNotFoundError:
                 gone += 1  # deleted under the reader's hands, and said so
-        assert first[0] == 0 or how == "train"
+        assert first == 0 or how == "train"
         assert restored == sorted(restored)
         assert len(set(restored)) > 3
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_reader_that_is_overtaken_again_and_again_says_so_in_time(tmp_path, monkeypatch):
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        manager.save(0, trainer.state(0))
+        manager.wait()
+        reader = ckptmgr.CheckpointManager(tmp_path, read_only=True, timeout_s=0.5)
+        read = reader._read_step
+
+        def overtaken(*args):
+            found = read(*args)
+            manager.save(0, trainer.state(1), on_exists="replace")
+            manager.wait()
+            return found
+
+        monkeypatch.setattr(reader, "_read_step", overtaken)
+        with pytest.raises(ckptmgr.CheckpointTimeoutError, match=r"no writer replaces it in 0\.5 s"):
+            reader.restore(0, params=trainer.state(0))
 
 
 def test_watch_yields_each_good_step_once(tmp_path):

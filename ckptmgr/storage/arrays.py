@@ -1,7 +1,7 @@
-"""Arrays to disk and back: one TensorStore transaction for an item, every chunk with its checksum.
+"""Arrays to disk and back: TensorStore transactions of many arrays, every chunk with its checksum.
 
 An item's arrays are zarr3 in one OCDBT database, as Orbax reads them. Nothing here waits leaf by leaf:
-a writer puts everything into one transaction and commits once; a restore asks for all, then collects.
+a writer puts thousands into a transaction and commits once; a restore asks for all, then collects.
 
 The checksums: each chunk carries zarr's `crc32c` codec; OCDBT's manifest and nodes carry their own
 (https://google.github.io/tensorstore/kvstore/ocdbt/index.html); the small `zarr.json` of each array is
@@ -20,8 +20,9 @@ from etils import epath
 from ckptmgr.storage import chunks, devices, files
 from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values
 from ckptmgr.storage.devices import Part, Plan
-from ckptmgr.structure import LeafSpec
+from ckptmgr.structure import LeafSpec, numpy_dtype
 
+_ENCODED_BYTES = 4 << 20  # smaller ones take less memory, and time for each commit
 _INLINE_BYTES = 4096  # larger than any zarr.json, so that each lies in a checksummed node
 
 
@@ -48,7 +49,7 @@ class Snapshot:
     def __init__(self, plan: Plan, leaves: Sequence[Any], max_bytes: int | None) -> None:
         self.plan = plan
         self._leaves = leaves
-        self._waves = _waves(plan.stored, max_bytes)
+        self._waves = chunks.runs([each.nbytes for each in plan.stored], max_bytes)
         self.copied: list[tuple[int, list[Part]]] = []
         """The copies that wait to be written: the place of each leaf, and its parts."""
 
@@ -68,55 +69,48 @@ class Snapshot:
         return bool(self._waves)
 
 
-def _waves(stored: Sequence[Stored], max_bytes: int | None) -> list[range]:
-    """Leaves that are copied together; one that is larger than the bound is copied alone."""
-    if max_bytes is None:
-        return [range(len(stored))]
-    ends, held = [], 0
-    for place, each in enumerate(stored):
-        if held and held + each.nbytes > max_bytes:
-            ends.append(place)
-            held = 0
-        held += each.nbytes
-    return [range(first, last) for first, last in zip([0, *ends], [*ends, len(stored)], strict=True)]
-
-
 def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
-    """Writes what has been copied, in one transaction, and lets go of it."""
-    if not snapshot.copied:
-        return
-    plan = snapshot.plan
+    """Writes what has been copied, and lets go of it."""
+    plan, copied, snapshot.copied = snapshot.plan, snapshot.copied, []
+    stored = [plan.stored[place] for place, _ in copied]
+    encoded = [each.nbytes if each.is_direct() else 0 for each in stored]  # held until the commit
+    for some in chunks.runs(encoded, _ENCODED_BYTES) if copied else ():
+        _write(directory, plan, [copied[i] for i in some], compression)
+
+
+def _write(
+    directory: epath.Path, plan: Plan, copied: Sequence[tuple[int, list[Part]]], compression: str | None
+) -> None:
+    """Writes these leaves in one transaction."""
     transaction, context = ts.Transaction(atomic=True), ts.Context()
     database = {**_database(directory), "config": {"max_inline_value_bytes": _INLINE_BYTES}}
     store = ts.KvStore.open(database, context=context).result().with_transaction(transaction)
     with _ENCODING:
-        for key, data in _encoded(snapshot) if compression is None else ():
+        for key, data in _encoded(plan, copied) if compression is None else ():
             store[key] = data
     opened = [
         (_create(store / plan.prefixes[place], plan.stored[place], compression, context), parts)
-        for place, parts in snapshot.copied
+        for place, parts in copied
         if parts
     ]
-    copied = [
+    writing = [
         _at(array.result(), index).write(part, can_reference_source_data_indefinitely=True)
         for array, parts in opened
         for index, part in parts
         if part.size
     ]
-    for each in copied:
+    for each in writing:
         each.copy.result()
     transaction.commit_async().result()
-    snapshot.copied = []
 
 
 _ENCODING = threading.Lock()
 """Held by the item that is being encoded: threads that all run Python only take turns, at a price."""
 
 
-def _encoded(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
+def _encoded(plan: Plan, copied: Sequence[tuple[int, list[Part]]]) -> Iterator[tuple[str, bytes]]:
     """Key and bytes of every array that is small enough to be encoded here; its copy is let go."""
-    plan = snapshot.plan
-    for place, parts in snapshot.copied:
+    for place, parts in copied:
         head, prefix, cuts = plan.heads[place], plan.prefixes[place], plan.stored[place].chunks
         if head is not None and parts:
             yield f"{prefix}zarr.json", head
@@ -280,4 +274,4 @@ def _result(each: Read, future: Any) -> Any:
 
 def _view(each: Read, values: Values) -> Values:
     dtype = each.spec.dtype
-    return values.view(chunks.numpy_dtype(dtype)) if dtype in BYTES_ALONE else values
+    return values.view(numpy_dtype(dtype)) if dtype in BYTES_ALONE else values

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import google_crc32c
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
+
+from ckptmgr.structure import numpy_dtype
 
 Values = np.ndarray[Any, Any]
 Index = tuple[slice, ...]
@@ -77,6 +78,17 @@ def whole(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(max(1, size) for size in shape)
 
 
+def runs(sizes: Sequence[int], bound: int | None) -> list[range]:
+    """Neighbours that stay within a bound together; one that is larger is alone."""
+    starts, held = [0], 0
+    for place, size in enumerate(sizes):
+        if bound is not None and held and held + size > bound:
+            starts.append(place)
+            held = 0
+        held += size
+    return [range(first, last) for first, last in itertools.pairwise([*starts, len(sizes)])]
+
+
 def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> Values:
     """Memory for an array that begins where JAX wants it; from elsewhere it copies to the CPU's device."""
     nbytes = math.prod(shape) * dtype.itemsize
@@ -89,11 +101,6 @@ def _next_smaller(size: int, *, sharded: bool) -> int:
     if not sharded:
         return -(-size // 2)
     return next(size // k for k in range(2, size + 1) if size % k == 0)
-
-
-@functools.cache
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 # ---------------------------------------------------------------- zarr's own words
@@ -114,10 +121,10 @@ def metadata(stored: Stored, compression: str | None) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def zarr_json(stored: Stored, compression: str | None) -> bytes:
-    """The `zarr.json` of an array, as TensorStore itself writes it."""
+def zarr_json(stored: Stored) -> bytes:
+    """The `zarr.json` of an uncompressed array, as TensorStore itself writes it."""
     store = ts.KvStore.open({"driver": "memory"}).result()
-    spec = ts.Spec({"driver": "zarr3", "metadata": metadata(stored, compression)})
+    spec = ts.Spec({"driver": "zarr3", "metadata": metadata(stored, None)})
     ts.open(spec, kvstore=store, create=True, context=ts.Context()).result()
     return bytes(store.read("zarr.json").result().value)
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from ckptmgr.layout import HERE, Target
 from ckptmgr.storage import chunks, stock
-from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values, chunk_shape, numpy_dtype, whole
-from ckptmgr.structure import TreeSpec, dtype_name, is_key
+from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values, chunk_shape, whole
+from ckptmgr.structure import TreeSpec, dtype_name, is_key, numpy_dtype
 
 Part = tuple[Index, Values]
 
@@ -40,7 +40,7 @@ class Plan:
     @functools.cached_property
     def heads(self) -> Sequence[bytes | None]:
         """The `zarr.json` of each leaf, uncompressed; None if its chunks are too large to be encoded here."""
-        return [chunks.zarr_json(each, None) if each.is_direct() else None for each in self.stored]
+        return [chunks.zarr_json(each) if each.is_direct() else None for each in self.stored]
 
     @functools.cached_property
     def files(self) -> Mapping[str, bytes]:

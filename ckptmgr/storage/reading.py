@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -12,10 +12,10 @@ from ckptmgr import items
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.layout import Target
-from ckptmgr.storage import arrays, devices, stock
+from ckptmgr.storage import arrays, chunks, devices, stock
 from ckptmgr.storage.orbax import METRICS, STEP_METADATA, json_file
 
-_COPIED_BYTES = 2 << 20
+_COPIED_BYTES = 2 << 20  # JAX copies small leaves once more: not all of them at a time
 
 
 def read_trees(
@@ -38,8 +38,8 @@ def read_trees(
     flat = [target for places in targets for target in places]
     placed: list[Any] = []
     try:
-        for group in _groups([read.copied_nbytes for read in wanted]):
-            reads, where = wanted[group], flat[group]
+        for group in chunks.runs([read.copied_nbytes for read in wanted], _COPIED_BYTES):
+            reads, where = wanted[group.start : group.stop], flat[group.start : group.stop]
             placed += devices.place(arrays.read(reads), [read.spec.shape for read in reads], where)
     except arrays.DamagedArrayError as problem:
         raise CorruptCheckpointError(
@@ -51,17 +51,6 @@ def read_trees(
         each.item: each.assemble([row.given if row.saved is None else next(arrived) for row in each.rows])
         for each in matched
     }
-
-
-def _groups(copied: Sequence[int]) -> Iterator[slice]:
-    """Leaves that are read together: JAX copies small ones once more, so not all of them at a time."""
-    first = held = 0
-    for place, nbytes in enumerate(copied):
-        if held + nbytes > _COPIED_BYTES:
-            yield slice(first, place)
-            first, held = place, 0
-        held += nbytes
-    yield slice(first, len(copied))
 
 
 def read_values(manifest: manifests.Manifest, directory: epath.Path, names: Iterable[str]) -> dict[str, Any]:
