@@ -157,7 +157,8 @@ class Catalog:
         self.forget(step)
         doomed = self.directory / f"{DELETED}{step}-{time.time_ns()}"
         path.rename(doomed)
-        doomed.rmtree()
+        _log.info("step %d deleted", step)
+        remove(doomed)
 
     def set_aside(self, step: int) -> epath.Path:
         """Takes a damaged step out of the listing, and keeps it for whoever wants to look into it."""
@@ -170,20 +171,21 @@ class Catalog:
         """Finishes what an earlier process was stopped in: saves, deletions, and replacing a step."""
         for entry in list(self.directory.iterdir()):
             if entry.name.startswith(DELETED) or _UNFINISHED.fullmatch(entry.name):
-                _remove(entry)
+                remove(entry)
             elif entry.name.endswith(REPLACED):
                 step = self.directory / entry.name.removesuffix(REPLACED)
                 if step.exists():
-                    _remove(entry)
+                    remove(entry)
                 else:
                     entry.rename(step)
 
 
-def _remove(leftover: epath.Path) -> None:
+def remove(leftover: epath.Path) -> None:
+    """Removes what is in no listing any more; what cannot be removed now is tried again at the next start."""
     try:
         leftover.rmtree()
     except OSError as problem:  # the run goes on beside it
-        _log.warning("%s, left by an earlier process, could not be removed: %s", leftover, problem)
+        _log.warning("%s could not be removed, and is tried again at the next start: %s", leftover, problem)
 
 
 def _folders(directory: epath.Path) -> list[str]:

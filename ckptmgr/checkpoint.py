@@ -24,6 +24,12 @@ class CheckpointInfo:
     """When `save` was called, in seconds since the epoch."""
     nbytes: int = 0
     """Bytes of all arrays, before compression."""
+    disk_nbytes: int = 0
+    """Bytes of all files but the manifest; 0 for a checkpoint of stock Orbax."""
+    blocked_s: float | None = None
+    """How long `save` held up its caller; known to the process that saved, as `durable_s` is."""
+    durable_s: float | None = None
+    """How long it took from the call of `save` until the checkpoint was durable."""
     items: tuple[str, ...] = ()
     leaves: Mapping[str, tuple[LeafSpec, ...]] = _empty()
     """The leaves of each item that holds arrays."""

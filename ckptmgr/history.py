@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import logging
+import time
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
+from ckptmgr import manifest as manifests
 from ckptmgr import policy
 from ckptmgr.catalog import PIN, Catalog
 from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckptmgr.manifest import Manifest
+
+_log = logging.getLogger("ckptmgr")
 
 
 class History:
@@ -53,6 +58,34 @@ class History:
         """The steps that no policy keeps."""
         return [info.step for info in self.all() if not info.kept] if self._keep else []
 
+    def watch(self, after: int | None, timeout_s: float | None, poll_s: float) -> Iterator[int]:
+        """Yields the steps after one as they come; ends when none has come for `timeout_s`."""
+        waited_since = time.monotonic()
+        while True:
+            new = [step for step in self._catalog.steps() if after is None or step > after]
+            for step in new:
+                after = step
+                if self._is_readable(step):
+                    yield step
+            if new:
+                waited_since = time.monotonic()
+            elif timeout_s is not None and time.monotonic() - waited_since >= timeout_s:
+                return
+            else:
+                time.sleep(poll_s)
+
+    def _is_readable(self, step: int) -> bool:
+        """Whether a step is there and its small files are whole; said if they are not."""
+        try:
+            manifest = self._catalog.manifest(step, fresh=True)
+            manifests.check_files(manifest, self._catalog.path(step), manifest.items)
+        except CheckpointNotFoundError:
+            return False
+        except CorruptCheckpointError as problem:
+            _log.warning("step %d is passed over as damaged: %s", step, problem)
+            return False
+        return True
+
     def best(self, metric: str | None, mode: Literal["min", "max"]) -> int | None:
         """The step with the best value of a metric, or of the first `best` policy."""
         ranked_by = [each for each in self._keep if isinstance(each, policy.best)]
@@ -69,6 +102,7 @@ def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
         step=manifest.step,
         time=manifest.time,
         nbytes=manifest.nbytes,
+        disk_nbytes=sum(file.size for file in manifest.files.values()),
         items=tuple(manifest.items),
         leaves={name: item.tree.leaves for name, item in manifest.items.items() if item.kind == "arrays"},
         metrics=manifest.metrics,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -12,33 +13,38 @@ from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 from ckptmgr.errors import CheckpointTimeoutError
 
+_log = logging.getLogger("ckptmgr")
 _running: weakref.WeakSet[Background] = weakref.WeakSet()
 
 
 class Background:
-    """Runs one task at a time in a thread of its own."""
+    """Runs one task at a time in a thread of its own; `timeout_s` bounds every wait for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._thread: threading.Thread | None = None
         self._what = ""
         _running.add(self)
 
     def start(self, what: str, task: Callable[[], None]) -> None:
         """Starts `task` once the one before it is done; `what` names it in a timeout."""
-        self.wait(None)
+        self.wait()
         self._what = what
-        self._thread = threading.Thread(target=task, name=f"ckptmgr: {what}")
+        self._thread = threading.Thread(target=task, name=f"ckptmgr: {what}", daemon=True)
         self._thread.start()
 
     def is_current(self) -> bool:
         """Whether the caller is the task itself (a callback of it, say), which must not wait for itself."""
         return self._thread is threading.current_thread()
 
-    def wait(self, timeout_s: float | None) -> None:
+    def wait(self, timeout_s: float | None = None) -> None:
         """Waits until nothing runs."""
-        thread = self._thread
+        thread, timeout_s = self._thread, self._timeout_s if timeout_s is None else timeout_s
         if thread is None or self.is_current():
             return
         thread.join(timeout_s)
@@ -48,7 +54,10 @@ class Background:
 
 def _drain() -> None:
     for background in list(_running):
-        background.wait(None)
+        try:
+            background.wait()
+        except CheckpointTimeoutError as problem:
+            _log.error("%s, and the process ends: what it was to write is lost", problem)
 
 
 # A plain atexit hook is too late: by then Python has shut the executors that Orbax writes with, and the
@@ -64,7 +73,8 @@ threading._register_atexit(_drain)  # type: ignore[attr-defined]
 def drain_on_sigterm() -> None:
     """From now on SIGTERM, where nobody handles it, ends the process once what was accepted is durable."""
     is_main = threading.current_thread() is threading.main_thread()
-    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and not _jax_listens()
+    if is_main and is_free:
         signal.signal(signal.SIGTERM, _end_when_drained)
 
 
@@ -79,16 +89,32 @@ def _end_when_drained(number: int, _: FrameType | None) -> None:
     threading.Thread(target=finish, name="ckptmgr: finishing before SIGTERM", daemon=True).start()
 
 
+def _jax_listens() -> bool:
+    """Whether JAX takes SIGTERM itself (below Python, which does not know), to tell all processes of a job."""
+    is_on = bool(jax.config.jax_enable_preemption_service)  # type: ignore[attr-defined]
+    return is_on and jax.distributed.is_initialized()
+
+
 class Preemption:
-    """Whether this process has been told to stop, and whether a step was declined before it knew."""
+    """Whether this process has been told to stop, and whether a step was declined before it knew.
+
+    In a job of several processes they are to stop at the same step: JAX spreads the news of SIGTERM, and
+    names the moment by a counter that every process counts up, here with each step that is asked about.
+    https://docs.jax.dev/en/latest/_autosummary/jax.experimental.multihost_utils.reached_preemption_sync_point.html
+    """
 
     def __init__(self) -> None:
         self.signalled = False
         self._guarded = False
         self._declined = False
+        self._asked: int | None = None
+        self._count = 0
 
-    def is_due(self, decided: bool) -> bool:
+    def is_due(self, step: int, decided: bool) -> bool:
         """What becomes of a decision whether to save: after a signal every step in the guard is saved."""
+        if self._guarded and _jax_listens() and step != self._asked:
+            self._asked, self._count = step, self._count + 1
+            self.signalled |= multihost_utils.reached_preemption_sync_point(self._count)
         self._declined = not (decided or (self.signalled and self._guarded))
         return not self._declined
 
@@ -102,21 +128,24 @@ class Preemption:
         """Takes the signals; at the end they go back to those who had them."""
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("preemption_guard takes signals, which Python delivers to the main thread alone")
-        before: dict[int, Any] = {}
+        taken = [number for number in signals if number != signal.SIGTERM or not _jax_listens()]
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in taken}
 
         def handle(number: int, frame: FrameType | None) -> None:
             previous = before[number]
             if self.signalled:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            self.signalled = True
+            if _jax_listens():
+                os.kill(os.getpid(), signal.SIGTERM)  # so that the other processes hear of it too
+            else:
+                self.signalled = True
             if callable(previous) and previous not in (_end_when_drained, signal.default_int_handler):
                 previous(number, frame)
 
         self.signalled, self._guarded, self._declined = False, True, False
-        before |= {number: signal.getsignal(number) for number in signals}
         try:
-            for number in signals:
+            for number in taken:
                 signal.signal(number, handle)
             yield
         finally:

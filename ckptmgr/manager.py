@@ -89,7 +89,7 @@ class CheckpointManager:
         self._history = history.History(self._catalog, self._options.keep)
         self._composer = items.Composer()
         self._copier = writing.Copier(self._options)
-        self._background = lifecycle.Background()
+        self._background = lifecycle.Background(self._options.timeout_s)
         self._failure: SaveError | None = None
         self._last: CheckpointInfo | None = None
         self._writing: int | None = None
@@ -117,7 +117,7 @@ class CheckpointManager:
         _check_step(step)
         now, last = self._options.clock(), self._last_save()
         due = any(each.should_save(step, now=now, last=last) for each in self._options.save_every)
-        return self._preemption.is_due(due)
+        return self._preemption.is_due(step, due)
 
     def save(
         self,
@@ -149,6 +149,7 @@ class CheckpointManager:
           UnsupportedLeafError: a leaf has no form on disk; nothing was written.
           SaveError: the save before this one failed, or this one did.
         """
+        called = time.perf_counter()
         store = self._writable(step)
         refusal = self._refuse(step, force, on_exists)
         if refusal:
@@ -166,7 +167,8 @@ class CheckpointManager:
         except OSError as problem:  # the step's directory could not be made, or a bounded wave not be written
             raise SaveError(f"step {step} could not be saved: {problem}", step=step) from problem
         self._writing, self._last = step, CheckpointInfo(step=step, time=copied.manifest.time)
-        return self._follow(step, store, "forced" if force else "preempted" if self.preempted else "due")
+        reason = "forced" if force else "preempted" if self.preempted else "due"
+        return self._follow(step, store, reason, called)
 
     def _last_save(self) -> policy.Record | None:
         """The last save that was accepted here, else the newest checkpoint on disk."""
@@ -185,7 +187,7 @@ class CheckpointManager:
         """Why this step is not to be saved; None if it is."""
         if on_exists not in ("error", "skip", "replace"):
             raise ValueError(f'on_exists takes "error", "skip" or "replace", not {on_exists!r}')
-        due = self._preemption.is_due(True) if force else self.should_save(step)
+        due = self._preemption.is_due(step, True) if force else self.should_save(step)
         if not due:
             return "not due by save_every"
         exists = step == self._writing or step in set(self._catalog.steps()) - self._catalog.damaged
@@ -198,13 +200,15 @@ class CheckpointManager:
             step=step,
         )
 
-    def _follow(self, step: int, store: orbax.Store, reason: str) -> SaveResult:
+    def _follow(self, step: int, store: orbax.Store, reason: str, called: float) -> SaveResult:
         """Waits beside the caller until the step is durable, then does what follows from it."""
         commit: concurrent.futures.Future[CheckpointInfo] = concurrent.futures.Future()
+        blocked_s = time.perf_counter() - called
 
         def finish() -> None:
             try:
                 store.wait(step)
+                durable_s = time.perf_counter() - called
                 info = self._history.glance(self._catalog.manifest(step))
             except BaseException as problem:  # raised again at the next call
                 self._last = None
@@ -215,6 +219,11 @@ class CheckpointManager:
                 return
             finally:
                 self._writing = None
+            _log.info(
+                "step %d saved: %d bytes, durable after %.3f s, the caller waited %.3f s",
+                step, info.disk_nbytes, durable_s, blocked_s,
+            )  # fmt: skip
+            info = dataclasses.replace(info, blocked_s=blocked_s, durable_s=durable_s)
             commit.set_result(info)
             self._announce(info)
             self._retain()
@@ -247,18 +256,20 @@ class CheckpointManager:
         Raises SaveError if a save failed, CheckpointTimeoutError after `timeout_s` (default: the
         manager's) seconds.
         """
-        self._background.wait(self._options.timeout_s if timeout_s is None else timeout_s)
+        self._background.wait(timeout_s)
         self._raise_failure()
 
     def close(self) -> None:
-        """Waits for what is being written, then lets go of everything. Raises as `wait` does."""
-        try:
-            self.wait()
-        finally:
-            store, self._store = self._store, None
-            if store is not None:
-                store.close()
-                self._writer.release()
+        """Waits for what is being written, then lets go of everything. Raises as `wait` does.
+
+        After a CheckpointTimeoutError it is still being written, and `close` may be called again.
+        """
+        self._background.wait()
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+            self._writer.release()
+        self._raise_failure()
 
     @contextlib.contextmanager
     def preemption_guard(self, signals: Sequence[int] = (signal.SIGTERM,)) -> Iterator[None]:
@@ -291,7 +302,7 @@ class CheckpointManager:
         self.close()
 
     def _wait_for_last_save(self) -> None:
-        self._background.wait(self._options.timeout_s)
+        self._background.wait()
         self._raise_failure()
 
     def _settle(self, step: int) -> None:
@@ -414,8 +425,9 @@ class CheckpointManager:
         matched = items.match(manifest, templates, request)
         targets = [layouts.targets(each.item, each.rows, request.layout) for each in matched]
         manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
-        values = reading.read_trees(manifest, directory, matched, targets)
-        values |= reading.read_values(manifest, directory, templates)
+        with reading.reported(directory):
+            values = reading.read_trees(manifest, directory, matched, targets)
+            values |= reading.read_values(manifest, directory, templates)
         absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
         _log.info("step %d restored from %s", step, directory)
         return Checkpoint(
@@ -448,31 +460,7 @@ class CheckpointManager:
           timeout_s: ends when no new step has come for so long; None: never.
           poll_s: how often to look.
         """
-        waited_since = time.monotonic()
-        while True:
-            new = [step for step in self._catalog.steps() if after is None or step > after]
-            for step in new:
-                after = step
-                if self._is_readable(step):
-                    yield step
-            if new:
-                waited_since = time.monotonic()
-            elif timeout_s is not None and time.monotonic() - waited_since >= timeout_s:
-                return
-            else:
-                time.sleep(poll_s)
-
-    def _is_readable(self, step: int) -> bool:
-        """Whether a step is there and its small files are whole; said if they are not."""
-        try:
-            manifest = self._catalog.manifest(step, fresh=True)
-            manifests.check_files(manifest, self._catalog.path(step), manifest.items)
-        except CheckpointNotFoundError:
-            return False
-        except CorruptCheckpointError as problem:
-            _log.warning("step %d is passed over as damaged: %s", step, problem)
-            return False
-        return True
+        return self._history.watch(after, timeout_s, poll_s)
 
     def best(self, metric: str | None = None, *, mode: Literal["min", "max"] = "min") -> int | None:
         """The step with the best value of a metric, of equals the newer; None if no step has it.

@@ -1,15 +1,23 @@
-"""Faults by name: `CKPTMGR_FAULT="before publish 2"` ends a process there, the second time it comes by.
+"""Faults by name, injected into the code that really runs: "KIND POINT TURN", the TURN-th time POINT is reached.
 
-Real code runs up to the point and not beyond it: the signal is SIGKILL.
+    before, after   SIGKILL
+    fail            an I/O error of the disk
+    full            no space left on the disk
+    slow            two seconds go by
+    short           half of a small file is written, then an I/O error (point "file" alone)
+
+A subprocess takes them from CKPTMGR_FAULT: `CKPTMGR_FAULT="before publish 2"`.
 """
 
+import errno
 import functools
 import importlib
 import os
 import signal
+import time
 
 POINTS = {
-    "arrays": "ckptmgr.storage.arrays:write_wave",  # the transaction of one item
+    "arrays": "ckptmgr.storage.arrays:write_wave",  # the arrays of one item
     "description": "ckptmgr.storage.arrays:describe",  # Orbax's JSON files about it
     "file": "ckptmgr.storage.files:write",  # any small file, the manifest last
     "sync": "ckptmgr.storage.files:sync",  # names made durable
@@ -17,14 +25,42 @@ POINTS = {
     "exchange": "ckptmgr.storage.orbax:_exchange",  # the swap of a step that is replaced
     "retain": "ckptmgr.manager:CheckpointManager._retain",
     "delete": "ckptmgr.catalog:Catalog.delete",
+    "remove": "ckptmgr.catalog:remove",  # the files of what is in no listing any more
+    "rename": "etils.epath.backend:_OsPathBackend.rename",  # of any directory
+}
+SLOW_S = 2.0
+
+
+def _kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _error(number):
+    def act(*_):
+        raise OSError(number, os.strerror(number))
+
+    return act
+
+
+def _short(path, data):
+    path.write_bytes(data[: len(data) // 2])
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+KINDS = {
+    "before": _kill,
+    "fail": _error(errno.EIO),
+    "full": _error(errno.ENOSPC),
+    "slow": lambda *_: time.sleep(SLOW_S),
+    "short": _short,
 }
 
 
-def install(fault):
-    """Puts the fault in its place; "" is none."""
+def install(fault, put=setattr):
+    """Puts the fault in its place; "" is none. A test gives `monkeypatch.setattr` as `put`."""
     if not fault:
         return
-    when, point, turn = fault.split()
+    kind, point, turn = fault.split()
     module, _, path = POINTS[point].partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
@@ -32,11 +68,12 @@ def install(fault):
 
     def faulty(*args, **kwargs):
         seen.append(1)
-        if len(seen) == int(turn) and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+        is_turn = len(seen) == int(turn)
+        if is_turn and kind != "after":
+            KINDS[kind](*args)
         result = real(*args, **kwargs)
-        if len(seen) == int(turn):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if is_turn and kind == "after":
+            _kill()
         return result
 
-    setattr(owner, name, faulty)
+    put(owner, name, faulty)

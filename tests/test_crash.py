@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.xdist_group("crash")
 SCRIPT = Path(trainer.__file__)
 
 
-def start(directory, steps, *how, fault=""):
+def start(directory, steps, *how, fault="", job=None):
     command = [sys.executable, str(SCRIPT), str(directory), str(steps), *how]
-    env = os.environ | {"CKPTMGR_FAULT": fault}
+    env = os.environ | {"CKPTMGR_FAULT": fault} | ({"CKPTMGR_JOB": job} if job else {})
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
@@ -31,6 +32,12 @@ def run(directory, steps, *how, fault=""):
     process = start(directory, steps, *how, fault=fault)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 def last(said, word):
@@ -63,7 +70,7 @@ def test_killed_at_random_moments_the_newest_committed_step_is_there_and_nothing
 
 MATRIX = [
     (how, f"{when} {point}")
-    for how, absent in (("train", ["exchange"]), ("replace", ["delete"]))
+    for how, absent in (("train", ["exchange"]), ("replace", ["delete"]))  # those are of the other kind of run
     for point in faults.POINTS
     for when in ("before", "after")
     if point not in absent
@@ -117,6 +124,18 @@ def test_sigterm_saves_the_last_completed_step_and_the_run_goes_on_bit_for_bit(t
     code, straight, _ = run(tmp_path / "straight", last(said, "ended"), "guard")
     assert code == 0
     assert straight.split()[-1] == stopped
+
+
+def test_where_jax_takes_sigterm_itself_its_sync_point_is_honoured(tmp_path):
+    process = start(tmp_path, 10**6, "guard", job=f"{free_port()} 1 0")
+    for line in process.stdout:
+        if line == "done 10\n":
+            break
+    process.send_signal(signal.SIGTERM)
+    said, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    with ckptmgr.CheckpointManager(tmp_path, read_only=True) as reader:
+        assert 10 < reader.latest() == last(said, "done") == last(said, "ended")
 
 
 def test_a_second_signal_ends_at_once_and_a_handler_that_was_there_is_called(tmp_path):

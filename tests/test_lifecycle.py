@@ -29,7 +29,7 @@ def test_the_save_is_finished_before_the_script_is_gone(tmp_path, ending):
 
 
 def test_waits_are_bounded_and_say_what_they_waited_for():
-    background = lifecycle.Background()
+    background = lifecycle.Background(60)
     release = lifecycle.threading.Event()
     background.start("the save of step 9", release.wait)
     with pytest.raises(CheckpointTimeoutError, match=r"the save of step 9 took longer than 0\.05 s") as caught:
@@ -40,7 +40,7 @@ def test_waits_are_bounded_and_say_what_they_waited_for():
 
 
 def test_one_task_at_a_time_in_order():
-    background, seen = lifecycle.Background(), []
+    background, seen = lifecycle.Background(60), []
     for number in range(20):
         background.start(f"task {number}", lambda number=number: seen.append(number))
     background.wait(5)

@@ -113,7 +113,16 @@ def leave(directory, nbytes, how):
         time.sleep(60)
 
 
+def join(job):
+    """Joins the job `PORT COUNT INDEX`: several processes of jax.distributed on this machine."""
+    port, count, index = job.split()
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
+
+
 if __name__ == "__main__":
+    if "CKPTMGR_JOB" in os.environ:
+        join(os.environ["CKPTMGR_JOB"])
     faults.install(os.environ.get("CKPTMGR_FAULT", ""))
     run = {"train": train, "replace": replace, "guard": guard, "twice": twice, "fork": fork, "leave": leave}[
         sys.argv[3]

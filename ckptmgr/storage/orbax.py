@@ -23,7 +23,7 @@ from etils import epath
 
 from ckptmgr import catalog, policy
 from ckptmgr import manifest as manifests
-from ckptmgr.storage import arrays, files
+from ckptmgr.storage import arrays, chatter, files
 
 BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
 STEP_METADATA = "_CHECKPOINT_METADATA"
@@ -56,14 +56,14 @@ class Store:
         self._compression = compression
         self._timeout_s = timeout_s
         self._build_manifest: BuildManifest | None = None
-        self._go = threading.Event()
+        self._writers = _Writers()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add(None, ocp.args.StandardSave, _ArraysHandler(self._compression, self._go))
-        registry.add(None, ocp.args.JsonSave, _JsonHandler(json_file("")))
-        registry.add(METRICS, ocp.args.JsonSave, _JsonHandler(json_file(METRICS)))
+        registry.add(None, ocp.args.StandardSave, _ArraysHandler(self._compression, self._writers))
+        registry.add(None, ocp.args.JsonSave, _JsonHandler(json_file(""), self._writers))
+        registry.add(METRICS, ocp.args.JsonSave, _JsonHandler(json_file(METRICS), self._writers))
         options = ocp.CheckpointManagerOptions(
             step_name_format=_UnlistedSteps(),
             preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
@@ -78,35 +78,40 @@ class Store:
             save_root_metadata=False,
             lightweight_initialize=True,
         )
-        return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
+        with chatter.ours():
+            return _Manager(self._directory, options=options, handler_registry=registry)
 
     def start(self, step: int, items: Mapping[str, Any], build_manifest: BuildManifest) -> None:
         """Starts writing a step: `items` are Snapshots of arrays, and functions that give JSON values."""
-        self._manager.reload()
+        with chatter.ours():
+            self._manager.reload()
         self._build_manifest = build_manifest
         arguments = {
             name: ocp.args.StandardSave(item) if isinstance(item, arrays.Snapshot) else ocp.args.JsonSave(item)
             for name, item in items.items()
         }
-        self._go.clear()  # a writer that starts while the caller is still in `save` only holds it up
+        self._writers.hold()
         try:
-            self._manager.save(step, args=ocp.args.Composite(**arguments), force=True, custom_metadata=SIGNATURE)
+            with chatter.ours():
+                everything = ocp.args.Composite(**arguments)
+                self._manager.save(step, args=everything, force=True, custom_metadata=SIGNATURE)
         except BaseException:
             self._recover(step)
             raise
-        finally:
-            self._go.set()
+        self._writers.release()
 
     def wait(self, step: int) -> None:
         """Waits until the step is durable, or raises what stopped it."""
         try:
-            self._manager.wait_until_finished()
+            with chatter.ours():
+                self._manager.wait_until_finished()
         except BaseException:
             self._recover(step)
             raise
 
     def _recover(self, step: int) -> None:
         """Makes room again, and a new manager: one whose commit failed keeps the failure."""
+        self._writers.settle(self._timeout_s)
         self._manager = self._open()
         unfinished = self._directory / f"{step}{_UNFINISHED}"
         if unfinished.exists():
@@ -114,7 +119,14 @@ class Store:
                 unfinished.rmtree()
 
     def close(self) -> None:
-        self._manager.close()
+        with chatter.ours():
+            self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Not asked here: JAX's counter of steps must only go up, and `lifecycle` counts it."""
+        return False
 
 
 class _UnlistedSteps(ocp.path.step.NameFormat[Any]):
@@ -133,13 +145,47 @@ class _UnlistedSteps(ocp.path.step.NameFormat[Any]):
         raise ValueError(f"step {step} is not listed")
 
 
+class _Writers:
+    """The threads that write the items of one step."""
+
+    def __init__(self) -> None:
+        self._started: list[Any] = []
+        self._go = threading.Event()
+
+    def hold(self) -> None:
+        """None begins before `release`: one that runs beside the caller of `save` only holds it up."""
+        self._started.clear()
+        self._go.clear()
+
+    def release(self) -> None:
+        self._go.set()
+
+    def start(self, write: Callable[[], None]) -> list[Any]:
+        """Starts one; what Orbax waits for."""
+
+        async def when_released() -> None:  # Orbax runs it in a thread of its own
+            self._go.wait()
+            write()
+
+        future = ocp.future.CommitFutureAwaitingContractedSignals(when_released(), name="ckptmgr_writer")
+        self._started.append(future)
+        return [future]
+
+    def settle(self, timeout_s: float) -> None:
+        """Waits until all have ended, however: Orbax goes on at the first that fails."""
+        self.release()
+        for future in self._started:
+            with contextlib.suppress(Exception):
+                future.result(timeout_s)
+
+
 class _ArraysHandler(ocp.StandardCheckpointHandler):
     """Writes the Snapshot it is given; recorded on disk under the name of the handler it stands for."""
 
-    def __init__(self, compression: str | None, go: threading.Event) -> None:
+    def __init__(self, compression: str | None, writers: _Writers) -> None:
         super().__init__()
         self._compression = compression
-        self._go = go
+        self._writers = writers
 
     @classmethod
     def typestr(cls) -> str:
@@ -151,12 +197,11 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
             arrays.write_wave(directory, snapshot, compression)
             snapshot.collect()
 
-        async def write() -> None:  # runs in a thread of its own
-            self._go.wait()
+        def write() -> None:
             arrays.write_wave(directory, snapshot, compression)
             arrays.describe(directory, snapshot.plan)
 
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="ckptmgr_arrays")]
+        return self._writers.start(write)
 
     def finalize(self, directory: epath.Path) -> None:
         """Nothing to merge: one process writes the item's database where it is read."""
@@ -165,19 +210,17 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
 class _JsonHandler(ocp.JsonCheckpointHandler):
     """Writes what the function it is given returns, so that no metric is waited for in the caller."""
 
-    def __init__(self, filename: str) -> None:
+    def __init__(self, filename: str, writers: _Writers) -> None:
         super().__init__(filename)
         self._name = filename
+        self._writers = writers
 
     @classmethod
     def typestr(cls) -> str:
         return str(ocp.JsonCheckpointHandler.typestr())
 
     async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
-        async def write() -> None:
-            files.write(directory / self._name, json.dumps(args.item()).encode())
-
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="ckptmgr_json")]
+        return self._writers.start(lambda: files.write(directory / self._name, json.dumps(args.item()).encode()))
 
     def finalize(self, directory: epath.Path) -> None: ...
 
@@ -235,12 +278,16 @@ def _publish(written: epath.Path, final: epath.Path) -> None:
         written.rename(_replaced(final))
     else:
         final.rename(_replaced(final))
-        written.rename(final)
+        try:
+            written.rename(final)
+        except OSError:
+            _replaced(final).rename(final)
+            raise
     files.sync([final.parent])
     if _replaced(final).exists():
         if (_replaced(final) / catalog.PIN).exists():
             (final / catalog.PIN).write_bytes((_replaced(final) / catalog.PIN).read_bytes())
-        _replaced(final).rmtree()
+        catalog.remove(_replaced(final))
 
 
 def _replaced(final: epath.Path) -> epath.Path:

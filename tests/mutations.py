@@ -1,0 +1,121 @@
+"""For each guarantee a change of our code that breaks it, and the test that must notice.
+
+docs/guarantees.md lists them; `make soak` makes each one, in a copy of the package, and runs its test.
+"""
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    guarantee: int
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = [
+    Mutation(
+        1, "a step that is being written is listed",
+        "catalog.py", "int(name) for name in _folders(self.directory) if _STEP.fullmatch(name)",
+        "int(name.partition('.')[0]) for name in _folders(self.directory) if name[0].isdigit()",
+        "tests/test_crash.py::test_killed_at_each_point_of_a_save_the_newest_committed_step_is_there",
+    ),
+    Mutation(
+        1, "names are not flushed before the rename",
+        "storage/orbax.py", "            files.sync(folders)", "            pass",
+        "tests/storage/test_orbax.py::test_everything_is_flushed_before_the_step_has_its_name",
+    ),
+    Mutation(
+        1, "leftovers of an interrupted save stay",
+        "catalog.py", "or _UNFINISHED.fullmatch(entry.name)", "",
+        "tests/test_catalog.py",
+    ),
+    Mutation(
+        2, "the checksum of a small chunk is not compared",
+        "storage/chunks.py", "if google_crc32c.value(data) != _RESIDUE:", "if False:",
+        "tests/test_crash.py::test_damage_in_any_file_of_the_newest_step_gives_the_one_before_with_a_warning",
+    ),
+    Mutation(
+        2, "the checksum of a file is not compared",
+        "manifest.py", "zlib.crc32(data) != file.crc32", "False",
+        "tests/test_crash.py::test_damage_in_any_file_of_the_newest_step_gives_the_one_before_with_a_warning",
+    ),
+    Mutation(
+        2, "the checksum of the manifest is not compared",
+        "manifest.py", "if seal != _seal(text):", "if False:",
+        "tests/test_manifest.py",
+    ),
+    Mutation(
+        3, "nothing is said of a step that is passed over",
+        "manager.py", '_log.warning("step %d is passed over as damaged: %s", candidate, problem)', "pass",
+        "tests/test_manager.py::test_restoring_walks_back_past_a_damaged_step_and_says_so",
+    ),
+    Mutation(
+        3, "a damaged step counts among those to keep",
+        "manager.py", "self._catalog.damaged.update(skipped)", "pass",
+        "tests/test_crash.py::test_a_damaged_step_is_not_counted_not_deleted_and_its_number_is_free_again",
+    ),
+    Mutation(
+        4, "numpy arrays are not copied",
+        "storage/devices.py", 'np.array(leaf, order="C")', 'np.asarray(leaf, order="C")',
+        "tests/storage/test_arrays.py::test_the_caller_may_do_what_it_likes_once_save_has_returned",
+    ),
+    Mutation(
+        5, "the hook at the end of the script runs when executors are gone",
+        "lifecycle.py", "threading._register_atexit(_drain)", "__import__('atexit').register(_drain)",
+        "tests/test_crash.py::test_a_script_that_leaves_right_after_save_loses_nothing",
+    ),
+    Mutation(
+        5, "SIGTERM ends the process at once",
+        "lifecycle.py", "        signal.signal(signal.SIGTERM, _end_when_drained)", "        pass",
+        "tests/test_crash.py::test_a_script_that_leaves_right_after_save_loses_nothing",
+    ),
+    Mutation(
+        5, "a signal does not make the next save happen",
+        "lifecycle.py", "(decided or (self.signalled and self._guarded))", "decided",
+        "tests/test_crash.py::test_sigterm_saves_the_last_completed_step_and_the_run_goes_on_bit_for_bit",
+    ),
+    Mutation(
+        6, "a failed save is not raised at the next call",
+        "manager.py", "self._failure.__cause__ = problem", "self._failure = None",
+        "tests/test_manager.py::test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it",
+    ),
+    Mutation(
+        6, "what a failed save has written stays",
+        "storage/orbax.py", "                unfinished.rmtree()", "                pass",
+        "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
+    ),
+    Mutation(
+        7, "the newest step is no exception",
+        "policy.py", ' + ["newest"] * (step == newest)', "",
+        "tests/test_policy.py",
+    ),
+    Mutation(
+        7, "NaN is ranked",
+        "policy.py", "if not math.isnan(record.metrics.get(self.metric, math.nan))",
+        "if self.metric in record.metrics",
+        "tests/test_policy.py",
+    ),
+    Mutation(
+        7, "a failed deletion ends the others",
+        "manager.py", '_log.exception("step %d could not be deleted", step)', "raise",
+        "tests/test_faults.py::test_a_deletion_that_fails_is_logged_does_not_stop_the_next_and_is_finished_later",
+    ),
+    Mutation(
+        8, "a restore that was overtaken is not read again",
+        "manager.py", "if self._catalog.identity(step) == identity:", "if True:",
+        "tests/test_crash.py::test_a_reader_beside_a_writer_sees_whole_steps_or_a_clear_error",
+    ),
+    Mutation(
+        8, "a read-only manager cleans up",
+        "manager.py", "        if not read_only:\n", "        self._catalog.tidy()\n        if not read_only:\n",
+        "tests/test_manager.py::test_closed_and_read_only_managers_do_not_save",
+    ),
+    Mutation(
+        9, "a name in a manifest may lead anywhere",
+        "manifest.py", "    return bool(name) and not any(", "    return True or not any(",
+        "tests/test_manifest.py::test_names_that_lead_outside_of_the_checkpoint_are_refused",
+    ),
+]  # fmt: skip

@@ -1,0 +1,56 @@
+"""The tests of the guarantees can fail: each guarantee is broken on purpose, and its test must say so."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import counted
+from mutations import MUTATIONS
+
+import ckptmgr
+
+PACKAGE = Path(ckptmgr.__file__).parent
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_mutation_applies_to_the_code_as_it_is():
+    for mutation in MUTATIONS:
+        text = (PACKAGE / mutation.file).read_text()
+        assert text.count(mutation.old) == 1, mutation.what
+        compile(text.replace(mutation.old, mutation.new), mutation.file, "exec")
+    assert {mutation.guarantee for mutation in MUTATIONS} == set(range(1, 10))
+
+
+def test_every_mutation_is_listed():
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    for mutation in MUTATIONS:
+        assert f"| {mutation.guarantee} | {mutation.what} | `{mutation.test}` |" in page
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mutation", MUTATIONS[:: counted(10, full=1)], ids=lambda mutation: mutation.what)
+def test_a_broken_guarantee_is_noticed(mutation, tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "ckptmgr")
+    file = tmp_path / "ckptmgr" / mutation.file
+    file.write_text(file.read_text().replace(mutation.old, mutation.new))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-x",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        mutation.test,
+    ]
+    found = {name: value for name, value in os.environ.items() if name != "CKPTMGR_SOAK"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=found | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "failed" in done.stdout
