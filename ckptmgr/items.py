@@ -144,6 +144,11 @@ class Matched:
     outline: Any = None
     """What to make of the leaves when there is no template: plain containers."""
 
+    @property
+    def tree(self) -> Any:
+        """A tree of the result's structure, whatever its leaves are."""
+        return self.assemble(list(range(len(self.rows)))) if self.template is None else self.template
+
     def assemble(self, values: Sequence[Any]) -> Any:
         if self.template is None:
             return structure.rebuild(self.outline, values)
@@ -191,6 +196,12 @@ def match(manifest: Manifest, templates: Mapping[str, Any], request: Request) ->
             diff += differs.without(*allowed)
     difference.raise_if_different(diff, " and ".join(templates))
     return matched
+
+
+def params_of(manifest: Manifest, matched: Sequence[Matched]) -> Matched:
+    """The parameters among these items, or, if they are not to be restored, as they were saved."""
+    known = next((each for each in matched if each.item == PARAMS), None)
+    return known or _match_tree(PARAMS, manifest.items.get(PARAMS, Item("arrays")), None, {})[0]
 
 
 def _match_tree(name: str, item: Item, template: Any, rename: Mapping[str, str]) -> tuple[Matched, StructureDiff]:

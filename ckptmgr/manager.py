@@ -423,7 +423,8 @@ class CheckpointManager:
         manifest, directory = self._catalog.manifest(step, fresh=True), self._catalog.path(step)
         templates = request.templates(manifest)
         matched = items.match(manifest, templates, request)
-        targets = [layouts.targets(each.item, each.rows, request.layout) for each in matched]
+        params = items.params_of(manifest, matched)
+        targets = layouts.targets(request.layout, matched, params, request.optimizer)
         manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
         with reading.reported(directory):
             values = reading.read_trees(manifest, directory, matched, targets)

@@ -1,9 +1,16 @@
 """Where restored leaves go."""
 
+import math
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from conftest import counted
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import ckptmgr
@@ -121,3 +128,193 @@ def test_a_dtype_that_jax_would_change_on_a_device_is_refused(tmp_path):
         assert manager.restore(params={"x": np.zeros(2)}).params["x"].dtype == np.float64
         narrow = {"x": jax.ShapeDtypeStruct((2,), np.float32)}
         assert manager.restore(params=narrow, cast=True).params["x"].dtype == np.float32
+
+
+# ---------------------------------------------------------------- a mesh, a tree, a callable
+
+
+def auto(**axes):
+    """A mesh of the first devices whose shardings JAX propagates by itself, as most training does."""
+    devices = jax.devices()[: math.prod(axes.values())]
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes), devices=devices
+    )
+
+
+@pytest.fixture(scope="module")
+def grid():
+    return auto(data=4, model=2)
+
+
+@pytest.fixture(scope="module")
+def trained(grid, tmp_path_factory):
+    """Parameters over data x model, and Adam's state of them after a step."""
+    directory = tmp_path_factory.mktemp("trained")
+    spread = {
+        "dense": {"w": PartitionSpec("data", "model"), "b": PartitionSpec("model")},
+        "odd": PartitionSpec("data"),
+    }
+    shapes = {"dense": {"w": (8, 16), "b": (16,)}, "odd": (12, 3)}
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda spec, shape: jax.device_put(draw.random(shape, np.float32), NamedSharding(grid, spec)),
+        spread, shapes, is_leaf=lambda node: isinstance(node, PartitionSpec),
+    )  # fmt: skip
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    _, opt_state = optimizer.update(params, optimizer.init(params), params)
+    with CheckpointManager(directory) as manager:
+        manager.save(1, params, opt_state, extras={"ema": jax.tree.map(lambda x: x / 2, params)})
+    return directory, params, opt_state, optimizer
+
+
+def shardings(tree):
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def test_a_mesh_carries_the_saved_partition_specs_over(trained, caplog):
+    directory, params, opt_state, optimizer = trained
+    other = auto(data=2, model=4)
+    back = CheckpointManager(directory, read_only=True).restore(params=params, optimizer=optimizer, layout=other)
+    wants = jax.tree.map(lambda leaf: NamedSharding(other, leaf.sharding.spec), params)
+    assert shardings(back.params) == wants
+    adam = back.opt_state[1][0]
+    assert shardings(adam.mu) == shardings(adam.nu) == wants
+    assert adam.count.sharding == NamedSharding(other, PartitionSpec())
+    assert_trees_equal(back.params, params)
+    assert_trees_equal(back.opt_state, opt_state)
+    assert not caplog.records
+
+
+def test_what_a_mesh_lacks_or_does_not_divide_is_replicated_and_said_once(trained, caplog):
+    directory, params, _, optimizer = trained
+    flat = auto(data=8)
+    back = CheckpointManager(directory, read_only=True).restore(params=params, optimizer=optimizer, layout=flat)
+    assert back.params["dense"]["w"].sharding == NamedSharding(flat, PartitionSpec("data"))
+    assert back.params["dense"]["b"].sharding == NamedSharding(flat, PartitionSpec())
+    assert back.params["odd"].sharding == NamedSharding(flat, PartitionSpec())  # 8 does not divide 12
+    assert shardings(back.opt_state[1][0].mu) == shardings(back.params)
+    assert_trees_equal(back.params, params)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "9 leaves are replicated along axes that {'data': 8} lacks or that do not divide them" in line
+    assert "params['dense']['b'] of shape (16,): ('model',) becomes P()" in line
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with the optimizer", "by path and shape"])
+def test_a_tree_of_shardings_for_params_and_the_state_follows(trained, grid, known):
+    directory, params, opt_state, optimizer = trained
+    layout = {"dense": NamedSharding(grid, PartitionSpec("model")), "odd": None}
+    how = {"optimizer": optimizer} if known else {"opt_state": opt_state}
+    manager = CheckpointManager(directory, read_only=True)
+    back = manager.restore(params=params, extras={"ema": params}, layout=layout, **how)
+    wants = {"dense": {"w": layout["dense"], "b": layout["dense"]}, "odd": params["odd"].sharding}
+    adam = back.opt_state[1][0]
+    assert (
+        shardings(back.params)
+        == shardings(adam.mu)
+        == shardings(adam.nu)
+        == shardings(back.extras["ema"])
+        == wants
+    )
+    assert adam.count.sharding == NamedSharding(grid, PartitionSpec())
+    assert_trees_equal(back.opt_state, opt_state)
+    alone = manager.restore(layout=layout | {"odd": jax.devices()[2]}, **how)  # params are not asked for
+    assert alone.opt_state[1][0].mu["odd"].devices() == {jax.devices()[2]}
+
+
+def test_a_prefix_of_partition_specs_in_a_mesh_that_is_set(trained, grid):
+    directory, params, _, _ = trained
+    manager = CheckpointManager(directory, read_only=True)
+    with jax.set_mesh(grid):
+        back = manager.restore(params=params, layout=PartitionSpec("data"))
+    assert {leaf.sharding for leaf in jax.tree.leaves(back.params)} == {NamedSharding(grid, PartitionSpec("data"))}
+    with pytest.raises(LayoutError, match=r"layout has P\('data',\) for params\['dense'\]\['b'\].*needs a mesh"):
+        manager.restore(params=params, layout=PartitionSpec("data"))
+
+
+def test_a_callable_is_asked_for_each_parameter(trained, grid):
+    directory, params, opt_state, _ = trained
+    asked = {}
+
+    def layout(path, leaf):
+        asked[path] = leaf
+        return NamedSharding(grid, PartitionSpec(None, "model")) if leaf.ndim == 2 and path != "['odd']" else None
+
+    back = CheckpointManager(directory, read_only=True).restore(params=params, opt_state=opt_state, layout=layout)
+    assert asked == {
+        "['dense']['b']": jax.ShapeDtypeStruct((16,), "float32"),
+        "['dense']['w']": jax.ShapeDtypeStruct((8, 16), "float32"),
+        "['odd']": jax.ShapeDtypeStruct((12, 3), "float32"),
+    }
+    assert back.params["dense"]["w"].sharding.spec == PartitionSpec(None, "model")
+    assert back.params["odd"].sharding == params["odd"].sharding
+    assert shardings(back.opt_state[1][0].nu) == shardings(back.params)
+
+
+def test_state_that_is_like_no_parameter_is_replicated(grid, tmp_path):
+    params = {"w": jax.device_put(jnp.ones((256, 128)), NamedSharding(grid, PartitionSpec("data", "model")))}
+    optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=64)
+    opt_state = optimizer.init(params)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, params, opt_state)
+        layout = shardings(params)
+        for how in ({"optimizer": optimizer}, {"opt_state": jax.eval_shape(optimizer.init, params)}):
+            back = manager.restore(params=params, layout=layout, **how)
+            for leaf in jax.tree.leaves(back.opt_state):
+                assert leaf.sharding == NamedSharding(grid, PartitionSpec())  # factored: rows and columns alone
+            assert_trees_equal(back.opt_state, opt_state)
+
+
+def test_impossible_layouts_are_refused_by_name(trained, grid):
+    directory, params, _, _ = trained
+    manager = CheckpointManager(directory, read_only=True)
+    with pytest.raises(LayoutError, match=r"params\['odd'\] of shape \(12, 3\) does not fit .*'model'") as caught:
+        manager.restore(
+            params=params, layout={"dense": None, "odd": NamedSharding(grid, PartitionSpec(None, "model"))}
+        )
+    assert caught.value.leaf == "params['odd']"
+    with pytest.raises(LayoutError, match=r"(?s)layout is no prefix of params: .*dense"):
+        manager.restore(params=params, layout={"dens": None, "odd": None})
+    with pytest.raises(LayoutError, match=r"layout has 'data' for params\['dense'\]\['b'\]"):
+        manager.restore(params=params, layout=lambda path, leaf: "data")
+    with pytest.raises(TypeError, match=r"layout takes .* not 'data'"):
+        manager.restore(params=params, layout={"dense": "data", "odd": None})
+
+
+MESHES = [{"a": 8}, {"a": 4, "b": 2}, {"a": 2, "b": 2, "c": 2}, {"b": 2}, {"a": 1}]
+
+
+@st.composite
+def arrays_on_a_mesh(draw):
+    """A shape, a dtype, a mesh to save on and one to restore on, and a PartitionSpec for each that fits."""
+    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 4, 8, 12, 24]), min_size=1, max_size=3)))
+    dtype = draw(st.sampled_from(["float32", "bfloat16", "int8", "bool", "float8_e4m3fn", "complex64"]))
+    placed = []
+    for mesh in (draw(st.sampled_from(MESHES)), draw(st.sampled_from(MESHES))):
+        free, spec = list(draw(st.permutations(list(mesh)))), []
+        for size in shape:
+            axes = []
+            while free and draw(st.booleans()) and size % math.prod(mesh[name] for name in [*axes, free[-1]]) == 0:
+                axes.append(free.pop())
+            spec.append(tuple(axes) or None)
+        placed.append((mesh, PartitionSpec(*spec)))
+    return shape, dtype, placed
+
+
+@settings(max_examples=counted(20, full=300))
+@pytest.mark.soak
+@given(case=arrays_on_a_mesh(), chunk_bytes=st.sampled_from([16, 100, 2**20]), seed=st.integers(0, 99))
+def test_saved_on_one_mesh_and_restored_on_another_every_bit_is_the_same(case, chunk_bytes, seed):
+    shape, dtype, placed = case
+    values = np.random.default_rng(seed).integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8)
+    values = (values & 1).astype(bool)[..., 0] if dtype == "bool" else values.view(jnp.dtype(dtype))[..., 0]
+    meshes = [auto(**mesh) for mesh, _ in placed]
+    first, second = (NamedSharding(mesh, spec) for mesh, (_, spec) in zip(meshes, placed, strict=True))
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        CheckpointManager(directory, chunk_bytes=chunk_bytes) as manager,
+    ):
+        manager.save(1, {"x": jax.device_put(values, first)})
+        for layout in ({"x": second}, meshes[1]):
+            back = manager.restore(layout=layout).params["x"]
+            assert layout is meshes[1] or back.sharding == second
+            assert np.asarray(back).tobytes() == values.tobytes()
