@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import jax
 import numpy as np
 from etils import epath
 
-from ckptmgr import catalog, difference, history, items, lifecycle, options, policy, writer
+from ckptmgr import catalog, difference, history, items, job, lifecycle, options, policy, writer
 from ckptmgr import layout as layouts
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
@@ -95,15 +94,21 @@ class CheckpointManager:
         self._writing: int | None = None
         self._store: orbax.Store | None = None
         self._preemption = lifecycle.Preemption()
+        self._job = job.Job(self._options.timeout_s)
         if not read_only:
-            self._catalog.prepare()
-            self._writer = writer.Writer(self._directory, speaks=jax.process_index() == 0)
-            if self._writer.is_first:  # what lies about is nobody's any more
-                self._catalog.tidy()
+            self._writer = self._job.together(self._job.name(f"opening {self._directory}"), self._claim)
             lifecycle.drain_on_sigterm()
             self._store = orbax.Store(
                 self._directory, compression=self._options.compression, timeout_s=self._options.timeout_s
             )
+
+    def _claim(self) -> writer.Writer:
+        """Takes the right to write into the run."""
+        self._catalog.prepare()
+        claimed = writer.Writer(self._directory, speaks=self._job.leads)
+        if claimed.is_first:  # what lies about is nobody's any more
+            self._catalog.tidy()
+        return claimed
 
     @property
     def directory(self) -> epath.Path:
@@ -117,6 +122,8 @@ class CheckpointManager:
         _check_step(step)
         now, last = self._options.clock(), self._last_save()
         due = any(each.should_save(step, now=now, last=last) for each in self._options.save_every)
+        if not all(isinstance(each, policy.every_steps | policy.at_steps) for each in self._options.save_every):
+            due = self._job.agree(self._job.name("should_save"), due)  # clocks differ
         return self._preemption.is_due(step, due)
 
     def save(
@@ -156,12 +163,15 @@ class CheckpointManager:
             return SaveResult(step, refusal)
         if params is None and opt_state is None:
             raise ValueError("save needs params, or an opt_state that holds them")
-        composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
-        self._wait_for_last_save()
-        copied = self._copier.copy(step, self._options.clock(), composed)
-        if step in self._catalog.damaged:  # the run walked back, and comes by again
-            _log.warning("step %d is damaged and set aside as %s", step, self._catalog.set_aside(step))
-        self._catalog.forget(step)
+
+        def copy() -> writing.Copied:
+            composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
+            self._wait_for_last_save()
+            copied = self._copier.copy(step, self._options.clock(), composed)
+            self._make_room(step)
+            return copied
+
+        copied = self._job.together(self._job.name(f"the save of step {step}"), copy)
         try:
             store.start(step, copied.contents, copied.build_manifest)
         except OSError as problem:  # the step's directory could not be made, or a bounded wave not be written
@@ -169,6 +179,12 @@ class CheckpointManager:
         self._writing, self._last = step, CheckpointInfo(step=step, time=copied.manifest.time)
         reason = "forced" if force else "preempted" if self.preempted else "due"
         return self._follow(step, store, reason, called)
+
+    def _make_room(self, step: int) -> None:
+        """A damaged step of this number is kept under another name: the run walked back, and comes by again."""
+        if step in self._catalog.damaged and self._job.leads:
+            _log.warning("step %d is damaged and set aside as %s", step, self._catalog.set_aside(step))
+        self._catalog.forget(step)
 
     def _last_save(self) -> policy.Record | None:
         """The last save that was accepted here, else the newest checkpoint on disk."""
@@ -191,6 +207,7 @@ class CheckpointManager:
         if not due:
             return "not due by save_every"
         exists = step == self._writing or step in set(self._catalog.steps()) - self._catalog.damaged
+        exists = self._job.agree(self._job.name("save"), exists)
         if not exists or on_exists == "replace":
             return None
         if on_exists == "skip":
@@ -219,14 +236,11 @@ class CheckpointManager:
                 return
             finally:
                 self._writing = None
-            _log.info(
-                "step %d saved: %d bytes, durable after %.3f s, the caller waited %.3f s",
-                step, info.disk_nbytes, durable_s, blocked_s,
-            )  # fmt: skip
             info = dataclasses.replace(info, blocked_s=blocked_s, durable_s=durable_s)
             commit.set_result(info)
-            self._announce(info)
-            self._retain()
+            if self._job.leads:
+                self._announce(info)
+                self._retain()
 
         self._background.start(f"the save of step {step}", finish)
         if not self._options.asynchronous:
@@ -234,6 +248,10 @@ class CheckpointManager:
         return SaveResult(step, reason, commit, self._acknowledge)
 
     def _announce(self, info: CheckpointInfo) -> None:
+        _log.info(
+            "step %d saved: %d bytes, durable after %.3f s, the caller waited %.3f s",
+            info.step, info.disk_nbytes, info.durable_s, info.blocked_s,
+        )  # fmt: skip
         for callback in self._options.on_commit:
             try:
                 callback(info)
@@ -361,13 +379,18 @@ class CheckpointManager:
         )
         self.wait()
         if step is not None:
-            number = self._best_or_raise() if step == "best" else _check_step(step)
-            self._catalog.require(number)
-            return self._restore_step(number, request)
+            number = self._job.agree(
+                self._job.name("restore"), self.best() if step == "best" else _check_step(step)
+            )
+            if number is None:
+                raise self._catalog.nothing_good(
+                    {}, "no checkpoint has the metric that ranks them, or all are NaN"
+                )
+            return self._restore_together(number, request)
         skipped: dict[int, str] = {}
         while (candidate := self._newest_beside(skipped)) is not None:
             try:
-                found = self._restore_step(candidate, request, skipped)
+                found = self._restore_together(candidate, request, skipped)
             except CorruptCheckpointError as problem:
                 _log.warning("step %d is passed over as damaged: %s", candidate, problem)
                 skipped[candidate] = str(problem)
@@ -379,7 +402,22 @@ class CheckpointManager:
         raise self._catalog.nothing_good(skipped)
 
     def _newest_beside(self, skipped: Mapping[int, str]) -> int | None:
-        return max(set(self._catalog.steps()) - set(skipped), default=None)
+        newest: int | None = max(set(self._catalog.steps()) - set(skipped), default=None)
+        return self._job.agree(self._job.name("restore"), newest)
+
+    def _restore_together(
+        self, step: int, request: items.Request, skipped: Mapping[int, str] | None = None
+    ) -> Checkpoint:
+        """Restores a step in every process, or in none."""
+        try:
+            name = self._job.name(f"the restore of step {step}")
+            return self._job.together(name, lambda: self._restore_step(step, request, skipped or {}))
+        except job.OtherProcessError as problem:
+            if problem.kind == CorruptCheckpointError.__name__:
+                raise CorruptCheckpointError(str(problem), step=step) from None
+            if problem.kind == CheckpointNotFoundError.__name__:
+                raise CheckpointNotFoundError(str(problem), directory=str(self._directory), step=step) from None
+            raise
 
     def restore_or(
         self,
@@ -395,20 +433,19 @@ class CheckpointManager:
         Takes what `restore` takes; `Checkpoint.resumed` tells which of the two it was.
         """
         self.wait()
-        if self._catalog.steps():
+        if self._job.agree(self._job.name("restore"), bool(self._catalog.steps())):
             return self.restore(params=params, opt_state=opt_state, extras=extras, **how)
         start = Checkpoint(step=step, params=params, opt_state=opt_state, extras=dict(extras or {}))
         return dataclasses.replace(start, resumed=False)
 
-    def _restore_step(
-        self, step: int, request: items.Request, skipped: Mapping[int, str] | None = None
-    ) -> Checkpoint:
+    def _restore_step(self, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
         """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
+        self._catalog.require(step)
         ends = time.monotonic() + self._options.timeout_s
         while time.monotonic() < ends:
             identity = self._catalog.identity(step)
             try:
-                found = self._read_step(step, request, skipped or {})
+                found = self._read_step(step, request, skipped)
             except (CorruptCheckpointError, OSError):
                 if self._catalog.identity(step) == identity:
                     raise
@@ -470,12 +507,6 @@ class CheckpointManager:
         """
         return self._history.best(metric, mode)
 
-    def _best_or_raise(self) -> int:
-        step = self.best()
-        if step is None:
-            raise self._catalog.nothing_good({}, "no checkpoint has the metric that ranks them, or all are NaN")
-        return step
-
     def info(self, step: int) -> CheckpointInfo:
         """What is known of a step without reading an array."""
         self._settle(step)
@@ -509,19 +540,22 @@ class CheckpointManager:
         """Deletes a step, pinned or not."""
         self._writable(step)
         self.wait()
-        self._catalog.delete(step)
+        if self._job.leads:
+            self._catalog.delete(step)
 
     def pin(self, step: int) -> None:
         """Keeps a step whatever retention says, until `unpin`."""
         self._writable(step)
         self._settle(step)
-        self._catalog.pin(step)
+        if self._job.leads:
+            self._catalog.pin(step)
 
     def unpin(self, step: int) -> None:
         """Gives a step back to retention."""
         self._writable(step)
         self._settle(step)
-        self._catalog.unpin(step)
+        if self._job.leads:
+            self._catalog.unpin(step)
 
 
 def _check_step(step: Any) -> int:

@@ -1,6 +1,7 @@
 """Every test runs with eight CPU devices, and with what one process saves read by the next."""
 
 import os
+import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -22,3 +23,10 @@ def counted(few: int, full: int) -> int:
 def visible(directory):
     """What is in a directory, but for what a manager hides there while it is open."""
     return sorted(name for name in os.listdir(directory) if not name.startswith("."))
+
+
+def free_port():
+    """A port for a server of this test."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]

@@ -20,7 +20,7 @@ MUTATIONS = [
         1, "a step that is being written is listed",
         "catalog.py", "int(name) for name in _folders(self.directory) if _STEP.fullmatch(name)",
         "int(name.partition('.')[0]) for name in _folders(self.directory) if name[0].isdigit()",
-        "tests/test_crash.py::test_killed_at_each_point_of_a_save_the_newest_committed_step_is_there",
+        "tests/test_catalog.py::test_only_whole_numbers_are_steps",
     ),
     Mutation(
         1, "names are not flushed before the rename",
@@ -75,7 +75,7 @@ MUTATIONS = [
     Mutation(
         5, "a signal does not make the next save happen",
         "lifecycle.py", "(decided or (self.signalled and self._guarded))", "decided",
-        "tests/test_crash.py::test_sigterm_saves_the_last_completed_step_and_the_run_goes_on_bit_for_bit",
+        "tests/test_crash.py::test_a_second_signal_ends_at_once_and_a_handler_that_was_there_is_called",
     ),
     Mutation(
         6, "a failed save is not raised at the next call",

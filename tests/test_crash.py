@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import faults
 import pytest
 import trainer
-from conftest import counted
+from conftest import counted, free_port
 
 import ckptmgr
 
@@ -34,10 +33,13 @@ def run(directory, steps, *how, fault=""):
     return process.returncode, out, err
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+def rest(process):
+    """What it says to its end. (`communicate` would miss what was read ahead with a line before.)"""
+    out, err = process.stdout.read(), process.stderr.read()
+    process.wait(60)
+    process.stdout.close()
+    process.stderr.close()
+    return out, err
 
 
 def last(said, word):
@@ -57,7 +59,7 @@ def test_killed_at_random_moments_the_newest_committed_step_is_there_and_nothing
         assert leftovers(tmp_path) == []  # cleaned by the start
         time.sleep(draw.uniform(0, 0.4))
         process.send_signal(signal.SIGKILL)
-        said, _ = process.communicate()
+        said, _ = rest(process)
         committed = max(committed, last(said, "committed"))
         interrupted += bool(leftovers(tmp_path))
         with ckptmgr.CheckpointManager(tmp_path, read_only=True) as reader:
@@ -116,7 +118,7 @@ def test_sigterm_saves_the_last_completed_step_and_the_run_goes_on_bit_for_bit(t
         process.stdout.readline()
         time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=60)
+        said, _ = rest(process)
         assert process.returncode == 0
         with ckptmgr.CheckpointManager(tmp_path, read_only=True) as reader:
             assert reader.latest() == last(said, "done") == last(said, "ended")
@@ -132,7 +134,7 @@ def test_where_jax_takes_sigterm_itself_its_sync_point_is_honoured(tmp_path):
         if line == "done 10\n":
             break
     process.send_signal(signal.SIGTERM)
-    said, err = process.communicate(timeout=60)
+    said, err = rest(process)
     assert process.returncode == 0, err
     with ckptmgr.CheckpointManager(tmp_path, read_only=True) as reader:
         assert 10 < reader.latest() == last(said, "done") == last(said, "ended")

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import trainer
-from conftest import counted, visible
+from conftest import counted, free_port, visible
 
 import ckptmgr
 from ckptmgr.storage import arrays
@@ -207,9 +206,7 @@ print(urllib.request.urlopen(f"http://localhost:{sys.argv[2]}/metrics").read().d
 
 
 def test_saves_and_restores_reach_the_exporter_of_orbax(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     told = os.environ | {"ENABLE_ORBAX_PROMETHEUS_TELEMETRY": "true", "ORBAX_PROMETHEUS_PORT": port}
     done = subprocess.run(
         [sys.executable, "-c", EXPORT, tmp_path / "run", port],

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import tensorstore as ts
 from etils import epath
 
@@ -22,6 +23,7 @@ from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values
 from ckptmgr.storage.devices import Part, Plan
 from ckptmgr.structure import LeafSpec, numpy_dtype
 
+PART = "ocdbt.process_"  # Orbax's name for what one of several processes wrote
 _ENCODED_BYTES = 4 << 20  # smaller ones take less memory, and time for each commit
 _INLINE_BYTES = 4096  # larger than any zarr.json, so that each lies in a checksummed node
 
@@ -67,6 +69,27 @@ class Snapshot:
 
     def has_more(self) -> bool:
         return bool(self._waves)
+
+
+def own_part(directory: epath.Path) -> epath.Path:
+    """Where this process writes its part of an item; one that is alone writes the whole."""
+    return directory / f"{PART}{jax.process_index()}" if jax.process_count() > 1 else directory
+
+
+def merge(directory: epath.Path) -> None:
+    """Makes one database of the parts that several processes wrote; it refers to their chunks and copies none."""
+    parts = [entry for entry in directory.iterdir() if entry.name.startswith(PART)]
+    if not parts:
+        return
+    transaction, context = ts.Transaction(atomic=True), ts.Context()
+    whole = ts.KvStore.open(_database(directory), context=context).result().with_transaction(transaction)
+    copies = [
+        ts.KvStore.open(_database(part), context=context).result().experimental_copy_range_to(whole)
+        for part in parts
+    ]
+    for each in copies:
+        each.result()
+    transaction.commit_async().result()
 
 
 def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:

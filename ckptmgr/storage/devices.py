@@ -113,6 +113,8 @@ def collect(plan: Plan, leaves: Sequence[Any], places: range) -> list[list[Part]
 
 
 def _parts(leaf: Any, sharding: Any) -> list[Part]:
+    if (sharding is None or sharding.is_fully_addressable) and jax.process_index() != 0:
+        return []  # each process has one: that of process 0 counts
     if sharding is None:
         return [((), _as_bytes(np.array(leaf, order="C")))]
     array = _plain(leaf)

@@ -15,13 +15,14 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckptmgr import catalog, policy
+from ckptmgr import catalog, job, policy
 from ckptmgr import manifest as manifests
 from ckptmgr.storage import arrays, chatter, files
 
@@ -42,7 +43,8 @@ def json_file(item: str) -> str:
 
 def checks_itself(name: str) -> bool:
     """Whether TensorStore checks this file of a step as it reads it: OCDBT's manifests, nodes and chunks."""
-    return name.endswith("/manifest.ocdbt") or "/d/" in name
+    is_read = name.endswith("/manifest.ocdbt") and f"/{arrays.PART}" not in name  # of a part its merger was all
+    return is_read or "/d/" in name
 
 
 # ---------------------------------------------------------------- writing
@@ -75,6 +77,10 @@ class Store:
                 # quick, and what stops them is raised by `save` itself.
                 create_directories_asynchronously=False,
             ),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes=set(range(jax.process_count())) if jax.process_count() > 1 else None
+            ),
+            create=False,  # `catalog` has made it
             save_root_metadata=False,
             lightweight_initialize=True,
         )
@@ -91,30 +97,34 @@ class Store:
             for name, item in items.items()
         }
         self._writers.hold()
-        try:
-            with chatter.ours():
-                everything = ocp.args.Composite(**arguments)
-                self._manager.save(step, args=everything, force=True, custom_metadata=SIGNATURE)
-        except BaseException:
-            self._recover(step)
-            raise
+        with self._recovering(step):
+            everything = ocp.args.Composite(**arguments)
+            self._manager.save(step, args=everything, force=True, custom_metadata=SIGNATURE)
         self._writers.release()
 
     def wait(self, step: int) -> None:
         """Waits until the step is durable, or raises what stopped it."""
+        with self._recovering(step):
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _recovering(self, step: int) -> Iterator[None]:
         try:
             with chatter.ours():
-                self._manager.wait_until_finished()
-        except BaseException:
+                yield
+        except BaseException as problem:
             self._recover(step)
-            raise
+            absent = job.absent(problem)
+            if not absent:
+                raise
+            raise TimeoutError(f"{job.spell(absent)} did not come in {self._timeout_s} s") from problem
 
     def _recover(self, step: int) -> None:
         """Makes room again, and a new manager: one whose commit failed keeps the failure."""
         self._writers.settle(self._timeout_s)
         self._manager = self._open()
         unfinished = self._directory / f"{step}{_UNFINISHED}"
-        if unfinished.exists():
+        if unfinished.exists() and jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the failure that is on its way says more
                 unfinished.rmtree()
 
@@ -193,18 +203,21 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
 
     async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
         snapshot, compression = args.item, self._compression
+        part = arrays.own_part(directory)
         while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
-            arrays.write_wave(directory, snapshot, compression)
+            arrays.write_wave(part, snapshot, compression)
             snapshot.collect()
 
         def write() -> None:
-            arrays.write_wave(directory, snapshot, compression)
-            arrays.describe(directory, snapshot.plan)
+            arrays.write_wave(part, snapshot, compression)
+            if jax.process_index() == 0:
+                arrays.describe(directory, snapshot.plan)
 
         return self._writers.start(write)
 
     def finalize(self, directory: epath.Path) -> None:
-        """Nothing to merge: one process writes the item's database where it is read."""
+        """Called by process 0 once all have written."""
+        arrays.merge(directory)
 
 
 class _JsonHandler(ocp.JsonCheckpointHandler):
@@ -220,6 +233,8 @@ class _JsonHandler(ocp.JsonCheckpointHandler):
         return str(ocp.JsonCheckpointHandler.typestr())
 
     async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
+        if jax.process_index() != 0:
+            return []
         return self._writers.start(lambda: files.write(directory / self._name, json.dumps(args.item()).encode()))
 
     def finalize(self, directory: epath.Path) -> None: ...

@@ -1,0 +1,129 @@
+"""One process of a job: `python member.py DIRECTORY PORT COUNT INDEX DEVICES MODE ...`, to be killed or looked at.
+
+save STEP...        saves these steps, sharded over all devices of all processes
+load [STEP]         restores one onto all devices of all processes, and checks every bit that this process has
+train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
+clock               asks a clock of its own whether to save
+"""
+
+import os
+import sys
+import time
+
+import numpy as np
+
+
+def state(step):
+    """Every value is made from the step, so that a mixture of two is seen."""
+    rows = np.arange(16 * 1024, dtype=np.float32).reshape(64, 256)  # large enough for chunks of their own
+    return {
+        "w": rows * 100 + step,
+        "b": np.full(8, step, np.float32),
+        "odd": np.arange(7, dtype=np.int8) + step % 9,
+    }
+
+
+def spread(mesh, step):
+    """The same on devices: sharded, replicated, on one device, on the host, and a key."""
+    values, local = state(step), jax.local_devices()[0]
+    w, b = (jax.make_array_from_callback(
+        values[name].shape, NamedSharding(mesh, spec), lambda index, name=name: values[name][index]
+    ) for name, spec in (("w", P("data")), ("b", P())))  # fmt: skip
+    return {"w": w, "b": b, "odd": values["odd"], "one": jax.device_put(values["b"], local), "number": step}
+
+
+def check(found, step):
+    values = state(step)
+    assert found["number"] == step
+    for name in ("w", "b"):
+        for shard in found[name].addressable_shards:
+            assert np.array_equal(np.asarray(shard.data), values[name][shard.index]), name
+    assert np.array_equal(found["odd"], values["odd"])
+    assert np.array_equal(np.asarray(found["one"]), values["b"])
+
+
+def say(*words):
+    print(*words, flush=True)
+
+
+def save(directory, mesh, *steps):
+    with ckptmgr.CheckpointManager(directory, keep=2, timeout_s=TIMEOUT_S) as manager:
+        for step in map(int, steps):
+            params = spread(mesh, step)
+            optimizer = optax.adam(1e-3)
+            trained = {"w": params["w"]}
+            manager.save(
+                step, params, optimizer.init(trained), extras={"at": {"n": step}}, metrics={"loss": 1 / step}
+            )
+        manager.wait()
+        say("steps", *manager.steps())
+
+
+def load(directory, mesh, *step):
+    manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S)
+    template = spread(mesh, 0)
+    found = manager.restore(*map(int, step), params=template, extras={"at": {"n": 0}})
+    check(found.params, found.step)
+    assert found.params["w"].sharding == template["w"].sharding
+    assert found.extras == {"at": {"n": found.step}}
+    adam = manager.restore(
+        found.step, optimizer=optax.adam(1e-3), params={"w": template["w"]}, layout=mesh, partial=True
+    )
+    assert adam.opt_state[0].mu["w"].sharding == template["w"].sharding
+    assert adam.opt_state[0].count.sharding == NamedSharding(mesh, P())
+    say("restored", found.step, "skipped", *found.skipped)
+
+
+def train(directory, mesh, save_every):
+    step_of_all = jax.jit(lambda w: w + 1)
+    manager = ckptmgr.CheckpointManager(directory, save_every=int(save_every), timeout_s=TIMEOUT_S)
+    found = manager.restore_or(params={"w": spread(mesh, 0)["w"]})
+    params = found.params
+    say("resumed", found.step)
+    with manager.preemption_guard():
+        for step in range(found.step + 1, 10**6):
+            params = {"w": step_of_all(params["w"])}
+            time.sleep(0.02)
+            manager.save(step, params)
+            say("done", step)
+            if manager.preempted:
+                break
+    say("ended", step)
+
+
+def clock(directory, mesh):
+    ours = [0.0, 100.0] if jax.process_index() == 0 else [0.0, 0.0]  # only process 0 finds that time has passed
+    manager = ckptmgr.CheckpointManager(
+        directory, save_every=ckptmgr.every_seconds(50), clock=lambda: ours[0], timeout_s=TIMEOUT_S
+    )
+    results = [bool(manager.save(1, spread(mesh, 1)))]
+    ours.pop(0)
+    results.append(bool(manager.save(2, spread(mesh, 2))))
+    manager.close()
+    say("saved", *results)
+
+
+if __name__ == "__main__":
+    directory, port, count, index, devices, mode, *rest = sys.argv[1:]
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import faults
+    import jax
+    import optax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import ckptmgr
+
+    TIMEOUT_S = float(os.environ.get("CKPTMGR_TIMEOUT_S", "60"))
+    if int(count) > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
+    faults.install(os.environ.get("CKPTMGR_FAULT", ""))
+    everything = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    say("joined")
+    try:
+        {"save": save, "load": load, "train": train, "clock": clock}[mode](directory, everything, *rest)
+    except ckptmgr.CheckpointError as problem:
+        say("failed", type(problem).__name__, problem)
+        os._exit(3)  # JAX would wait for the processes that are gone

@@ -1,0 +1,135 @@
+"""Several processes on one machine, under jax.distributed with gloo: all do the same, or none does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import member
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import free_port, visible
+
+import ckptmgr
+
+pytestmark = pytest.mark.xdist_group("job")
+SCRIPT = Path(member.__file__)
+
+
+def start(count, directory, *what, devices=2, faults=None, timeout_s=60.0):
+    """Starts the processes of a job; `faults` by index."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(directory), str(port), str(count), str(index), str(devices), *what],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"CKPTMGR_FAULT": (faults or {}).get(index, ""), "CKPTMGR_TIMEOUT_S": str(timeout_s)},
+        )
+        for index in range(count)
+    ]  # fmt: skip
+
+
+def finish(processes, timeout_s=100):
+    """What each of them said; fails if one did."""
+    try:
+        answers = [process.communicate(timeout=timeout_s) for process in processes]
+    finally:
+        end(processes)
+    for process, (out, err) in zip(processes, answers, strict=True):
+        assert process.returncode == 0, out + err[-3000:]
+    return [out.splitlines()[-1] for out, _ in answers]
+
+
+def end(processes):
+    for process in processes:
+        process.kill()
+        process.stdout.close()
+        process.stderr.close()
+        process.wait()
+
+
+def test_two_processes_save_and_one_two_or_four_restore(tmp_path):
+    assert finish(start(2, tmp_path, "save", "1", "2", "3"))[0] == "steps 2 3"
+    assert visible(tmp_path) == ["2", "3"]
+    for count, devices in ((1, 4), (2, 2), (4, 1)):
+        assert finish(start(count, tmp_path, "load", devices=devices)) == ["restored 3 skipped"] * count
+    assert ckptmgr.CheckpointManager(tmp_path, read_only=True).verify()
+
+
+def test_four_save_and_two_restore(tmp_path):
+    assert finish(start(4, tmp_path, "save", "5", devices=1)) == ["steps 5"] * 4
+    assert finish(start(2, tmp_path, "load", "5", devices=4)) == ["restored 5 skipped"] * 2
+    found = ckptmgr.CheckpointManager(tmp_path, read_only=True).restore(layout=ckptmgr.HOST).params
+    assert all((found[name] == values).all() for name, values in member.state(5).items())
+
+
+def test_stock_orbax_restores_what_several_processes_saved(tmp_path):
+    finish(start(2, tmp_path, "save", "1"))
+    with ocp.CheckpointManager(tmp_path) as stock:
+        template = member.state(0) | {"one": np.zeros(8, np.float32), "number": 0}
+        back = stock.restore(1, args=ocp.args.Composite(params=ocp.args.StandardRestore(template))).params
+    assert all(np.array_equal(back[name], values) for name, values in member.state(1).items())
+
+
+def test_if_one_process_cannot_restore_a_step_all_walk_back(tmp_path):
+    finish(start(2, tmp_path, "save", "1", "2"))
+    (part,) = (tmp_path / "2" / "params" / "ocdbt.process_1" / "d").iterdir()  # what process 1 alone reads
+    data = bytearray(part.read_bytes())
+    data[data.index(member.state(2)["w"][48:].tobytes())] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(ckptmgr.CorruptCheckpointError):
+        ckptmgr.CheckpointManager(tmp_path, read_only=True).restore(2)
+    assert finish(start(2, tmp_path, "load")) == ["restored 1 skipped 2"] * 2
+
+
+def test_process_0_decides_whether_to_save(tmp_path):
+    assert finish(start(2, tmp_path, "clock")) == ["saved True True"] * 2
+    assert visible(tmp_path) == ["1", "2"]
+
+
+@pytest.mark.parametrize("fault", ["before arrays 3", "before description 3", "after publish 2"])
+def test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time(fault, tmp_path):
+    victim = 1 if "arrays" in fault else 0
+    timeout_s = 8
+    processes = start(2, tmp_path, "save", "1", "2", "3", faults={victim: fault}, timeout_s=timeout_s)
+    try:
+        assert processes[victim].wait(100) == -signal.SIGKILL
+        killed = time.monotonic()
+        out, err = processes[1 - victim].communicate(timeout=100)
+        assert time.monotonic() - killed < 3 * timeout_s
+        assert processes[1 - victim].returncode != 0
+    finally:
+        end(processes)
+    if victim == 1:  # the coordinator of jax.distributed is alive to tell
+        assert "failed SaveError step 2 could not be saved: process 1 did not come in 8.0 s" in out, err[-2000:]
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        assert manager.steps() == ([1, 2] if "publish" in fault else [1])
+        assert manager.restore(layout=ckptmgr.HOST).params["number"] == manager.latest()
+    assert set(visible(tmp_path)) <= {"1", "2"}
+
+
+def test_a_process_that_never_comes_is_named(tmp_path):
+    processes = start(2, tmp_path, "save", "1", timeout_s=5)
+    try:
+        assert [process.stdout.readline() for process in processes] == ["joined\n"] * 2
+        processes[1].send_signal(signal.SIGSTOP)
+        out, err = processes[0].communicate(timeout=100)
+        assert "CheckpointTimeoutError process 1 of 2 at opening" in out, err[-2000:]
+    finally:
+        end(processes)
+
+
+def test_sigterm_stops_every_process_at_the_same_saved_step(tmp_path):
+    processes = start(2, tmp_path, "train", "1000")
+    for process in processes:
+        for line in process.stdout:
+            if line == "done 10\n":
+                break
+    processes[1].send_signal(signal.SIGTERM)  # one is told: JAX tells the other
+    (one, other) = finish(processes)
+    assert one == other
+    stopped = int(one.split()[1])
+    assert ckptmgr.CheckpointManager(tmp_path, read_only=True).steps() == [stopped]
