@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -90,13 +91,19 @@ def bare_arrays(workload: Workload) -> int:
     """
     leaves = jax.tree.leaves(workloads.template(workload))
     jax.block_until_ready(jax.device_put(np.zeros(3)))  # starts the devices
-    host = {leaf.shape: np.ones(leaf.shape, leaf.dtype) for leaf in leaves}
+    host = {leaf.shape: _unaligned(leaf.shape, leaf.dtype) for leaf in leaves}
     with Peak() as putting:
         put = jax.device_put(
             [host[leaf.shape] for leaf in leaves], [leaf.sharding for leaf in leaves], may_alias=False
         )
         jax.block_until_ready(put)
     return putting.nbytes
+
+
+def _unaligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Values that JAX has to copy: it takes over memory that begins where it wants it."""
+    values = np.ones(math.prod(shape) + 1, dtype)
+    return values[1:].reshape(shape)
 
 
 def _warm_up(name: str, devices: int, scratch: Path) -> None:

@@ -359,8 +359,10 @@ class CheckpointManager:
           params, opt_state: templates, concrete or abstract (`jax.eval_shape`).
           optimizer: an optax optimizer, in the place of an `opt_state` template.
           extras: by name: a template, or an object whose `set_state` is given what was saved.
-          layout: None (where the template's leaf is; else the default device), a Sharding, a Device, or
-            `ckptmgr.HOST`.
+          layout: None (where the template's leaf is; else the default device), a Sharding, a Device,
+            `ckptmgr.HOST`, a Mesh (the saved PartitionSpecs on it), a pytree of shardings like the params or
+            a prefix of one, or a callable `(path, ShapeDtypeStruct) -> Sharding`; what mirrors a parameter
+            follows it.
           cast: allows dtypes to differ, and converts to the template's.
           partial: keeps the template's own value for leaves that the checkpoint lacks, and ignores
             leaves that the template lacks.

@@ -56,6 +56,31 @@ def test_each_example_runs_as_a_script_and_again(tmp_path, name):
         assert done.returncode == 0
 
 
+def test_a_run_goes_on_over_other_devices_as_if_nothing_had_happened(tmp_path):
+    def losses(directory, *shape):
+        command = [sys.executable, EXAMPLES / "reshard.py", tmp_path / directory, *map(str, shape)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        said = [line.split() for line in done.stdout.splitlines() if line.startswith("step")]
+        return {int(words[1]): (float(words[3]), int(words[6])) for words in said}
+
+    moved = losses("moved")
+    assert [moved[step][1] for step in (1, 11, 21, 31)] == [8, 2, 1, 4]
+    assert sorted(moved) == list(range(1, 41))
+    stayed = {}
+    for _ in range(4):
+        stayed |= losses("stayed", 1, 1)
+    assert all(abs(moved[step][0] - stayed[step][0]) < 1e-4 for step in moved)  # sums of other orders
+
+
+def test_several_processes_train_as_one_and_go_on(tmp_path):
+    command = [sys.executable, EXAMPLES / "multiprocess.py", tmp_path / "run"]
+    first, again = (subprocess.run(command, capture_output=True, text=True, timeout=180) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert "from step 0 to 20" in first.stdout
+    assert "done before" in again.stdout
+
+
 def test_the_demo_ends_with_every_comparison_equal():
     command = [sys.executable, EXAMPLES / "demo.py", "--steps", "120", "--save-every", "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
