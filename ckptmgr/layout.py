@@ -100,6 +100,8 @@ def _target(leaf: str, row: Row, place: Place) -> Target:
 def _check_fits(leaf: str, shape: tuple[int, ...], sharding: Sharding) -> None:
     try:
         sharding.shard_shape(shape)
+        if isinstance(sharding, NamedSharding) and len(sharding.spec) > len(shape):
+            raise ValueError(f"it has {len(shape)} axes")
     except (ValueError, IndexError) as problem:  # JAX indexes past the axes of a spec that is too long
         raise LayoutError(f"{leaf} of shape {shape} does not fit {sharding}: {problem}", leaf=leaf) from None
 

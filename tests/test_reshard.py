@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ckptmgr
 
-SPECS = {"w": PartitionSpec("a", "b"), "v": PartitionSpec(("a", "b")), "c": PartitionSpec("c"), "all": PartitionSpec()}
+SPECS = {"w": ("a", "b"), "v": (("a", "b"),), "c": ("c",), "all": ()}
 SHAPES = {"w": (16, 8), "v": (24, 2), "c": (8,), "all": (5,)}
 
 
@@ -65,9 +65,10 @@ def test_saved_on_one_mesh_restored_on_others_by_other_processes(saved_on, tmp_p
     state = (state[0]._replace(mu=jax.tree.map(lambda leaf: leaf / 2, params)), *state[1:])
     with ckptmgr.CheckpointManager(tmp_path) as manager:
         manager.save(1, params, state)
+    here = os.path.dirname(__file__)
     restored_on = [(1, {"a": 1}, "mesh"), (2, {"a": 2}, "mesh"), (4, {"a": 4, "b": 1}, "mesh"),
                    (8, {"a": 2, "b": 4}, "mesh"), (1, {"a": 1}, "host")]  # fmt: skip
     for devices, axes, where in restored_on:
-        command = [sys.executable, "-c", RESTORE, tmp_path, str(devices), str(axes), where, os.path.dirname(__file__)]
+        command = [sys.executable, "-c", RESTORE, tmp_path, str(devices), str(axes), where, here]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.stdout == "equal\n", done.stderr[-3000:]

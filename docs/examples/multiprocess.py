@@ -52,7 +52,7 @@ def train(directory, address, count, index, total_steps=20):
                 if manager.preempted:
                     break
     if index == 0:
-        print(f"from step {ckpt.step} to {total_steps}, loss {loss:.4f}" if ckpt.step < total_steps else "done before")
+        print(f"from step {ckpt.step} to {step}, loss {loss:.4f}" if ckpt.step < total_steps else "done before")
 
 
 if __name__ == "__main__":
