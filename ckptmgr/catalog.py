@@ -11,6 +11,7 @@ The disk is the truth: nothing about steps is remembered that the next listing c
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -19,11 +20,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+from etils.epath import backend
 
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 
 PIN = "PINNED"
+COMMITTED = "commit_success.txt"
+"""Orbax's marker, the last file of a step where nothing can be renamed."""
 REPLACED = ".replaced"
 DELETED = ".deleted-"
 DAMAGED = ".damaged-"
@@ -36,10 +40,24 @@ def resolve(directory: str | os.PathLike[str]) -> epath.Path:
     """The directory as an absolute path: `~` and what is relative mean what they mean now."""
     if not isinstance(directory, str | os.PathLike) or not str(directory):
         raise TypeError(f"directory takes a path, not {directory!r}")
+    scheme, is_remote, _ = str(directory).partition("://")
+    if is_remote:
+        _check_installed(scheme)
     path = epath.Path(directory)
-    if "://" in str(path):
+    if is_remote:
         return path
     return epath.Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
+
+
+_NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+
+
+def _check_installed(scheme: str) -> None:
+    if scheme not in _NEEDS:
+        raise ValueError(f"directory takes a path on this machine, gs:// or s3://, not {scheme}://")
+    package, extra = _NEEDS[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{scheme}:// needs {package}: pip install 'ckptmgr[{extra}]'")
 
 
 class Catalog:
@@ -47,6 +65,7 @@ class Catalog:
 
     def __init__(self, directory: epath.Path, read_stock: Any) -> None:
         self.directory = directory
+        self._is_remote = "://" in str(directory)
         self._read_stock = read_stock
         self._manifests: dict[int, manifests.Manifest] = {}
         self.damaged: set[int] = set()
@@ -54,6 +73,8 @@ class Catalog:
 
     def prepare(self) -> None:
         """Makes sure that the run can be written to."""
+        if self._is_remote:
+            return  # there are no directories; whether it can be written to is found out by writing
         if self.directory.exists() and not self.directory.is_dir():
             raise NotADirectoryError(f"directory {self.directory} is a file")
         try:
@@ -65,17 +86,25 @@ class Catalog:
         if not _writable(self.directory):
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission")
 
+    @property
+    def can_replace(self) -> bool:
+        """Whether a step can make room for another of its number without a moment in which neither is there."""
+        return not self._is_remote
+
     def path(self, step: int) -> epath.Path:
         return self.directory / str(step)
 
     def steps(self) -> list[int]:
         """The committed steps on disk, in order."""
-        return sorted(int(name) for name in _folders(self.directory) if _STEP.fullmatch(name))
+        found = sorted(int(name) for name in _folders(self.directory) if _STEP.fullmatch(name))
+        return [step for step in found if not self._is_remote or (self.path(step) / COMMITTED).exists()]
 
     def require(self, step: int) -> epath.Path:
         """The directory of a step that must be there."""
         path = self.path(step)
-        if not path.exists():
+        if self._is_remote:
+            _look_anew(self.directory)
+        if not (path / COMMITTED if self._is_remote else path).exists():
             raise CheckpointNotFoundError(
                 f"there is no step {step} in {self.directory}; {self._what_is_there()}",
                 directory=str(self.directory),
@@ -128,7 +157,7 @@ class Catalog:
     def identity(self, step: int) -> tuple[int, int] | None:
         """What tells a step from another of the same number; None if it is gone, or not on a local disk."""
         try:
-            found = os.stat(self.path(step)) if "://" not in str(self.directory) else None
+            found = None if self._is_remote else os.stat(self.path(step))
         except FileNotFoundError:
             return None
         return found and (found.st_ino, found.st_mtime_ns)  # the number alone goes to the next file
@@ -153,10 +182,12 @@ class Catalog:
 
     def delete(self, step: int) -> None:
         """Takes a step out of the listing at once, then removes its files."""
-        path = self.require(step)
+        doomed = self.require(step)
         self.forget(step)
-        doomed = self.directory / f"{DELETED}{step}-{time.time_ns()}"
-        path.rename(doomed)
+        if self._is_remote:
+            (doomed / COMMITTED).unlink()
+        else:
+            doomed = doomed.rename(self.directory / f"{DELETED}{step}-{time.time_ns()}")
         _log.info("step %d deleted", step)
         remove(doomed)
 
@@ -164,11 +195,16 @@ class Catalog:
         """Takes a damaged step out of the listing, and keeps it for whoever wants to look into it."""
         self.forget(step)
         aside = self.directory / f"{step}{DAMAGED}{time.time_ns()}"
-        self.path(step).rename(aside)
+        if self._is_remote:
+            _move_objects(self.path(step), aside)
+        else:
+            self.path(step).rename(aside)
         return aside
 
     def tidy(self) -> None:
         """Finishes what an earlier process was stopped in: saves, deletions, and replacing a step."""
+        if self._is_remote:
+            return self._tidy_remote()
         for entry in list(self.directory.iterdir()):
             if entry.name.startswith(DELETED) or _UNFINISHED.fullmatch(entry.name):
                 remove(entry)
@@ -179,6 +215,13 @@ class Catalog:
                 else:
                     entry.rename(step)
 
+    def _tidy_remote(self) -> None:
+        """Without a lock only what is older than the newest step is known to be nobody's."""
+        good = self.steps()
+        for name in _folders(self.directory):
+            if _STEP.fullmatch(name) and good and int(name) < good[-1] and int(name) not in good:
+                remove(self.directory / name)
+
 
 def remove(leftover: epath.Path) -> None:
     """Removes what is in no listing any more; what cannot be removed now is tried again at the next start."""
@@ -188,11 +231,25 @@ def remove(leftover: epath.Path) -> None:
         _log.warning("%s could not be removed, and is tried again at the next start: %s", leftover, problem)
 
 
+def _move_objects(source: epath.Path, target: epath.Path) -> None:
+    client = backend.fsspec_backend.fs(str(source))
+    first = client._strip_protocol(str(source))
+    for name in client.find(str(source)):
+        client.cp_file(name, f"{target}{name.removeprefix(first)}")
+    client.rm(str(source), recursive=True)
+
+
+def _look_anew(directory: epath.Path) -> None:
+    """Makes the client of an object store forget what it has listed: others write there too."""
+    backend.fsspec_backend.fs(str(directory)).invalidate_cache()
+
+
 def _folders(directory: epath.Path) -> list[str]:
     """The names of the directories in it; of a directory that is not there, none."""
-    if "://" in str(directory):
-        return [entry.name for entry in directory.iterdir() if entry.is_dir()] if directory.exists() else []
     try:
+        if "://" in str(directory):
+            _look_anew(directory)
+            return [entry.name for entry in directory.iterdir() if entry.name != directory.name]
         with os.scandir(directory) as entries:
             return [entry.name for entry in entries if entry.is_dir()]
     except FileNotFoundError:

@@ -208,6 +208,10 @@ class CheckpointManager:
             return "not due by save_every"
         exists = step == self._writing or step in set(self._catalog.steps()) - self._catalog.damaged
         exists = self._job.agree(self._job.name("save"), exists)
+        if exists and on_exists == "replace" and not self._catalog.can_replace:
+            raise ValueError(
+                f'on_exists="replace" takes a rename, which {self._directory} has not; delete({step}) first'
+            )
         if not exists or on_exists == "replace":
             return None
         if on_exists == "skip":

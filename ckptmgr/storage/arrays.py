@@ -10,6 +10,7 @@ stored inside a node (`max_inline_value_bytes`), so that it is covered too.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -38,8 +39,21 @@ class DamagedArrayError(Exception):
 
 
 def _database(directory: epath.Path) -> dict[str, Any]:
-    path = str(directory)
-    return {"driver": "ocdbt", "base": path if "://" in path else f"file://{path}/"}
+    return {"driver": "ocdbt", "base": _base(str(directory))}
+
+
+def _base(path: str) -> Any:
+    """A directory as TensorStore spells it; the address of S3 comes from where the cloud's own tools take it."""
+    if "://" not in path:
+        return f"file://{path}/"
+    if not path.startswith("s3://"):
+        return f"{path}/"
+    bucket, _, below = path.removeprefix("s3://").partition("/")
+    known = {
+        "endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+        "aws_region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+    }
+    return {"driver": "s3", "bucket": bucket, "path": f"{below}/"} | {k: v for k, v in known.items() if v}
 
 
 # ---------------------------------------------------------------- writing
@@ -177,7 +191,9 @@ class Opener:
         database = _database(directory)
         self._context = context
         self._store = ts.KvStore.open(database if ocdbt else database["base"], context=context).result()
-        self._spec = ts.Spec({"driver": "zarr3" if zarr3 else "zarr", "fill_missing_data_reads": False})
+        unchanging = {"recheck_cached_metadata": False, "recheck_cached_data": False}  # what is committed stays
+        driver = "zarr3" if zarr3 else "zarr"
+        self._spec = ts.Spec({"driver": driver, "fill_missing_data_reads": False, **unchanging})
         self._plain = plain
 
     def is_direct(self, spec: LeafSpec) -> bool:
@@ -187,7 +203,7 @@ class Opener:
 
     def chunk(self, spec: LeafSpec) -> Any:
         """A future of the only chunk of an array."""
-        return self._store.read(chunks.prefix(spec.name) + chunks.ONLY[len(spec.shape)])
+        return self._store.read(chunks.prefix(spec.name) + chunks.ONLY[len(spec.shape)], staleness_bound=0)
 
     def open(self, name: str) -> Any:
         """A future of the array with this name."""

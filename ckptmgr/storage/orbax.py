@@ -28,7 +28,6 @@ from ckptmgr.storage import arrays, chatter, files
 
 BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
 STEP_METADATA = "_CHECKPOINT_METADATA"
-_COMMITTED = "commit_success.txt"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 METRICS, STEP = "metrics", "step"
 
@@ -123,7 +122,7 @@ class Store:
         """Makes room again, and a new manager: one whose commit failed keeps the failure."""
         self._writers.settle(self._timeout_s)
         self._manager = self._open()
-        unfinished = self._directory / f"{step}{_UNFINISHED}"
+        unfinished = self._directory / f"{step}{_UNFINISHED if files.is_local(self._directory) else ''}"
         if unfinished.exists() and jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the failure that is on its way says more
                 unfinished.rmtree()
@@ -258,22 +257,29 @@ def _commit_class(manifest: Callable[[], BuildManifest | None]) -> type[Any]:
             store = options.get("checkpoint_metadata_store")
             if store is None:
                 return cls(final_path, final_path)
-            commit: Commit = super().from_final(final_path, **options)
+            commit: Commit
+            if files.is_local(final_path):
+                commit = super().from_final(final_path, **options)
+            else:  # object stores cannot rename: there the last file says that the step is whole
+                commit = cls(final_path, final_path, **options)
             commit.metadata_store = store
             return commit
 
         async def finalize(self) -> None:
             if self.metadata_store is not None:
                 self._seal(manifest())
-                _publish(self.get(), self.get_final())
+                if files.is_local(self.get()):
+                    _publish(self.get(), self.get_final())
+                else:
+                    self._say_committed()
 
         def _seal(self, build: BuildManifest | None) -> None:
             directory = self.get()
             self.metadata_store.wait_until_finished()
             self.metadata_store.update(file_path=directory / STEP_METADATA, commit_timestamp_nsecs=time.time_ns())
             self.metadata_store.wait_until_finished()
-            said = f"Checkpoint commit was successful to {self.get_final()}"
-            files.write(directory / _COMMITTED, said.encode())
+            if files.is_local(directory):
+                self._say_committed()
             files.flush(directory / STEP_METADATA)
             folders, sizes = files.walk(directory)
             if build is not None:
@@ -281,6 +287,10 @@ def _commit_class(manifest: Callable[[], BuildManifest | None]) -> type[Any]:
                     directory / manifests.NAME, build(manifests.record_files(directory, sizes, checks_itself))
                 )
             files.sync(folders)
+
+        def _say_committed(self) -> None:
+            said = f"Checkpoint commit was successful to {self.get_final()}"
+            files.write(self.get() / catalog.COMMITTED, said.encode())
 
     return Commit
 
