@@ -14,6 +14,7 @@ import linecache
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ ROWS = 8
 LOOKS_PER_S = 100
 IDLE = ("_worker", "select", "wait", "_wait_for_tstate_lock")
 COMPARED = {"orbax": peers.Orbax, "ckptmgr": peers.Ckptmgr}
+_PY_SPY = Path(sysconfig.get_path("scripts")) / "py-spy"  # of this environment, activated or not
 
 
 def main(name: str = "many", repeats: str = "10") -> None:
@@ -51,7 +53,7 @@ def look(arguments: list[str], seen: Path) -> tuple[dict[str, list[float]], list
         "--output",
         seen,
     ]
-    done = subprocess.run(["py-spy", "record", *options, "--", *watched], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([_PY_SPY, "record", *options, "--", *watched], stdout=subprocess.PIPE, text=True)
     answer = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
     if answer is None:
         raise SystemExit("the process that was to be watched failed")

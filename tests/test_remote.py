@@ -46,6 +46,7 @@ def servers():
         for name, value in {
             "STORAGE_EMULATOR_HOST": f"http://localhost:{gs}",
             "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{gs}",
+            "NO_GCE_CHECK": "true",  # nobody is to be asked for credentials
             "AWS_ENDPOINT_URL": f"http://localhost:{s3}",
             "AWS_REGION": "us-east-1",
             "AWS_ACCESS_KEY_ID": "test",
