@@ -32,7 +32,8 @@ REPLACED = ".replaced"
 DELETED = ".deleted-"
 DAMAGED = ".damaged-"
 _STEP = re.compile(r"0|[1-9][0-9]*")
-_UNFINISHED = re.compile(r"(0|[1-9][0-9]*)\.orbax-checkpoint-tmp")
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""Orbax's ending for a step that is being written."""
 _log = logging.getLogger("ckptmgr")
 
 
@@ -206,7 +207,7 @@ class Catalog:
         if self._is_remote:
             return self._tidy_remote()
         for entry in list(self.directory.iterdir()):
-            if entry.name.startswith(DELETED) or _UNFINISHED.fullmatch(entry.name):
+            if entry.name.startswith(DELETED) or entry.name.endswith(UNFINISHED):
                 remove(entry)
             elif entry.name.endswith(REPLACED):
                 step = self.directory / entry.name.removesuffix(REPLACED)

@@ -29,7 +29,7 @@ MUTATIONS = [
     ),
     Mutation(
         1, "leftovers of an interrupted save stay",
-        "catalog.py", "or _UNFINISHED.fullmatch(entry.name)", "",
+        "catalog.py", "or entry.name.endswith(UNFINISHED)", "",
         "tests/test_catalog.py",
     ),
     Mutation(

@@ -28,7 +28,6 @@ from ckptmgr.storage import arrays, chatter, files
 
 BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
 STEP_METADATA = "_CHECKPOINT_METADATA"
-_UNFINISHED = ".orbax-checkpoint-tmp"
 METRICS, STEP = "metrics", "step"
 
 SIGNATURE = {"ckptmgr": {"format": manifests.FORMAT}}
@@ -122,7 +121,7 @@ class Store:
         """Makes room again, and a new manager: one whose commit failed keeps the failure."""
         self._writers.settle(self._timeout_s)
         self._manager = self._open()
-        unfinished = self._directory / f"{step}{_UNFINISHED if files.is_local(self._directory) else ''}"
+        unfinished = self._directory / f"{step}{catalog.UNFINISHED if files.is_local(self._directory) else ''}"
         if unfinished.exists() and jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the failure that is on its way says more
                 unfinished.rmtree()
