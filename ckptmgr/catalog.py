@@ -11,7 +11,6 @@ The disk is the truth: nothing about steps is remembered that the next listing c
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
@@ -20,7 +19,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
-from etils.epath import backend
 
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
@@ -37,36 +35,14 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 _log = logging.getLogger("ckptmgr")
 
 
-def resolve(directory: str | os.PathLike[str]) -> epath.Path:
-    """The directory as an absolute path: `~` and what is relative mean what they mean now."""
-    if not isinstance(directory, str | os.PathLike) or not str(directory):
-        raise TypeError(f"directory takes a path, not {directory!r}")
-    scheme, is_remote, _ = str(directory).partition("://")
-    if is_remote:
-        _check_installed(scheme)
-    path = epath.Path(directory)
-    if is_remote:
-        return path
-    return epath.Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
-
-
-_NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-
-
-def _check_installed(scheme: str) -> None:
-    if scheme not in _NEEDS:
-        raise ValueError(f"directory takes a path on this machine, gs:// or s3://, not {scheme}://")
-    package, extra = _NEEDS[scheme]
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{scheme}:// needs {package}: pip install 'ckptmgr[{extra}]'")
-
-
 class Catalog:
-    """What lies in one run directory."""
+    """What lies in one run directory on a disk of this machine."""
+
+    can_replace = True
+    """Whether a step can make room for another of its number without a moment in which neither is there."""
 
     def __init__(self, directory: epath.Path, read_stock: Any) -> None:
         self.directory = directory
-        self._is_remote = "://" in str(directory)
         self._read_stock = read_stock
         self._manifests: dict[int, manifests.Manifest] = {}
         self.damaged: set[int] = set()
@@ -74,8 +50,6 @@ class Catalog:
 
     def prepare(self) -> None:
         """Makes sure that the run can be written to."""
-        if self._is_remote:
-            return  # there are no directories; whether it can be written to is found out by writing
         if self.directory.exists() and not self.directory.is_dir():
             raise NotADirectoryError(f"directory {self.directory} is a file")
         try:
@@ -87,31 +61,26 @@ class Catalog:
         if not _writable(self.directory):
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission")
 
-    @property
-    def can_replace(self) -> bool:
-        """Whether a step can make room for another of its number without a moment in which neither is there."""
-        return not self._is_remote
-
     def path(self, step: int) -> epath.Path:
         return self.directory / str(step)
 
     def steps(self) -> list[int]:
         """The committed steps on disk, in order."""
-        found = sorted(int(name) for name in _folders(self.directory) if _STEP.fullmatch(name))
-        return [step for step in found if not self._is_remote or (self.path(step) / COMMITTED).exists()]
+        return sorted(int(name) for name in self._folders() if _STEP.fullmatch(name))
+
+    def has(self, step: int) -> bool:
+        """Whether a step is committed."""
+        return bool(self.path(step).exists())
 
     def require(self, step: int) -> epath.Path:
         """The directory of a step that must be there."""
-        path = self.path(step)
-        if self._is_remote:
-            _look_anew(self.directory)
-        if not (path / COMMITTED if self._is_remote else path).exists():
+        if not self.has(step):
             raise CheckpointNotFoundError(
                 f"there is no step {step} in {self.directory}; {self._what_is_there()}",
                 directory=str(self.directory),
                 step=step,
             )
-        return path
+        return self.path(step)
 
     def _what_is_there(self) -> str:
         steps = self.steps()
@@ -123,7 +92,7 @@ class Catalog:
         if (self.directory / manifests.NAME).exists() or (self.directory / "_CHECKPOINT_METADATA").exists():
             return f"this is the directory of one checkpoint; open its parent, {self.directory.parent}"
         below = [entry for entry in self.directory.iterdir() if entry.is_dir()]
-        runs = [entry.name for entry in below if Catalog(entry, None).steps()]
+        runs = [entry.name for entry in below if type(self)(entry, None).steps()]
         return f"did you mean {self.directory / runs[0]}?" if runs else "nothing is saved in it yet"
 
     def nothing_good(self, damaged: Mapping[int, str], why: str | None = None) -> CheckpointError:
@@ -158,10 +127,10 @@ class Catalog:
     def identity(self, step: int) -> tuple[int, int] | None:
         """What tells a step from another of the same number; None if it is gone, or not on a local disk."""
         try:
-            found = None if self._is_remote else os.stat(self.path(step))
+            found = os.stat(self.path(step))
         except FileNotFoundError:
             return None
-        return found and (found.st_ino, found.st_mtime_ns)  # the number alone goes to the next file
+        return found.st_ino, found.st_mtime_ns  # the number alone goes to the next file
 
     def forget(self, step: int) -> None:
         """Drops what was remembered of a step that was replaced or deleted."""
@@ -179,33 +148,36 @@ class Catalog:
     def unpin(self, step: int) -> None:
         (self.require(step) / PIN).unlink(missing_ok=True)
 
+    # ------------------------------------------------------------ a step that is copied here
+
+    def draft(self, step: int) -> epath.Path:
+        """Where a step is put together before `publish`."""
+        return self.directory / f"{step}{UNFINISHED}"
+
+    def publish(self, step: int) -> None:
+        """Makes a draft a step; all of it is durable already, Orbax's marker was written last."""
+        self.draft(step).rename(self.path(step))
+
     # ------------------------------------------------------------ deletion
 
     def delete(self, step: int) -> None:
         """Takes a step out of the listing at once, then removes its files."""
-        doomed = self.require(step)
+        self.require(step)
         self.forget(step)
-        if self._is_remote:
-            (doomed / COMMITTED).unlink()
-        else:
-            doomed = doomed.rename(self.directory / f"{DELETED}{step}-{time.time_ns()}")
+        doomed = self._hide(step)
         _log.info("step %d deleted", step)
         remove(doomed)
+
+    def _hide(self, step: int) -> epath.Path:
+        return self.path(step).rename(self.directory / f"{DELETED}{step}-{time.time_ns()}")
 
     def set_aside(self, step: int) -> epath.Path:
         """Takes a damaged step out of the listing, and keeps it for whoever wants to look into it."""
         self.forget(step)
-        aside = self.directory / f"{step}{DAMAGED}{time.time_ns()}"
-        if self._is_remote:
-            _move_objects(self.path(step), aside)
-        else:
-            self.path(step).rename(aside)
-        return aside
+        return self.path(step).rename(self.directory / f"{step}{DAMAGED}{time.time_ns()}")
 
     def tidy(self) -> None:
         """Finishes what an earlier process was stopped in: saves, deletions, and replacing a step."""
-        if self._is_remote:
-            return self._tidy_remote()
         for entry in list(self.directory.iterdir()):
             if entry.name.startswith(DELETED) or entry.name.endswith(UNFINISHED):
                 remove(entry)
@@ -216,12 +188,13 @@ class Catalog:
                 else:
                     entry.rename(step)
 
-    def _tidy_remote(self) -> None:
-        """Without a lock only what is older than the newest step is known to be nobody's."""
-        good = self.steps()
-        for name in _folders(self.directory):
-            if _STEP.fullmatch(name) and good and int(name) < good[-1] and int(name) not in good:
-                remove(self.directory / name)
+    def _folders(self) -> list[str]:
+        """The names of the directories in it; of a directory that is not there, none."""
+        try:
+            with os.scandir(self.directory) as entries:
+                return [entry.name for entry in entries if entry.is_dir()]
+        except FileNotFoundError:
+            return []
 
 
 def remove(leftover: epath.Path) -> None:
@@ -232,31 +205,5 @@ def remove(leftover: epath.Path) -> None:
         _log.warning("%s could not be removed, and is tried again at the next start: %s", leftover, problem)
 
 
-def _move_objects(source: epath.Path, target: epath.Path) -> None:
-    client = backend.fsspec_backend.fs(str(source))
-    first = client._strip_protocol(str(source))
-    for name in client.find(str(source)):
-        client.cp_file(name, f"{target}{name.removeprefix(first)}")
-    client.rm(str(source), recursive=True)
-
-
-def _look_anew(directory: epath.Path) -> None:
-    """Makes the client of an object store forget what it has listed: others write there too."""
-    backend.fsspec_backend.fs(str(directory)).invalidate_cache()
-
-
-def _folders(directory: epath.Path) -> list[str]:
-    """The names of the directories in it; of a directory that is not there, none."""
-    try:
-        if "://" in str(directory):
-            _look_anew(directory)
-            return [entry.name for entry in directory.iterdir() if entry.name != directory.name]
-        with os.scandir(directory) as entries:
-            return [entry.name for entry in entries if entry.is_dir()]
-    except FileNotFoundError:
-        return []
-
-
 def _writable(directory: epath.Path) -> bool:
-    effective = os.access in os.supports_effective_ids
-    return "://" in str(directory) or os.access(directory, os.W_OK | os.X_OK, effective_ids=effective)
+    return os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

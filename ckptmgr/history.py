@@ -86,14 +86,17 @@ class History:
             return False
         return True
 
-    def best(self, metric: str | None, mode: Literal["min", "max"]) -> int | None:
-        """The step with the best value of a metric, or of the first `best` policy."""
+    def best(
+        self, metric: str | None, mode: Literal["min", "max"], *, beside: Sequence[CheckpointInfo] = ()
+    ) -> int | None:
+        """The step with the best value of a metric, or of the first `best` policy; `beside`: elsewhere."""
         ranked_by = [each for each in self._keep if isinstance(each, policy.best)]
         if metric is not None:
             ranked_by = [policy.best(metric, mode=mode)]
         if not ranked_by:
             raise ValueError('best() needs a metric: name one, or give the manager keep=ckptmgr.best("loss")')
-        return next(iter(ranked_by[0].ranking(self.all())), None)
+        known = {info.step: info for info in (*beside, *self.all())}
+        return next(iter(ranked_by[0].ranking(known.values())), None)
 
 
 def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:

@@ -57,7 +57,7 @@ def _drain() -> None:
         try:
             background.wait()
         except CheckpointTimeoutError as problem:
-            _log.error("%s, and the process ends: what it was to write is lost", problem)
+            _log.error("%s, and the process ends without it", problem)
 
 
 # A plain atexit hook is too late: by then Python has shut the executors that Orbax writes with, and the

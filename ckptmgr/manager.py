@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -16,9 +17,10 @@ from typing import Any, Literal, Self
 import numpy as np
 from etils import epath
 
-from ckptmgr import catalog, difference, history, items, job, lifecycle, options, policy, writer
+from ckptmgr import bucket, catalog, difference, history, items, job, lifecycle, options, paths, policy, writer
 from ckptmgr import layout as layouts
 from ckptmgr import manifest as manifests
+from ckptmgr import mirror as mirrors
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.errors import (
     CheckpointExistsError,
@@ -50,6 +52,9 @@ class CheckpointManager:
       on_commit: a callable, or several, given the CheckpointInfo of each checkpoint once it is durable.
         What one raises is logged and harms nothing.
       read_only: True for evaluators: never writes, deletes or cleans anything.
+      mirror: a second home, also gs:// or s3://: every checkpoint is copied there in the background, and
+        `restore` takes from there what is not here.
+      mirror_keep: what retention leaves alone there, as `keep` says it here. Default: everything.
       metadata: a JSON-able mapping recorded with every checkpoint.
       timeout_s: bound on every wait, in seconds.
       clock: gives the time in seconds since the epoch.
@@ -72,6 +77,8 @@ class CheckpointManager:
         max_host_bytes: int | None = None,
         on_commit: Callable[[CheckpointInfo], object] | Sequence[Callable[[CheckpointInfo], object]] | None = None,
         read_only: bool = False,
+        mirror: str | os.PathLike[str] | None = None,
+        mirror_keep: int | policy.KeepPolicy | Sequence[policy.KeepPolicy | int] | None = None,
         metadata: Mapping[str, Any] | None = None,
         timeout_s: float = 1200.0,
         clock: Callable[[], float] = time.time,
@@ -79,12 +86,12 @@ class CheckpointManager:
         given = {
             "save_every": save_every, "keep": keep, "asynchronous": asynchronous,
             "compression": compression, "chunk_bytes": chunk_bytes, "max_host_bytes": max_host_bytes,
-            "on_commit": on_commit, "read_only": read_only, "metadata": metadata,
-            "timeout_s": timeout_s, "clock": clock,
+            "on_commit": on_commit, "read_only": read_only, "mirror": mirror, "mirror_keep": mirror_keep,
+            "metadata": metadata, "timeout_s": timeout_s, "clock": clock,
         }  # fmt: skip
         self._options = options.check(given, adapt_save=orbax.adapt_save, adapt_keep=orbax.adapt_keep)
-        self._directory = catalog.resolve(directory)
-        self._catalog = catalog.Catalog(self._directory, reading.read_stock)
+        self._directory = paths.resolve(directory)
+        self._catalog = bucket.open_catalog(self._directory, reading.read_stock)
         self._history = history.History(self._catalog, self._options.keep)
         self._composer = items.Composer()
         self._copier = writing.Copier(self._options)
@@ -92,15 +99,18 @@ class CheckpointManager:
         self._failure: SaveError | None = None
         self._last: CheckpointInfo | None = None
         self._writing: int | None = None
+        self._retaining = threading.Lock()  # the mirror's thread has its own reasons
         self._store: orbax.Store | None = None
         self._preemption = lifecycle.Preemption()
         self._job = job.Job(self._options.timeout_s)
+        self._mirror = self._open_mirror()
         if not read_only:
             self._writer = self._job.together(self._job.name(f"opening {self._directory}"), self._claim)
             lifecycle.drain_on_sigterm()
             self._store = orbax.Store(
                 self._directory, compression=self._options.compression, timeout_s=self._options.timeout_s
             )
+            self._follow_with_mirror()  # what an earlier process has not copied
 
     def _claim(self) -> writer.Writer:
         """Takes the right to write into the run."""
@@ -109,6 +119,19 @@ class CheckpointManager:
         if claimed.is_first:  # what lies about is nobody's any more
             self._catalog.tidy()
         return claimed
+
+    def _open_mirror(self) -> mirrors.Mirror | None:
+        away = self._options.mirror
+        if away is None:
+            return None
+        if away == self._directory:
+            raise ValueError(f"mirror={str(away)!r} is the directory itself; a second home is another place")
+        if not paths.is_local(self._directory):
+            raise ValueError(f"mirror={str(away)!r}: only a directory on a disk is copied, not {self._directory}")
+        found = bucket.open_catalog(away, reading.read_stock)
+        return mirrors.Mirror(
+            self._catalog, found, self._options.mirror_keep, self._options.timeout_s, self._retain
+        )
 
     @property
     def directory(self) -> epath.Path:
@@ -244,11 +267,12 @@ class CheckpointManager:
             commit.set_result(info)
             if self._job.leads:
                 self._announce(info)
+                self._follow_with_mirror(step)
                 self._retain()
 
         self._background.start(f"the save of step {step}", finish)
         if not self._options.asynchronous:
-            self.wait()
+            self._wait_for_last_save()
         return SaveResult(step, reason, commit, self._acknowledge)
 
     def _announce(self, info: CheckpointInfo) -> None:
@@ -262,23 +286,32 @@ class CheckpointManager:
             except Exception:
                 _log.exception("step %d: on_commit callback %r failed", info.step, callback)
 
+    def _follow_with_mirror(self, *steps: int) -> None:
+        if self._mirror is not None and self._job.leads:
+            self._mirror.follow(*steps)
+
     def _retain(self) -> None:
         """Deletes what no policy keeps; called once a newer checkpoint is durable."""
-        for step in self._history.doomed():
-            try:
-                self._catalog.delete(step)
-            except OSError:
-                _log.exception("step %d could not be deleted", step)
+        with self._retaining:
+            for step in self._history.doomed():
+                if self._mirror is not None and self._mirror.owes(step):
+                    continue
+                try:
+                    self._catalog.delete(step)
+                except OSError:
+                    _log.exception("step %d could not be deleted", step)
 
     # ------------------------------------------------------------ waiting and closing
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits until nothing is being written or deleted.
+        """Waits until nothing is being written, deleted or copied to the mirror.
 
         Raises SaveError if a save failed, CheckpointTimeoutError after `timeout_s` (default: the
         manager's) seconds.
         """
         self._background.wait(timeout_s)
+        if self._mirror is not None:
+            self._mirror.wait(timeout_s)
         self._raise_failure()
 
     def close(self) -> None:
@@ -290,6 +323,8 @@ class CheckpointManager:
         store, self._store = self._store, None
         if store is not None:
             store.close()
+            if self._mirror is not None:
+                self._mirror.wait()
             self._writer.release()
         self._raise_failure()
 
@@ -330,7 +365,7 @@ class CheckpointManager:
     def _settle(self, step: int) -> None:
         """Waits for a step that is being written: to its caller it is there already."""
         if step == self._writing and not self._background.is_current():
-            self.wait()
+            self._wait_for_last_save()
 
     def _acknowledge(self) -> None:
         """A failure that `SaveResult.result` has raised is not raised again."""
@@ -383,11 +418,10 @@ class CheckpointManager:
         request = items.Request(
             params, opt_state, optimizer, extras or {}, layouts.check(layout), cast, partial, rename or {}
         )
-        self.wait()
+        self._wait_for_last_save()
         if step is not None:
-            number = self._job.agree(
-                self._job.name("restore"), self.best() if step == "best" else _check_step(step)
-            )
+            wanted = self._best_anywhere() if step == "best" else _check_step(step)
+            number = self._job.agree(self._job.name("restore"), wanted)
             if number is None:
                 raise self._catalog.nothing_good(
                     {}, "no checkpoint has the metric that ranks them, or all are NaN"
@@ -408,16 +442,41 @@ class CheckpointManager:
         raise self._catalog.nothing_good(skipped)
 
     def _newest_beside(self, skipped: Mapping[int, str]) -> int | None:
-        newest: int | None = max(set(self._catalog.steps()) - set(skipped), default=None)
+        newest: int | None = max(self._steps_anywhere() - set(skipped), default=None)
         return self._job.agree(self._job.name("restore"), newest)
+
+    def _steps_anywhere(self) -> set[int]:
+        """The steps here and in the mirror; one that cannot be reached is missed if there is nothing here."""
+        here = set(self._catalog.steps())
+        return here if self._mirror is None else here | set(self._mirror.steps(needed=not here))
+
+    def _best_anywhere(self) -> int | None:
+        away = self._mirror.history.all() if self._mirror is not None else []
+        return self._history.best(None, "min", beside=away)
 
     def _restore_together(
         self, step: int, request: items.Request, skipped: Mapping[int, str] | None = None
     ) -> Checkpoint:
-        """Restores a step in every process, or in none."""
+        """Restores a step in every process, or in none; from the mirror if it is damaged here, or not here."""
+        try:
+            return self._restore_from(self._catalog, step, request, skipped or {})
+        except (CorruptCheckpointError, CheckpointNotFoundError) as problem:
+            if self._mirror is None or not self._job.agree(
+                self._job.name("mirror"), step in self._mirror.steps(needed=False)
+            ):
+                raise
+            _log.warning("step %d is taken from %s: %s", step, self._mirror.catalog.directory, problem)
+            found = self._restore_from(self._mirror.catalog, step, request, skipped or {})
+            if isinstance(problem, CorruptCheckpointError):
+                self._catalog.damaged.add(step)
+            return found
+
+    def _restore_from(
+        self, home: catalog.Catalog, step: int, request: items.Request, skipped: Mapping[int, str]
+    ) -> Checkpoint:
         try:
             name = self._job.name(f"the restore of step {step}")
-            return self._job.together(name, lambda: self._restore_step(step, request, skipped or {}))
+            return self._job.together(name, lambda: self._restore_step(home, step, request, skipped))
         except job.OtherProcessError as problem:
             if problem.kind == CorruptCheckpointError.__name__:
                 raise CorruptCheckpointError(str(problem), step=step) from None
@@ -438,32 +497,36 @@ class CheckpointManager:
 
         Takes what `restore` takes; `Checkpoint.resumed` tells which of the two it was.
         """
-        self.wait()
-        if self._job.agree(self._job.name("restore"), bool(self._catalog.steps())):
+        self._wait_for_last_save()
+        if self._job.agree(self._job.name("restore"), bool(self._steps_anywhere())):
             return self.restore(params=params, opt_state=opt_state, extras=extras, **how)
         start = Checkpoint(step=step, params=params, opt_state=opt_state, extras=dict(extras or {}))
         return dataclasses.replace(start, resumed=False)
 
-    def _restore_step(self, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
+    def _restore_step(
+        self, home: catalog.Catalog, step: int, request: items.Request, skipped: Mapping[int, str]
+    ) -> Checkpoint:
         """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
-        self._catalog.require(step)
+        home.require(step)
         ends = time.monotonic() + self._options.timeout_s
         while time.monotonic() < ends:
-            identity = self._catalog.identity(step)
+            identity = home.identity(step)
             try:
-                found = self._read_step(step, request, skipped)
+                found = self._read_step(home, step, request, skipped)
             except (CorruptCheckpointError, OSError):
-                if self._catalog.identity(step) == identity:
+                if home.identity(step) == identity:
                     raise
-                self._catalog.require(step)  # says that it was deleted
+                home.require(step)  # says that it was deleted
                 continue
-            if self._catalog.identity(step) in (identity, None):
+            if home.identity(step) in (identity, None):
                 return found
         waiting_for = f"a moment to read step {step} in which no writer replaces it"
         raise CheckpointTimeoutError(f"no {waiting_for} in {self._options.timeout_s} s", waiting_for=waiting_for)
 
-    def _read_step(self, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
-        manifest, directory = self._catalog.manifest(step, fresh=True), self._catalog.path(step)
+    def _read_step(
+        self, home: catalog.Catalog, step: int, request: items.Request, skipped: Mapping[int, str]
+    ) -> Checkpoint:
+        manifest, directory = home.manifest(step, fresh=True), home.path(step)
         templates = request.templates(manifest)
         matched = items.match(manifest, templates, request)
         params = items.params_of(manifest, matched)
@@ -545,7 +608,7 @@ class CheckpointManager:
     def delete(self, step: int) -> None:
         """Deletes a step, pinned or not."""
         self._writable(step)
-        self.wait()
+        self._wait_for_last_save()
         if self._job.leads:
             self._catalog.delete(step)
 
@@ -555,6 +618,7 @@ class CheckpointManager:
         self._settle(step)
         if self._job.leads:
             self._catalog.pin(step)
+            self._follow_with_mirror()
 
     def unpin(self, step: int) -> None:
         """Gives a step back to retention."""
@@ -562,6 +626,7 @@ class CheckpointManager:
         self._settle(step)
         if self._job.leads:
             self._catalog.unpin(step)
+            self._follow_with_mirror()
 
 
 def _check_step(step: Any) -> int:

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from ckptmgr import policy
+from etils import epath
+
+from ckptmgr import paths, policy
 from ckptmgr.checkpoint import CheckpointInfo
 
 Adapt = Callable[[Any], Any]
@@ -26,6 +28,8 @@ class Options:
     max_host_bytes: int | None = None
     on_commit: tuple[Callable[[CheckpointInfo], object], ...] = ()
     read_only: bool = False
+    mirror: epath.Path | None = None
+    mirror_keep: tuple[policy.KeepPolicy, ...] = ()
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     timeout_s: float = 1200.0
     clock: Callable[[], float] = time.time
@@ -39,11 +43,15 @@ def check(given: Mapping[str, Any], *, adapt_save: Adapt, adapt_keep: Adapt) -> 
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("read_only"):
         _refuse_beside_read_only(given)
+    if "mirror_keep" in given and "mirror" not in given:
+        raise ValueError("mirror_keep= says what a mirror keeps; name one with mirror=")
     checks: dict[str, Callable[[Any], Any]] = {
         "save_every": lambda value: _policies(
             "save_every", value, policy.every_steps, policy.SavePolicy, adapt_save
         ),
         "keep": lambda value: _policies("keep", value, policy.latest, policy.KeepPolicy, adapt_keep),
+        "mirror": lambda value: paths.resolve(value, "mirror"),
+        "mirror_keep": lambda value: _policies("mirror_keep", value, policy.latest, policy.KeepPolicy, adapt_keep),
         "asynchronous": lambda value: _flag("asynchronous", value),
         "read_only": lambda value: _flag("read_only", value),
         "compression": _compression,
@@ -58,7 +66,7 @@ def check(given: Mapping[str, Any], *, adapt_save: Adapt, adapt_keep: Adapt) -> 
 
 
 def _refuse_beside_read_only(given: Mapping[str, Any]) -> None:
-    writing = ("save_every", "keep", "compression", "max_host_bytes", "on_commit", "metadata")
+    writing = ("save_every", "keep", "compression", "max_host_bytes", "on_commit", "metadata", "mirror_keep")
     for name in writing:
         if name in given:
             raise ValueError(f"read_only=True contradicts {name}=: it never writes or deletes; drop one")

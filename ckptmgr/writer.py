@@ -18,6 +18,7 @@ from typing import Any
 
 from etils import epath
 
+from ckptmgr import paths
 from ckptmgr.errors import SaveError
 
 if sys.platform != "win32":
@@ -37,7 +38,7 @@ class Writer:
     def __init__(self, directory: epath.Path, *, speaks: bool = True) -> None:
         path = str(directory / NAME)
         self.is_first = speaks and _managers[path] == 0
-        if self.is_first and "://" not in path and sys.platform != "win32":
+        if self.is_first and paths.is_local(path) and sys.platform != "win32":
             _files[path] = _lock(path)
         _managers[path] += 1
         self.release = weakref.finalize(self, _release, path, os.getpid())

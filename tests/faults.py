@@ -28,6 +28,11 @@ POINTS = {
     "remove": "ckptmgr.catalog:remove",  # the files of what is in no listing any more
     "rename": "etils.epath.backend:_OsPathBackend.rename",  # of any directory
 }
+MIRROR_POINTS = {
+    "put": "ckptmgr.mirror:_put",  # files copied to the mirror
+    "check": "ckptmgr.mirror:Mirror._check",  # the copy is read back
+    "make step": "ckptmgr.catalog:Catalog.publish",  # the copy gets its name
+}
 SLOW_S = 2.0
 
 
@@ -60,8 +65,9 @@ def install(fault, put=setattr):
     """Puts the fault in its place; "" is none. A test gives `monkeypatch.setattr` as `put`."""
     if not fault:
         return
-    kind, point, turn = fault.split()
-    module, _, path = POINTS[point].partition(":")
+    kind, _, rest = fault.partition(" ")
+    point, _, turn = rest.rpartition(" ")
+    module, _, path = (POINTS | MIRROR_POINTS)[point].partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     real, seen = getattr(owner, name), []

@@ -47,7 +47,7 @@ def say(*words):
 
 
 def save(directory, mesh, *steps):
-    with ckptmgr.CheckpointManager(directory, keep=2, timeout_s=TIMEOUT_S) as manager:
+    with ckptmgr.CheckpointManager(directory, keep=2, mirror=MIRROR, timeout_s=TIMEOUT_S) as manager:
         for step in map(int, steps):
             params = spread(mesh, step)
             optimizer = optax.adam(1e-3)
@@ -60,7 +60,7 @@ def save(directory, mesh, *steps):
 
 
 def load(directory, mesh, *step):
-    manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S)
+    manager = ckptmgr.CheckpointManager(directory, read_only=True, mirror=MIRROR, timeout_s=TIMEOUT_S)
     template = spread(mesh, 0)
     found = manager.restore(*map(int, step), params=template, extras={"at": {"n": 0}})
     check(found.params, found.step)
@@ -115,6 +115,7 @@ if __name__ == "__main__":
 
     import ckptmgr
 
+    MIRROR = os.environ.get("CKPTMGR_MIRROR")
     TIMEOUT_S = float(os.environ.get("CKPTMGR_TIMEOUT_S", "60"))
     if int(count) > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -7,7 +7,7 @@ import pytest
 from conftest import visible
 from etils import epath
 
-from ckptmgr import CheckpointManager, catalog
+from ckptmgr import CheckpointManager, catalog, paths
 
 
 @pytest.fixture
@@ -53,6 +53,6 @@ def test_deleting_takes_the_step_away_before_its_files(run, monkeypatch, caplog)
 
 
 def test_paths():
-    assert str(catalog.resolve("gs://bucket/run")) == "gs://bucket/run"
-    assert catalog.resolve("a/../b") == epath.Path(os.getcwd()) / "b"
-    assert catalog.resolve("~/x") == epath.Path(os.path.expanduser("~")) / "x"
+    assert str(paths.resolve("gs://bucket/run")) == "gs://bucket/run"
+    assert paths.resolve("a/../b") == epath.Path(os.getcwd()) / "b"
+    assert paths.resolve("~/x") == epath.Path(os.path.expanduser("~")) / "x"

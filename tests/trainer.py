@@ -4,6 +4,7 @@ Every value of a checkpoint is made from its step alone, so that any mixture of 
 `saving N` before and `committed N` after each step is durable.
 
     train       saves each step, keeps three, goes on from the newest
+    mirror AWAY trains with a second home, keeps one here and three there
     replace     saves step 0 again and again
     guard       saves every fourth step under a preemption_guard, and says `done N` after each step
     twice       is told to stop twice
@@ -45,9 +46,10 @@ def commits(number):
     return lambda info: say("committed", int(info.metrics.get(number, info.step)))
 
 
-def train(directory, steps):
+def train(directory, steps, **options):
+    options = {"keep": 3} | options
     with ckptmgr.CheckpointManager(
-        directory, keep=3, on_commit=lambda info: say("committed", info.step)
+        directory, on_commit=lambda info: say("committed", info.step), **options
     ) as manager:
         start = manager.restore_or(step=0, params=state(0))
         assert step_of(start.params) == start.step
@@ -55,6 +57,10 @@ def train(directory, steps):
         for step in range(start.step + 1, steps + 1):
             say("saving", step)
             manager.save(step, state(step), metrics={"loss": 1 / step})
+
+
+def mirror(directory, steps, away):
+    train(directory, steps, keep=1, mirror=away, mirror_keep=3)
 
 
 def replace(directory, steps):
@@ -124,7 +130,6 @@ if __name__ == "__main__":
     if "CKPTMGR_JOB" in os.environ:
         join(os.environ["CKPTMGR_JOB"])
     faults.install(os.environ.get("CKPTMGR_FAULT", ""))
-    run = {"train": train, "replace": replace, "guard": guard, "twice": twice, "fork": fork, "leave": leave}[
-        sys.argv[3]
-    ]
+    known = (train, mirror, replace, guard, twice, fork, leave)
+    run = {each.__name__: each for each in known}[sys.argv[3]]
     run(sys.argv[1], int(sys.argv[2]), *sys.argv[4:])

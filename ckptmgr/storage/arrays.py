@@ -19,6 +19,7 @@ import jax
 import tensorstore as ts
 from etils import epath
 
+from ckptmgr import paths
 from ckptmgr.storage import chunks, devices, files
 from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values
 from ckptmgr.storage.devices import Part, Plan
@@ -44,7 +45,7 @@ def _database(directory: epath.Path) -> dict[str, Any]:
 
 def _base(path: str) -> Any:
     """A directory as TensorStore spells it; the address of S3 comes from where the cloud's own tools take it."""
-    if "://" not in path:
+    if paths.is_local(path):
         return f"file://{path}/"
     if not path.startswith("s3://"):
         return f"{path}/"
@@ -187,7 +188,7 @@ class Opener:
     def __init__(
         self, directory: epath.Path, *, zarr3: bool = True, ocdbt: bool = True, plain: bool = False
     ) -> None:
-        context = ts.Context({"file_io_mode": {"mode": "memmap"}} if files.is_local(directory) else {})
+        context = ts.Context({"file_io_mode": {"mode": "memmap"}} if paths.is_local(directory) else {})
         database = _database(directory)
         self._context = context
         self._store = ts.KvStore.open(database if ocdbt else database["base"], context=context).result()

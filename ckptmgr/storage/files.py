@@ -7,9 +7,7 @@ from collections.abc import Iterable
 
 from etils import epath
 
-
-def is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
+from ckptmgr.paths import is_local
 
 
 def write(path: epath.Path, data: bytes) -> None:

@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckptmgr import catalog, job, policy
+from ckptmgr import catalog, job, paths, policy
 from ckptmgr import manifest as manifests
 from ckptmgr.storage import arrays, chatter, files
 
@@ -121,7 +121,7 @@ class Store:
         """Makes room again, and a new manager: one whose commit failed keeps the failure."""
         self._writers.settle(self._timeout_s)
         self._manager = self._open()
-        unfinished = self._directory / f"{step}{catalog.UNFINISHED if files.is_local(self._directory) else ''}"
+        unfinished = self._directory / f"{step}{catalog.UNFINISHED if paths.is_local(self._directory) else ''}"
         if unfinished.exists() and jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the failure that is on its way says more
                 unfinished.rmtree()
@@ -257,7 +257,7 @@ def _commit_class(manifest: Callable[[], BuildManifest | None]) -> type[Any]:
             if store is None:
                 return cls(final_path, final_path)
             commit: Commit
-            if files.is_local(final_path):
+            if paths.is_local(final_path):
                 commit = super().from_final(final_path, **options)
             else:  # object stores cannot rename: there the last file says that the step is whole
                 commit = cls(final_path, final_path, **options)
@@ -267,7 +267,7 @@ def _commit_class(manifest: Callable[[], BuildManifest | None]) -> type[Any]:
         async def finalize(self) -> None:
             if self.metadata_store is not None:
                 self._seal(manifest())
-                if files.is_local(self.get()):
+                if paths.is_local(self.get()):
                     _publish(self.get(), self.get_final())
                 else:
                     self._say_committed()
@@ -277,7 +277,7 @@ def _commit_class(manifest: Callable[[], BuildManifest | None]) -> type[Any]:
             self.metadata_store.wait_until_finished()
             self.metadata_store.update(file_path=directory / STEP_METADATA, commit_timestamp_nsecs=time.time_ns())
             self.metadata_store.wait_until_finished()
-            if files.is_local(directory):
+            if paths.is_local(directory):
                 self._say_committed()
             files.flush(directory / STEP_METADATA)
             folders, sizes = files.walk(directory)

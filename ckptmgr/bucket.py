@@ -1,0 +1,84 @@
+"""The directory of a run in a bucket, where nothing can be renamed or locked.
+
+<directory>/<step>/commit_success.txt   the last file of a step: without it the step is not there
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from etils import epath
+from etils.epath import backend
+
+from ckptmgr import paths
+from ckptmgr.catalog import COMMITTED, DAMAGED, Catalog, remove
+
+
+def open_catalog(directory: epath.Path, read_stock: Any) -> Catalog:
+    """What lies in a run directory, on a disk or in a bucket."""
+    kind = Catalog if paths.is_local(directory) else Bucket
+    return kind(directory, read_stock)
+
+
+class Bucket(Catalog):
+    """What lies in one run directory of a bucket."""
+
+    can_replace = False
+
+    def prepare(self) -> None:
+        """Does nothing: there are no directories, and whether it can be written to is found out by writing."""
+
+    def steps(self) -> list[int]:
+        return [step for step in super().steps() if self._is_marked(step)]
+
+    def has(self, step: int) -> bool:
+        self._look_anew()
+        return self._is_marked(step)
+
+    def identity(self, step: int) -> None:
+        return None
+
+    def draft(self, step: int) -> epath.Path:
+        return self.path(step)
+
+    def publish(self, step: int) -> None:
+        """Does nothing: the marker has made it a step."""
+
+    def set_aside(self, step: int) -> epath.Path:
+        self.forget(step)
+        aside = self.directory / f"{step}{DAMAGED}{time.time_ns()}"
+        client = self._client()
+        source = client._strip_protocol(str(self.path(step)))
+        for name in client.find(source):
+            client.cp_file(name, f"{aside}{name.removeprefix(source)}")
+        client.rm(source, recursive=True)
+        return aside
+
+    def tidy(self) -> None:
+        """Without a lock only what is older than the newest step is known to be nobody's."""
+        good = self.steps()
+        for step in super().steps():
+            if good and step not in good and step < good[-1]:
+                remove(self.draft(step))
+
+    def _hide(self, step: int) -> epath.Path:
+        (self.path(step) / COMMITTED).unlink()
+        return self.path(step)
+
+    def _is_marked(self, step: int) -> bool:
+        return bool((self.path(step) / COMMITTED).exists())
+
+    def _folders(self) -> list[str]:
+        self._look_anew()
+        try:
+            return [entry.name for entry in self.directory.iterdir() if entry.name != self.directory.name]
+        except FileNotFoundError:
+            return []
+
+    def _look_anew(self) -> None:
+        """Makes the client forget what it has listed: others write there too."""
+        self._client().invalidate_cache()
+
+    def _client(self) -> Any:
+        return backend.fsspec_backend.fs(str(self.directory))

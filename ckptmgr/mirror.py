@@ -1,0 +1,210 @@
+"""A second home of a run: every committed checkpoint is copied there, beside the training.
+
+A copy is made as a draft, the file that tells one save from another first. It is read back whole, and only
+then made a step: by a rename on a disk, by a last file in a bucket. A draft that was begun before a crash is
+gone on with if it is of the same save. The copy is a run directory like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import fsspec
+from etils import epath
+from etils.epath import backend
+
+from ckptmgr import catalog, history, lifecycle, paths, policy
+from ckptmgr import manifest as manifests
+from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.storage import files, orbax, verifying
+
+_log = logging.getLogger("ckptmgr")
+
+
+class Mirror:
+    """Copies the steps of `home` that `keep` asks for to `away`, the newest first, and deletes there the rest.
+
+    `then` is called when nothing is owed any more, or cannot be copied now.
+    """
+
+    def __init__(
+        self,
+        home: catalog.Catalog,
+        away: catalog.Catalog,
+        keep: Sequence[policy.KeepPolicy],
+        timeout_s: float,
+        then: Callable[[], None],
+    ) -> None:
+        self.catalog = away
+        self.history = history.History(away, keep)
+        self._home, self._keep, self._then = home, keep, then
+        self._background = lifecycle.Background(timeout_s)
+        self._lock = threading.Lock()
+        self._is_running = self._has_news = False
+        self._owed: set[int] | None = None  # not known before it has been looked at
+        self._announced: set[int] = set()
+        self._spoilt: set[tuple[int, float]] = set()
+
+    def steps(self, *, needed: bool) -> list[int]:
+        """The steps there; of a mirror that cannot be reached none, unless it is all there is."""
+        try:
+            return self.catalog.steps()
+        except Exception as problem:  # of every library below
+            if needed:
+                raise
+            _log.warning("the mirror %s cannot be read: %s", self.catalog.directory, problem)
+            return []
+
+    def follow(self, *saved: int) -> None:
+        """Takes note of new steps; returns at once."""
+        with self._lock:
+            self._announced.update(saved)
+            self._has_news = True
+            if self._is_running:
+                return
+            self._is_running = True
+        self._background.start(f"the copying to {self.catalog.directory}", self._run)
+
+    def owes(self, step: int) -> bool:
+        """Whether a step is still to be copied, so that it must not be deleted at home yet.
+
+        Nothing is owed while copying fails: a mirror that is away must not fill the disk at home.
+        """
+        with self._lock:
+            return self._owed is None or step in self._owed or step in self._announced
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits until nothing is being copied."""
+        self._background.wait(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._is_running, self._has_news = self._has_news, False
+                if not self._is_running:
+                    return
+            try:
+                self._catch_up()
+            except Exception as problem:  # of every library below; training goes on without its mirror
+                _log.error(
+                    "the mirror %s cannot be written to, and is tried again after the next save: %s",
+                    self.catalog.directory, problem,
+                )  # fmt: skip
+                with self._lock:
+                    self._owed = set()
+                    self._announced.clear()
+            self._then()
+
+    def _catch_up(self) -> None:
+        self.catalog.prepare()
+        while owed := self._look():
+            step = max(owed)
+            if not self._copied(step, owed[step]):
+                self._spoilt.add((step, owed[step]))
+        self._carry_pins()
+        for doomed in self.history.doomed():
+            self.catalog.delete(doomed)
+        self.catalog.tidy()
+
+    def _carry_pins(self) -> None:
+        """A step that is at home is pinned there as it is here."""
+        here, there = self._home.pinned(), self.catalog.pinned()
+        shared = set(self._home.steps()) & set(self.catalog.steps())
+        for step in shared & (here - there):
+            self.catalog.pin(step)
+        for step in shared & (there - here):
+            self.catalog.unpin(step)
+
+    def _copied(self, step: int, time: float) -> bool:
+        """Copies a step unless it is damaged here; True also if it was deleted or replaced meanwhile."""
+        try:
+            self._copy(step)
+        except (CheckpointError, FileNotFoundError) as problem:
+            if self._home.identity(step) is None or self._home.manifest(step, fresh=True).time != time:
+                return True
+            _log.error("step %d is not copied to %s: %s", step, self.catalog.directory, problem)
+            return False
+        _log.info("step %d copied to %s", step, self.catalog.directory)
+        return True
+
+    def _look(self) -> dict[int, float]:
+        """What is to be copied now, and when each was saved."""
+        with self._lock:
+            taken = set(self._announced)
+        here = {info.step: info for info in history.History(self._home, ()).all()}
+        there = {info.step: info for info in self.history.all()}
+        pinned = {step for step, info in here.items() if info.pinned}
+        reasons = policy.reasons_to_keep(self._keep, list((there | here).values()), pinned)
+        missing = {step for step in here if reasons[step] and self._lacks(step)}
+        owed = {step: here[step].time for step in missing if (step, here[step].time) not in self._spoilt}
+        with self._lock:
+            self._owed = set(owed)
+            self._announced -= taken
+        return owed
+
+    def _lacks(self, step: int) -> bool:
+        """Whether this save of the step is not there: none is, or an earlier one of the same number."""
+        try:
+            here = self._home.manifest(step)
+        except CheckpointNotFoundError:
+            return False  # deleted meanwhile: what is there stays
+        try:
+            there = self.catalog.manifest(step)
+        except (CheckpointNotFoundError, CorruptCheckpointError):
+            return True
+        return (here.time, here.files) != (there.time, there.files)
+
+    def _copy(self, step: int) -> None:
+        source, draft = self._home.require(step), self.catalog.draft(step)
+        if self.catalog.has(step):
+            _log.warning("step %d in %s is of another save, and replaced", step, self.catalog.directory)
+            self.catalog.delete(step)
+        name = manifests.NAME if (source / manifests.NAME).exists() else orbax.STEP_METADATA
+        if not _is_equal(source / name, draft / name):
+            if draft.exists():
+                draft.rmtree()
+            _put(source, draft, [name])
+        sizes, there = files.walk(source)[1], files.walk(draft)[1]
+        marker = (source / catalog.COMMITTED).read_bytes() if catalog.COMMITTED in sizes else b""
+        missing = {name for name, size in sizes.items() if there.get(name) != size}
+        _put(source, draft, sorted(missing - {catalog.COMMITTED}))
+        self._check(step, draft)
+        self.catalog.forget(step)
+        files.write(draft / catalog.COMMITTED, marker)
+        files.sync(files.walk(draft)[0])
+        self.catalog.publish(step)
+        files.sync([self.catalog.directory])
+
+    def _check(self, step: int, draft: epath.Path) -> None:
+        """Reads the copy back; one that is damaged, here or at its source, is begun anew another time."""
+        manifest = self._home.manifest(step)
+        marked_later = {name: file for name, file in manifest.files.items() if name != catalog.COMMITTED}
+        report = verifying.verify(dataclasses.replace(manifest, files=marked_later), draft, None)
+        if not report:
+            draft.rmtree()
+            raise CorruptCheckpointError(f"the copy is damaged: {report}", step=step)
+
+
+def _is_equal(one: epath.Path, other: epath.Path) -> bool:
+    return bool(other.exists() and one.read_bytes() == other.read_bytes())
+
+
+def _put(source: epath.Path, draft: epath.Path, names: Sequence[str]) -> None:
+    """Copies files; each is durable when this returns."""
+    if names:
+        _client(draft).put([str(source / name) for name in names], [str(draft / name) for name in names])
+    for name in names:
+        files.flush(draft / name)
+
+
+def _client(directory: epath.Path) -> Any:
+    """What copies into a directory; it has forgotten what was listed there."""
+    if paths.is_local(directory):
+        return fsspec.filesystem("file", auto_mkdir=True)
+    client = backend.fsspec_backend.fs(str(directory))
+    client.invalidate_cache()
+    return client

@@ -1,0 +1,32 @@
+"""Paths of runs: on this machine's disks, or in a bucket."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from etils import epath
+
+_NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+
+
+def is_local(path: str | os.PathLike[str]) -> bool:
+    return "://" not in str(path)
+
+
+def resolve(directory: str | os.PathLike[str], option: str = "directory") -> epath.Path:
+    """The directory as an absolute path: `~` and what is relative mean what they mean now."""
+    if not isinstance(directory, str | os.PathLike) or not str(directory):
+        raise TypeError(f"{option} takes a path, not {directory!r}")
+    if is_local(directory):
+        return epath.Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))
+    _check_installed(str(directory).partition("://")[0], option)
+    return epath.Path(directory)
+
+
+def _check_installed(scheme: str, option: str) -> None:
+    if scheme not in _NEEDS:
+        raise ValueError(f"{option} takes a path on this machine, gs:// or s3://, not {scheme}://")
+    package, extra = _NEEDS[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{scheme}:// needs {package}: pip install 'ckptmgr[{extra}]'")

@@ -1,0 +1,312 @@
+"""The second home: on a disk, and on servers that speak the protocols of gs:// and s3://."""
+
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import faults
+import pytest
+import trainer
+from conftest import counted, free_port, visible
+from test_crash import last, rest, start
+from test_job import finish
+from test_job import start as start_job
+from test_remote import servers  # noqa: F401
+
+import ckptmgr
+from ckptmgr import catalog
+
+pytestmark = [
+    pytest.mark.xdist_group("remote"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "home"
+
+
+PLACES = ["disk", "gs", "s3"]
+
+
+@pytest.fixture(params=PLACES)
+def away(request, tmp_path):
+    return at(request.param, request, tmp_path)
+
+
+def at(place, request, tmp_path):
+    if place == "disk":
+        return str(tmp_path / "away")
+    request.getfixturevalue("servers")
+    return f"{place}://bucket/{uuid.uuid4().hex}"
+
+
+def steps_in(away):
+    return ckptmgr.CheckpointManager(away, read_only=True).steps()
+
+
+def save(manager, *steps):
+    for step in steps:
+        manager.save(step, trainer.state(step), metrics={"loss": 1 / step})
+
+
+def saved(manager, *step):
+    found = manager.restore(*step, params=trainer.state(0))
+    assert trainer.step_of(found.params) == found.step
+    return found.step, list(found.skipped)
+
+
+def test_every_checkpoint_is_copied_and_comes_back_when_the_disk_is_gone(home, away):
+    with ckptmgr.CheckpointManager(home, keep=1, mirror=away) as manager:
+        save(manager, 1, 2, 3)
+        manager.wait()
+        assert (manager.steps(), steps_in(away)) == ([3], [1, 2, 3])
+    shutil.rmtree(home)
+    with ckptmgr.CheckpointManager(home, keep=1, mirror=away) as manager:
+        start = manager.restore_or(params=trainer.state(0))
+        assert (start.resumed, start.step, trainer.step_of(start.params)) == (True, 3, 3)
+        assert saved(manager, 1) == (1, [])
+        save(manager, 4)
+    assert steps_in(away) == [1, 2, 3, 4]
+    reader = ckptmgr.CheckpointManager(away, read_only=True)  # it is a run like any other
+    assert all(reader.verify(step) for step in reader.steps())
+    assert saved(reader) == (4, [])
+
+
+def test_the_mirror_keeps_what_its_own_policies_ask_for_and_what_is_pinned(home, away):
+    with ckptmgr.CheckpointManager(home, keep=2, mirror=away, mirror_keep=ckptmgr.every_steps(2)) as manager:
+        save(manager, 1, 2, 3)
+        manager.wait()
+        manager.pin(3)
+        save(manager, 4, 5, 6)
+        manager.wait()
+        assert (manager.steps(), steps_in(away)) == ([3, 5, 6], [2, 3, 4, 6])
+        manager.unpin(3)
+        manager.wait()
+        assert steps_in(away) == [2, 4, 6]
+
+
+def test_the_best_is_found_in_either_home(home, tmp_path):
+    best = ckptmgr.best("loss")
+    with ckptmgr.CheckpointManager(home, keep=best, mirror=tmp_path / "away", mirror_keep=best) as manager:
+        for step, loss in ((1, 0.5), (2, 0.1), (3, 0.3)):
+            manager.save(step, trainer.state(step), metrics={"loss": loss})
+    shutil.rmtree(home)
+    with ckptmgr.CheckpointManager(home, keep=best, mirror=tmp_path / "away") as manager:
+        manager.save(4, trainer.state(4), metrics={"loss": 0.2}).result()
+        assert (manager.best(), saved(manager, "best")[0]) == (4, 2)
+
+
+def damage(step):
+    (data,) = (step / "params" / "d").iterdir()
+    values = bytearray(data.read_bytes())
+    values[len(values) // 2] ^= 1
+    data.write_bytes(bytes(values))
+
+
+def test_a_step_that_is_damaged_here_is_taken_from_the_mirror(home, away, caplog):
+    with ckptmgr.CheckpointManager(home, mirror=away) as manager:
+        save(manager, 1, 2)
+        manager.wait()
+        damage(home / "2")
+        assert saved(manager) == (2, [])
+        assert saved(manager, 2) == (2, [])
+        assert f"step 2 is taken from {away}: step 2: params" in caplog.text
+        manager.save(2, trainer.state(2)).result()  # the damaged one makes room
+        manager.wait()
+        assert manager.verify(2)
+    assert steps_in(away) == [1, 2]
+
+
+def test_a_damaged_step_is_not_copied_and_the_others_are(home, tmp_path, caplog):
+    with ckptmgr.CheckpointManager(home) as manager:
+        save(manager, 1, 2, 3)
+    damage(home / "2")
+    with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away") as manager:
+        manager.wait()
+        assert steps_in(tmp_path / "away") == [1, 3]
+    assert f"step 2 is not copied to {tmp_path / 'away'}: the copy is damaged" in caplog.text
+    assert visible(tmp_path / "away") == ["1", "3"]
+
+
+def test_a_copy_that_was_damaged_on_its_way_is_never_shown(home, tmp_path, monkeypatch, caplog):
+    real = ckptmgr.mirror._put
+
+    def spoil(source, draft, names):
+        real(source, draft, names)
+        if any("/d/" in name for name in names):
+            damage(draft)
+
+    monkeypatch.setattr("ckptmgr.mirror._put", spoil)
+    with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away") as manager:
+        save(manager, 1)
+    assert steps_in(tmp_path / "away") == []
+    assert "step 1 is not copied" in caplog.text
+
+
+def test_a_step_that_is_saved_again_is_copied_again(home, away):
+    with ckptmgr.CheckpointManager(home, mirror=away) as manager:
+        manager.save(7, trainer.state(1)).result()
+        manager.wait()
+        manager.save(7, trainer.state(2), on_exists="replace").result()
+    shutil.rmtree(home)
+    with ckptmgr.CheckpointManager(home, mirror=away) as manager:
+        assert trainer.step_of(manager.restore(params=trainer.state(0)).params) == 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("place", PLACES[:: counted(2, full=1)])
+def test_killed_at_random_moments_the_mirror_shows_whole_steps_alone(place, home, request, tmp_path):
+    draw, interrupted, copied, away = random.Random(0), 0, 0, at(place, request, tmp_path)
+    for _ in range(counted(2, full=30)):
+        process = start(home, 10**6, "mirror", away)
+        assert process.stdout.readline().startswith("resumed")
+        time.sleep(draw.uniform(0.3, 1.0 if place == "disk" else 4.0))
+        process.send_signal(signal.SIGKILL)
+        said, _ = rest(process)
+        reader = ckptmgr.CheckpointManager(away, read_only=True)
+        for step in reader.steps():
+            assert reader.verify(step)
+            assert saved(reader, step) == (step, [])
+        copied += len(reader.steps())
+        interrupted += max(reader.steps(), default=0) < last(said, "saving")
+    assert interrupted
+    assert copied
+    ckptmgr.CheckpointManager(home, mirror=away, keep=1, mirror_keep=3).close()  # catches up
+    assert max(steps_in(away)) == ckptmgr.CheckpointManager(home, read_only=True).latest()
+
+
+POINTS = [f"{when} {point} 1" for point in faults.MIRROR_POINTS for when in ("before", "after")]
+MATRIX = [
+    (place, fault)
+    for fault in [*POINTS, "before put 2", "after put 2"]
+    for place in PLACES
+    if place == "disk" or "make step" not in fault  # a bucket's step is made by its marker
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("place", "fault"), MATRIX[:: counted(4, full=1)], ids=str)
+def test_killed_at_each_point_of_copying_the_next_process_ends_it(place, fault, home, request, tmp_path):
+    away = at(place, request, tmp_path)
+    process = start(home, 1, "mirror", away, fault=fault)
+    rest(process)
+    assert process.returncode == -signal.SIGKILL
+    assert steps_in(away) == ([1] if "after make step" in fault else [])
+    with ckptmgr.CheckpointManager(home, mirror=away) as manager:
+        manager.wait()
+        reader = ckptmgr.CheckpointManager(away, read_only=True)
+        assert (reader.steps(), saved(reader)) == ([1], (1, []))
+        assert reader.verify(1)
+
+
+def test_what_was_copied_before_a_crash_is_not_copied_again(home, tmp_path):
+    away = tmp_path / "away"
+    rest(start(home, 1, "mirror", str(away), fault="before check 1"))
+    (data,) = (away / f"1{catalog.UNFINISHED}" / "params" / "d").iterdir()
+    before = os.stat(data)
+    with ckptmgr.CheckpointManager(home, mirror=away) as manager:
+        manager.wait()
+    after = os.stat(away / "1" / "params" / "d" / data.name)
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_what_was_begun_for_another_save_of_the_step_is_begun_anew(home, away):
+    rest(start(home, 1, "mirror", away, fault="before check 1"))
+    shutil.rmtree(home)
+    with ckptmgr.CheckpointManager(home, mirror=away) as manager:
+        manager.save(1, trainer.state(5)).result()
+        manager.wait()
+        manager = ckptmgr.CheckpointManager(away, read_only=True)
+        assert trainer.step_of(manager.restore(1, params=trainer.state(0)).params) == 5
+        assert manager.verify(1)
+
+
+def test_a_mirror_that_cannot_be_written_to_is_said_and_neither_stops_saving_nor_fills_the_disk(
+    home, tmp_path, caplog
+):
+    away = tmp_path / "away"
+    away.write_text("a file is in its place")
+    with ckptmgr.CheckpointManager(home, keep=1, mirror=away) as manager:
+        save(manager, 1, 2, 3)
+        manager.wait()
+        assert manager.steps() == [3]
+        assert f"the mirror {away} cannot be written to" in caplog.text
+        away.unlink()
+        save(manager, 4)
+        manager.wait()
+        assert steps_in(away) == [4]
+
+
+def test_a_server_that_is_away_leaves_what_is_here_usable(home, servers, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://localhost:{free_port()}")
+    away = f"s3://bucket/{uuid.uuid4().hex}"
+    lost = {"CKPTMGR_AWAY": away}
+    program = (
+        "import os, sys, ckptmgr, trainer\n"
+        "with ckptmgr.CheckpointManager(sys.argv[1], keep=1, mirror=os.environ['CKPTMGR_AWAY']) as manager:\n"
+        "    for step in (1, 2):\n"
+        "        manager.save(step, trainer.state(step)).result()\n"
+        "    manager.wait()\n"
+        "    print(manager.steps(), manager.restore(params=trainer.state(0)).step)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(home)],
+        env=os.environ | lost | {"PYTHONPATH": os.path.dirname(__file__), "AWS_MAX_ATTEMPTS": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.stdout.strip() == "[2] 2", ended.stderr
+    assert f"the mirror {away} cannot be written to" in ended.stderr
+    assert f"the mirror {away} cannot be read" in ended.stderr
+
+
+def test_a_slow_mirror_holds_up_neither_saving_nor_loses_what_it_keeps(home, tmp_path, monkeypatch):
+    faults.install("slow put 1", monkeypatch.setattr)
+    with ckptmgr.CheckpointManager(home, keep=1, mirror=tmp_path / "away") as manager:
+        began = time.monotonic()
+        save(manager, 1, 2, 3)
+        manager.restore(params=trainer.state(0))
+        assert time.monotonic() - began < faults.SLOW_S
+        assert manager.steps() == [1, 2, 3]  # none is deleted before it is copied
+        manager.wait()
+        assert manager.steps() == [3]
+    assert steps_in(tmp_path / "away") == [1, 2, 3]
+
+
+def test_two_processes_have_one_mirror(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("CKPTMGR_MIRROR", str(tmp_path / "away"))
+    assert finish(start_job(2, str(home), "save", "1", "2", "3"))[0] == "steps 2 3"
+    assert steps_in(tmp_path / "away") == [1, 2, 3]
+    shutil.rmtree(home)
+    assert finish(start_job(2, str(home), "load")) == ["restored 3 skipped"] * 2
+    assert finish(start_job(2, str(home), "load", "1")) == ["restored 1 skipped"] * 2
+
+
+def test_options_that_make_no_sense_are_refused(home):
+    with pytest.raises(ValueError, match="mirror_keep= says what a mirror keeps; name one with mirror="):
+        ckptmgr.CheckpointManager(home, mirror_keep=3)
+    with pytest.raises(ValueError, match=r"mirror=.* is the directory itself"):
+        ckptmgr.CheckpointManager(home, mirror=home)
+    with pytest.raises(ValueError, match="mirror takes a path on this machine, gs:// or s3://, not ftp://"):
+        ckptmgr.CheckpointManager(home, mirror="ftp://host/run")
+    with pytest.raises(ValueError, match="read_only=True contradicts mirror_keep="):
+        ckptmgr.CheckpointManager(home, read_only=True, mirror=str(home) + "2", mirror_keep=1)
+    assert not home.exists()
+
+
+def test_a_read_only_manager_reads_from_the_mirror_and_copies_nothing(home, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="ckptmgr")
+    with ckptmgr.CheckpointManager(home) as manager:
+        save(manager, 1)
+    reader = ckptmgr.CheckpointManager(home, read_only=True, mirror=tmp_path / "away")
+    assert saved(reader) == (1, [])
+    assert not (tmp_path / "away").exists()
