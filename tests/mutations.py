@@ -18,8 +18,8 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         1, "a step that is being written is listed",
-        "catalog.py", "int(name) for name in _folders(self.directory) if _STEP.fullmatch(name)",
-        "int(name.partition('.')[0]) for name in _folders(self.directory) if name[0].isdigit()",
+        "catalog.py", "int(name) for name in self._folders() if _STEP.fullmatch(name)",
+        "int(name.partition('.')[0]) for name in self._folders() if name[0].isdigit()",
         "tests/test_catalog.py::test_only_whole_numbers_are_steps",
     ),
     Mutation(
@@ -31,6 +31,16 @@ MUTATIONS = [
         1, "leftovers of an interrupted save stay",
         "catalog.py", "or entry.name.endswith(UNFINISHED)", "",
         "tests/test_catalog.py",
+    ),
+    Mutation(
+        1, "what was copied to the mirror is not read back",
+        "mirror.py", "        self._check(step, draft)\n", "",
+        "tests/test_mirror.py::test_a_copy_that_was_damaged_on_its_way_is_never_shown",
+    ),
+    Mutation(
+        1, "what was begun in the mirror for another save is gone on with",
+        "mirror.py", "if not _is_equal(source / name, draft / name):", "if not draft.exists():",
+        "tests/test_mirror.py::test_what_was_begun_for_another_save_of_the_step_is_begun_anew",
     ),
     Mutation(
         2, "the checksum of a small chunk is not compared",
@@ -105,7 +115,7 @@ MUTATIONS = [
     ),
     Mutation(
         8, "a restore that was overtaken is not read again",
-        "manager.py", "if self._catalog.identity(step) == identity:", "if True:",
+        "manager.py", "if home.identity(step) == identity:", "if True:",
         "tests/test_crash.py::test_a_reader_beside_a_writer_sees_whole_steps_or_a_clear_error",
     ),
     Mutation(

@@ -17,7 +17,6 @@ from conftest import counted, free_port, visible
 from test_crash import last, rest, start
 from test_job import finish
 from test_job import start as start_job
-from test_remote import servers  # noqa: F401
 
 import ckptmgr
 from ckptmgr import catalog
@@ -247,7 +246,7 @@ def test_a_mirror_that_cannot_be_written_to_is_said_and_neither_stops_saving_nor
         assert steps_in(away) == [4]
 
 
-def test_a_server_that_is_away_leaves_what_is_here_usable(home, servers, monkeypatch, caplog):  # noqa: F811
+def test_a_server_that_is_away_leaves_what_is_here_usable(home, servers, monkeypatch, caplog):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://localhost:{free_port()}")
     away = f"s3://bucket/{uuid.uuid4().hex}"
     lost = {"CKPTMGR_AWAY": away}
