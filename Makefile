@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint docs bench soak clean
 
 demo: .venv/installed
-	$(BIN)/python docs/examples/demo.py
+	$(BIN)/python docs/examples/demo.py --keep runs/demo
 
 test: lint
 	$(BIN)/pytest

@@ -88,6 +88,8 @@ def test_the_demo_ends_with_every_comparison_equal():
     assert "half written" in done.stdout
     assert "resumed from step" in done.stdout
     assert "120 of 120 equal" in done.stdout
+    assert "(1024, 1024) lies as (1024, 256) on each device" in done.stdout
+    assert done.stdout.count("13 of 13 equal") == 2
     assert "All equal" in done.stdout
 
 

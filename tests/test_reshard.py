@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import counted
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ckptmgr
+from benchmarks import distributed
 
 SPECS = {"w": ("a", "b"), "v": (("a", "b"),), "c": ("c",), "all": ()}
 SHAPES = {"w": (16, 8), "v": (24, 2), "c": (8,), "all": (5,)}
@@ -72,3 +74,16 @@ def test_saved_on_one_mesh_restored_on_others_by_other_processes(saved_on, tmp_p
         command = [sys.executable, "-c", RESTORE, tmp_path, str(devices), str(axes), where, here]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.stdout == "equal\n", done.stderr[-3000:]
+
+
+@pytest.mark.soak
+def test_one_of_eight_shards_reads_little_more_than_itself(tmp_path):
+    """Eight processes, one shard each; what TensorStore reads of files is counted."""
+    columns = counted(4096, full=16384)
+    found = distributed.shards(["ckptmgr"], 8, columns, columns, 300.0, tmp_path)
+    peer, shard = found["peers"]["ckptmgr"], found["shard_bytes"]
+    assert shard == columns * columns * 4 // 8  # of 64 MiB, or of 1 GiB
+    assert 0 < peer["chunk_bytes"] <= shard
+    assert shard <= peer["saved_axis"]["read_bytes"] <= 1.1 * shard + peer["chunk_bytes"]
+    assert shard <= peer["other_axis"]["read_bytes"] <= 2 * shard + peer["chunk_bytes"]
+    print({axis: peer[axis]["ratio"] for axis in ("saved_axis", "other_axis")}, "chunk", peer["chunk_bytes"])
