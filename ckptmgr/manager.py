@@ -17,7 +17,20 @@ from typing import Any, Literal, Self
 import numpy as np
 from etils import epath
 
-from ckptmgr import bucket, catalog, difference, history, items, job, lifecycle, options, paths, policy, writer
+from ckptmgr import (
+    bucket,
+    catalog,
+    difference,
+    history,
+    items,
+    job,
+    journal,
+    lifecycle,
+    options,
+    paths,
+    policy,
+    writer,
+)
 from ckptmgr import layout as layouts
 from ckptmgr import manifest as manifests
 from ckptmgr import mirror as mirrors
@@ -104,6 +117,8 @@ class CheckpointManager:
         self._preemption = lifecycle.Preemption()
         self._job = job.Job(self._options.timeout_s)
         self._mirror = self._open_mirror()
+        writes = not read_only and self._job.leads
+        self._journal = journal.Journal(self._directory, self._options.clock, writes=writes)
         if not read_only:
             self._writer = self._job.together(self._job.name(f"opening {self._directory}"), self._claim)
             lifecycle.drain_on_sigterm()
@@ -258,6 +273,7 @@ class CheckpointManager:
                 self._last = None
                 self._failure = SaveError(f"step {step} could not be saved: {problem}", step=step)
                 self._failure.__cause__ = problem
+                self._journal.record("failed", step, why=str(problem))
                 _log.error("%s", self._failure)  # heard even if no next call comes
                 commit.set_exception(self._failure)
                 return
@@ -280,6 +296,10 @@ class CheckpointManager:
             "step %d saved: %d bytes, durable after %.3f s, the caller waited %.3f s",
             info.step, info.disk_nbytes, info.durable_s, info.blocked_s,
         )  # fmt: skip
+        self._journal.record(
+            "saved", info.step, nbytes=info.nbytes, disk_nbytes=info.disk_nbytes, metrics=info.metrics,
+            blocked_s=info.blocked_s, durable_s=info.durable_s,
+        )  # fmt: skip
         for callback in self._options.on_commit:
             try:
                 callback(info)
@@ -298,6 +318,7 @@ class CheckpointManager:
                     continue
                 try:
                     self._catalog.delete(step)
+                    self._journal.record("deleted", step, why="no policy keeps it")
                 except OSError:
                     _log.exception("step %d could not be deleted", step)
 
@@ -433,6 +454,7 @@ class CheckpointManager:
                 found = self._restore_together(candidate, request, skipped)
             except CorruptCheckpointError as problem:
                 _log.warning("step %d is passed over as damaged: %s", candidate, problem)
+                self._journal.record("passed over", candidate, why=str(problem))
                 skipped[candidate] = str(problem)
             except CheckpointNotFoundError:
                 continue  # the trainer deleted it under our hands, and has a newer one
@@ -537,6 +559,7 @@ class CheckpointManager:
             values |= reading.read_values(manifest, directory, templates)
         absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
         _log.info("step %d restored from %s", step, directory)
+        self._journal.record("restored", step, source=str(directory))
         return Checkpoint(
             step=step,
             params=values.pop(items.PARAMS, None),
@@ -611,6 +634,7 @@ class CheckpointManager:
         self._wait_for_last_save()
         if self._job.leads:
             self._catalog.delete(step)
+            self._journal.record("deleted", step, why="asked for")
 
     def pin(self, step: int) -> None:
         """Keeps a step whatever retention says, until `unpin`."""

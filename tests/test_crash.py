@@ -15,6 +15,7 @@ import trainer
 from conftest import counted, free_port
 
 import ckptmgr
+from ckptmgr import journal, writer
 
 pytestmark = pytest.mark.xdist_group("crash")
 
@@ -47,7 +48,8 @@ def last(said, word):
 
 
 def leftovers(directory):
-    return [path.name for path in directory.iterdir() if path.name != ".writer" and not path.name.isdigit()]
+    ours = {writer.NAME, journal.NAME}
+    return [path.name for path in directory.iterdir() if path.name not in ours and not path.name.isdigit()]
 
 
 @pytest.mark.soak

@@ -1,0 +1,48 @@
+"""What happened to a run, for people and reports to read: one JSON line for each event.
+
+    <directory>/.journal.jsonl
+
+Nothing depends on it: it is kept where files can be appended to, and what cannot be written is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from ckptmgr import paths
+
+NAME = ".journal.jsonl"
+
+
+class Journal:
+    """The events of one run, in the order in which they happened."""
+
+    def __init__(self, directory: epath.Path, clock: Callable[[], float], *, writes: bool) -> None:
+        self._path = directory / NAME
+        self._clock = clock
+        self._writes = writes and paths.is_local(directory)
+
+    def record(self, event: str, step: int, **facts: Any) -> None:
+        """Adds an event of a step; one `write`, so that lines of several threads stay whole."""
+        if not self._writes:
+            return
+        line = json.dumps({"event": event, "step": step, "time": self._clock()} | facts) + "\n"
+        with contextlib.suppress(OSError), open(self._path, "ab", buffering=0) as file:
+            file.write(line.encode())
+
+
+def read(directory: epath.Path) -> list[dict[str, Any]]:
+    """The events of a run; lines that a crash cut short are left out."""
+    path = directory / NAME
+    lines = path.read_bytes().splitlines() if paths.is_local(directory) and os.path.exists(path) else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found

@@ -1,0 +1,53 @@
+"""What happened to a run, as its own file tells it."""
+
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+import ckptmgr
+from ckptmgr import journal
+
+
+def events(directory):
+    return [(each["event"], each["step"]) for each in journal.read(epath.Path(directory))]
+
+
+def test_it_tells_what_was_saved_deleted_passed_over_restored_and_failed(tmp_path, monkeypatch):
+    params = {"w": jnp.arange(3000.0)}
+    with ckptmgr.CheckpointManager(tmp_path, keep=2, clock=lambda: 5.0) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, params, metrics={"loss": 1 / step}).result()
+        manager.wait()
+        (tmp_path / "3" / "manifest.json").write_bytes(b"")
+        assert manager.restore().step == 2
+        with monkeypatch.context() as patch:
+            patch.setattr("ckptmgr.storage.arrays.describe", lambda *_: 1 / 0)
+            with pytest.raises(ckptmgr.SaveError):
+                manager.save(4, params).result()
+        manager.delete(2)
+    assert events(tmp_path) == [
+        ("saved", 1), ("saved", 2), ("saved", 3), ("deleted", 1), ("passed over", 3), ("restored", 2),
+        ("failed", 4), ("deleted", 2),
+    ]  # fmt: skip
+    first, *_ = journal.read(epath.Path(tmp_path))
+    assert first["time"] == 5.0
+    assert first["metrics"] == {"loss": 1.0}
+    assert first["nbytes"] == 12000
+    assert 0 < first["blocked_s"] <= first["durable_s"]
+
+
+def test_a_reader_writes_nothing_and_a_line_cut_short_is_left_out(tmp_path):
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(3)})
+    before = (tmp_path / journal.NAME).read_bytes()
+    ckptmgr.CheckpointManager(tmp_path, read_only=True).restore()
+    assert (tmp_path / journal.NAME).read_bytes() == before
+    (tmp_path / journal.NAME).write_bytes(before + b'{"event": "sav')
+    assert events(tmp_path) == [("saved", 1)]
+
+
+def test_what_cannot_be_written_harms_nothing(tmp_path):
+    with ckptmgr.CheckpointManager(tmp_path / "run") as manager:
+        (tmp_path / "run" / journal.NAME).mkdir()
+        manager.save(1, {"w": jnp.ones(3)}).result()
+        assert manager.steps() == [1]
