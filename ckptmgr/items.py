@@ -167,6 +167,7 @@ class Request:
     cast: bool = False
     partial: bool = False
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    broadcast: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer is not None and self.opt_state is not None:

@@ -212,6 +212,9 @@ class CheckpointManager:
         copied = self._job.together(self._job.name(f"the save of step {step}"), copy)
         try:
             store.start(step, copied.contents, copied.build_manifest)
+        except TimeoutError:
+            self._job.share(self._job.name(f"the start of step {step}"))  # says who is not there any more
+            raise
         except OSError as problem:  # the step's directory could not be made, or a bounded wave not be written
             raise SaveError(f"step {step} could not be saved: {problem}", step=step) from problem
         self._writing, self._last = step, CheckpointInfo(step=step, time=copied.manifest.time)
@@ -299,6 +302,7 @@ class CheckpointManager:
         self._journal.record(
             "saved", info.step, nbytes=info.nbytes, disk_nbytes=info.disk_nbytes, metrics=info.metrics,
             blocked_s=info.blocked_s, durable_s=info.durable_s,
+            keep=[policy.spell(each) for each in self._options.keep],
         )  # fmt: skip
         for callback in self._options.on_commit:
             try:
@@ -411,6 +415,7 @@ class CheckpointManager:
         cast: bool = False,
         partial: bool = False,
         rename: Mapping[str, str] | None = None,
+        broadcast: bool = False,
     ) -> Checkpoint:
         """Restores a step into the structure of the templates; what has no template is not read.
 
@@ -427,6 +432,8 @@ class CheckpointManager:
           partial: keeps the template's own value for leaves that the checkpoint lacks, and ignores
             leaves that the template lacks.
           rename: {regex of an old path: new path}, as `re.sub` takes them.
+          broadcast: what several processes hold is read by one of them and sent to the others over the
+            devices' own network; for storage that is slower than that. Without it each reads for itself.
 
         Without any template everything comes back, as nested dicts, lists and tuples.
 
@@ -437,8 +444,9 @@ class CheckpointManager:
           LayoutError: a leaf cannot go where `layout` wants it; nothing was read.
         """
         request = items.Request(
-            params, opt_state, optimizer, extras or {}, layouts.check(layout), cast, partial, rename or {}
-        )
+            params, opt_state, optimizer, extras or {}, layouts.check(layout), cast, partial, rename or {},
+            broadcast and self._job.count > 1,
+        )  # fmt: skip
         self._wait_for_last_save()
         if step is not None:
             wanted = self._best_anywhere() if step == "best" else _check_step(step)
@@ -536,7 +544,7 @@ class CheckpointManager:
             try:
                 found = self._read_step(home, step, request, skipped)
             except (CorruptCheckpointError, OSError):
-                if home.identity(step) == identity:
+                if home.identity(step) == identity or request.broadcast:  # then all read, or none
                     raise
                 home.require(step)  # says that it was deleted
                 continue
@@ -548,15 +556,26 @@ class CheckpointManager:
     def _read_step(
         self, home: catalog.Catalog, step: int, request: items.Request, skipped: Mapping[int, str]
     ) -> Checkpoint:
-        manifest, directory = home.manifest(step, fresh=True), home.path(step)
-        templates = request.templates(manifest)
-        matched = items.match(manifest, templates, request)
-        params = items.params_of(manifest, matched)
-        targets = layouts.targets(request.layout, matched, params, request.optimizer)
-        manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
+        directory = home.path(step)
+
+        def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], reading.Trees]:
+            manifest = home.manifest(step, fresh=True)
+            templates = request.templates(manifest)
+            matched = items.match(manifest, templates, request)
+            params = items.params_of(manifest, matched)
+            targets = layouts.targets(request.layout, matched, params, request.optimizer)
+            manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
+            trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast)
+            trees.fetch()
+            return manifest, templates, trees
+
         with reading.reported(directory):
-            values = reading.read_trees(manifest, directory, matched, targets)
-            values |= reading.read_values(manifest, directory, templates)
+            if request.broadcast:  # nothing is sent before all have read their part
+                name = self._job.name(f"the reading of step {step}")
+                manifest, templates, trees = self._job.together(name, open_trees)
+            else:
+                manifest, templates, trees = open_trees()
+            values = trees.place() | reading.read_values(manifest, directory, templates)
         absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
         _log.info("step %d restored from %s", step, directory)
         self._journal.record("restored", step, source=str(directory))

@@ -8,7 +8,7 @@ manager's clock. Orbax's own policies are accepted beside these (`ckptmgr/storag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -132,6 +132,33 @@ class best:  # noqa: N801
 
     def keep(self, history: Sequence[Record]) -> set[int]:
         return set(self.ranking(history)[: self.n])
+
+
+def spell(kept: KeepPolicy) -> str:
+    """A policy as the command line takes it: "latest:3", "best:loss:min:1"; another's as it says itself."""
+    if isinstance(kept, latest):
+        return f"latest:{kept.n}"
+    if isinstance(kept, best):
+        return f"best:{kept.metric}:{kept.mode}:{kept.n}"
+    if isinstance(kept, every_steps):
+        return f"every_steps:{kept.n}"
+    return f"every_seconds:{kept.s:g}" if isinstance(kept, every_seconds) else repr(kept)
+
+
+def parse(text: str) -> KeepPolicy:
+    """The policy that `spell` has spelled; mode and n of "best" may be left out."""
+    name, _, rest = text.partition(":")
+    try:
+        if name == "best":
+            metric, mode, n = [*rest.split(":"), *("min", "1")[rest.count(":") :]]
+            return best(metric, mode=mode, n=int(n))  # type: ignore[arg-type]  # checked there
+        if name == "every_seconds":
+            return every_seconds(float(rest))
+        numbered: dict[str, Callable[[int], KeepPolicy]] = {"latest": latest, "every_steps": every_steps}
+        return numbered[name](int(rest))
+    except (KeyError, ValueError, TypeError):
+        known = "latest:N, best:METRIC[:min|max[:N]], every_steps:N, every_seconds:S"
+        raise ValueError(f"{text!r} is no policy; known are {known}") from None
 
 
 def reasons_to_keep(

@@ -2,6 +2,7 @@
 
 save STEP...        saves these steps, sharded over all devices of all processes
 load [STEP]         restores one onto all devices of all processes, and checks every bit that this process has
+shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says how many bytes it read
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
 clock               asks a clock of its own whether to save
 """
@@ -74,6 +75,64 @@ def load(directory, mesh, *step):
     say("restored", found.step, "skipped", *found.skipped)
 
 
+BITS = np.array([0x80000000, 0x7FC00001, 0xFF800001, 0], np.uint32).view(np.float32)  # -0.0 and NaNs
+
+
+def odds():
+    """Arrays whose bits a sum of numbers would not keep, and shapes that are easily forgotten."""
+    return {
+        "bits": np.tile(BITS, 64),
+        "half": np.arange(256).astype(ml_dtypes.bfloat16),
+        "eighth": np.arange(64, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn),
+        "four": np.arange(-8, 8).astype(ml_dtypes.int4),
+        "yes": np.arange(32) % 3 == 0,
+        "complex": np.tile(BITS, 16).view(np.complex64),
+        "alone": np.float32(-0.0).reshape(()),
+        "none": np.zeros((4, 0), np.float32),
+        "large": np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024),
+    }
+
+
+def keys(step):
+    return jax.random.split(jax.random.key(step), 4)
+
+
+def shared(directory, _, axes, broadcast):
+    shape = tuple(map(int, axes.split("x")))
+    mesh = jax.make_mesh(shape, ("copy", "part"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    values = odds() if broadcast != "save" else {}
+    if broadcast == "save":
+        with ckptmgr.CheckpointManager(directory) as manager:
+            for step in (1, 2):
+                manager.save(step, odds() | {"keys": keys(step)})
+        return
+    split = {name: P("part") if value.ndim else P() for name, value in values.items()}
+    layout = {name: NamedSharding(mesh, spec) for name, spec in split.items()} | {
+        "keys": NamedSharding(mesh, P("part"))
+    }
+    template = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in values.items()}
+    template["keys"] = jax.eval_shape(lambda: keys(0))
+    before = read_bytes()
+    manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S)
+    found = manager.restore(params=template, layout=layout, broadcast=broadcast == "True")
+    for name, value in values.items():
+        assert found.params[name].sharding == layout[name], name
+        for shard in found.params[name].addressable_shards:
+            here = np.asarray(shard.data)
+            assert here.dtype == value.dtype, name
+            assert here.tobytes() == np.ascontiguousarray(value[shard.index]).tobytes(), name
+    assert found.params["keys"].sharding == layout["keys"]
+    for shard in jax.random.key_data(found.params["keys"]).addressable_shards:
+        assert np.array_equal(np.asarray(shard.data), jax.random.key_data(keys(found.step))[shard.index])
+    say("restored", found.step, "skipped", *found.skipped, "read", read_bytes() - before)
+
+
+def read_bytes():
+    counted = ("/tensorstore/kvstore/file/bytes_read", "/tensorstore/file/mmap_bytes")
+    found = [metric for name in counted for metric in ts.experimental_collect_matching_metrics(name)]
+    return sum(value["value"] for metric in found for value in metric["values"])
+
+
 def train(directory, mesh, save_every):
     step_of_all = jax.jit(lambda w: w + 1)
     manager = ckptmgr.CheckpointManager(directory, save_every=int(save_every), timeout_s=TIMEOUT_S)
@@ -109,7 +168,9 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
     import faults
     import jax
+    import ml_dtypes
     import optax
+    import tensorstore as ts
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
@@ -124,7 +185,8 @@ if __name__ == "__main__":
     everything = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     say("joined")
     try:
-        {"save": save, "load": load, "train": train, "clock": clock}[mode](directory, everything, *rest)
+        known = {each.__name__: each for each in (save, load, shared, train, clock)}
+        known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:
         say("failed", type(problem).__name__, problem)
         os._exit(3)  # JAX would wait for the processes that are gone

@@ -1,6 +1,7 @@
 """Several processes on one machine, under jax.distributed with gloo: all do the same, or none does."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import member
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import free_port, visible
+from conftest import counted, free_port, visible
 
 import ckptmgr
 
@@ -134,3 +135,52 @@ def test_sigterm_stops_every_process_at_the_same_saved_step(tmp_path):
     assert one == other
     stopped = int(one.split()[1])
     assert ckptmgr.CheckpointManager(tmp_path, read_only=True).steps() == [stopped]
+
+
+@pytest.mark.parametrize(("count", "axes"), [(2, "2x1"), (4, "2x2")])
+def test_what_two_processes_hold_is_read_once_when_asked(count, axes, tmp_path):
+    finish(start(1, tmp_path, "shared", "1x1", "save", devices=1))
+    alone, together = (
+        [line.rpartition(" ") for line in finish(start(count, tmp_path, "shared", axes, how, devices=1))]
+        for how in ("False", "True")
+    )
+    assert {said for said, _, _ in alone + together} == {"restored 2 skipped read"}
+    total = {
+        name: sum(int(read) for *_, read in found) for name, found in (("alone", alone), ("together", together))
+    }
+    assert total["together"] < 0.51 * total["alone"]  # each piece is held by two
+
+
+def test_damage_that_one_reader_sees_makes_all_walk_back(tmp_path):
+    finish(start(1, tmp_path, "shared", "1x1", "save", devices=1))
+    largest = max((tmp_path / "2" / "params" / "d").iterdir(), key=os.path.getsize)
+    values = bytearray(largest.read_bytes())
+    values[len(values) // 2] ^= 1
+    largest.write_bytes(bytes(values))
+    said = finish(start(2, tmp_path, "shared", "2x1", "True", devices=1))
+    assert [line.partition(" read")[0] for line in said] == ["restored 1 skipped 2"] * 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("victim", [1, 0])
+def test_one_process_killed_at_random_moments_leaves_the_newest_step_whole(victim, tmp_path):
+    draw = random.Random(victim)
+    for _ in range(counted(1, full=12)):
+        processes = start(2, tmp_path, "train", "1", timeout_s=4.0)
+        try:
+            for process in processes:
+                while not process.stdout.readline().startswith("done"):
+                    assert process.poll() is None, process.stderr.read()[-3000:]
+            time.sleep(draw.uniform(0, 1))
+            processes[victim].send_signal(signal.SIGKILL)
+            began, (out, err) = time.monotonic(), processes[1 - victim].communicate(timeout=60)
+            if victim == 1:  # without process 0, the coordinator, JAX itself ends the others
+                assert re.search("failed (CheckpointTimeoutError|SaveError)", out), out + err[-3000:]
+                assert time.monotonic() - began < 30
+        finally:
+            end(processes)
+        with ckptmgr.CheckpointManager(tmp_path, read_only=True) as reader:
+            found = reader.restore(layout=ckptmgr.HOST)
+            assert (found.step, found.skipped) == (reader.latest(), {})
+            expected = member.state(0)["w"] + np.float32(found.step)
+            assert np.array_equal(found.params["w"], expected)

@@ -136,19 +136,19 @@ def _as_bytes(array: Values) -> Values:
 
 def pieces(shape: tuple[int, ...], target: Target) -> Sequence[Index]:
     """The distinct pieces of an array that this process's devices hold; () is all of it."""
-    if not _is_sharded(target):
+    if not is_sharded(target):
         return ((),)
     indices = target.place.addressable_devices_indices_map(shape).values()
-    return tuple({_spell(index, shape): index for index in indices}.values())
+    return tuple({spell(index, shape): index for index in indices}.values())
 
 
-def _is_sharded(target: Target) -> bool:
+def is_sharded(target: Target) -> bool:
     """Whether the pieces go to devices one by one; keys are made whole, then spread."""
     sharded = isinstance(target.place, jax.sharding.Sharding) and len(target.place.device_set) > 1
     return sharded and target.kind == "jax"
 
 
-def _spell(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+def spell(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
     return tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
 
 
@@ -177,13 +177,13 @@ def _moves(read: Sequence[Values], shape: tuple[int, ...], target: Target) -> li
     """Each array of a leaf that goes to a device, and where to."""
     if target.kind not in ("jax", "key"):
         return []
-    if not _is_sharded(target):
+    if not is_sharded(target):
         alone = isinstance(target.place, jax.sharding.Sharding) and target.kind == "jax"
         return [(read[0], target.place if alone else HERE)]
-    by_index = dict(zip((_spell(index, shape) for index in pieces(shape, target)), read, strict=True))
+    by_index = dict(zip((spell(index, shape) for index in pieces(shape, target)), read, strict=True))
     kind = target.place.memory_kind
     return [
-        (by_index[_spell(index, shape)], jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
+        (by_index[spell(index, shape)], jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
         for device, index in target.place.addressable_devices_indices_map(shape).items()
     ]
 
@@ -201,12 +201,23 @@ def _finish(arrived: Sequence[jax.Array], read: Sequence[Values], shape: tuple[i
         value = _cast(read[0], target)
         return value if value.flags.writeable else value.copy()
     if target.kind == "key":
-        keys = jax.random.wrap_key_data(arrived[0], impl=target.impl)
-        return jax.device_put(keys, target.place) if isinstance(target.place, jax.sharding.Sharding) else keys
+        return _keys(arrived[0], read[0], target)
     array = arrived[0]
-    if _is_sharded(target):
+    if is_sharded(target):
         array = jax.make_array_from_single_device_arrays(shape, target.place, list(arrived))
     return _weakly_typed(array) if target.weak else array
+
+
+def _keys(here: jax.Array, words: Values, target: Target) -> Any:
+    """Typed keys of their words, which are here as a whole; each process puts its part where it belongs."""
+    place = target.place
+    if isinstance(place, jax.sharding.NamedSharding) and not place.is_fully_addressable:
+        everywhere = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+        spread = jax.make_array_from_callback(words.shape, everywhere, words.__getitem__)
+        wrap = functools.partial(jax.random.wrap_key_data, impl=target.impl)
+        return jax.jit(wrap, out_shardings=place)(spread)
+    keys = jax.random.wrap_key_data(here, impl=target.impl)
+    return jax.device_put(keys, place) if isinstance(place, jax.sharding.Sharding) else keys
 
 
 def _weakly_typed(array: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ metadata. Ours are the writers of the items, and the last act of a commit: the m
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import datetime
@@ -57,7 +58,7 @@ class Store:
         self._timeout_s = timeout_s
         self._build_manifest: BuildManifest | None = None
         self._writers = _Writers()
-        self._manager = self._open()
+        self._manager: ocp.CheckpointManager | None = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -83,12 +84,13 @@ class Store:
             lightweight_initialize=True,
         )
         with chatter.ours():
-            return _Manager(self._directory, options=options, handler_registry=registry)
+            return self._bounded(lambda: _Manager(self._directory, options=options, handler_registry=registry))
 
     def start(self, step: int, items: Mapping[str, Any], build_manifest: BuildManifest) -> None:
         """Starts writing a step: `items` are Snapshots of arrays, and functions that give JSON values."""
+        manager = self._manager = self._manager or self._open()
         with chatter.ours():
-            self._manager.reload()
+            manager.reload()
         self._build_manifest = build_manifest
         arguments = {
             name: ocp.args.StandardSave(item) if isinstance(item, arrays.Snapshot) else ocp.args.JsonSave(item)
@@ -97,13 +99,14 @@ class Store:
         self._writers.hold()
         with self._recovering(step):
             everything = ocp.args.Composite(**arguments)
-            self._manager.save(step, args=everything, force=True, custom_metadata=SIGNATURE)
+            self._bounded(lambda: manager.save(step, args=everything, force=True, custom_metadata=SIGNATURE))
         self._writers.release()
 
     def wait(self, step: int) -> None:
         """Waits until the step is durable, or raises what stopped it."""
         with self._recovering(step):
-            self._manager.wait_until_finished()
+            if self._manager is not None:
+                self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _recovering(self, step: int) -> Iterator[None]:
@@ -117,18 +120,40 @@ class Store:
                 raise
             raise TimeoutError(f"{job.spell(absent)} did not come in {self._timeout_s} s") from problem
 
+    def _bounded(self, call: Callable[[], Any]) -> Any:
+        """Makes a call of Orbax in which processes wait for each other for as long as it pleases Orbax."""
+        if jax.process_count() == 1:
+            return call()
+        called: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                with chatter.ours():
+                    called.set_result(call())
+            except BaseException as problem:
+                called.set_exception(problem)
+
+        threading.Thread(target=run, name="ckptmgr: a call of Orbax", daemon=True).start()
+        try:
+            return called.result(self._timeout_s)
+        except concurrent.futures.TimeoutError:
+            if called.done():
+                raise
+            raise TimeoutError(f"another process did not come in {self._timeout_s} s") from None
+
     def _recover(self, step: int) -> None:
-        """Makes room again, and a new manager: one whose commit failed keeps the failure."""
+        """Makes room again; the next save opens a new manager: one whose commit failed keeps the failure."""
         self._writers.settle(self._timeout_s)
-        self._manager = self._open()
+        self._manager = None
         unfinished = self._directory / f"{step}{catalog.UNFINISHED if paths.is_local(self._directory) else ''}"
         if unfinished.exists() and jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the failure that is on its way says more
                 unfinished.rmtree()
 
     def close(self) -> None:
-        with chatter.ours():
-            self._manager.close()
+        if self._manager is not None:
+            with chatter.ours():
+                self._manager.close()
 
 
 class _Manager(ocp.CheckpointManager):

@@ -15,7 +15,7 @@ from ckptmgr import items
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.layout import Target
-from ckptmgr.storage import arrays, chunks, devices, stock
+from ckptmgr.storage import arrays, broadcast, chunks, devices, stock
 from ckptmgr.storage.orbax import METRICS, STEP_METADATA, json_file
 
 _COPIED_BYTES = 2 << 20  # JAX copies small leaves once more: not all of them at a time
@@ -34,39 +34,78 @@ def reported(directory: epath.Path) -> Iterator[None]:
     )
 
 
-def read_trees(
-    manifest: manifests.Manifest,
-    directory: epath.Path,
-    matched: Sequence[items.Matched],
-    targets: Sequence[Sequence[Target]],
-) -> dict[str, Any]:
-    """The trees of arrays, each leaf where its target wants it; everything is read in one batch."""
-    wanted = []
-    for each, places in zip(matched, targets, strict=True):
-        item = manifest.items.get(each.item, manifests.Item("arrays"))
-        plain = manifest.written_here and item.compression is None
-        opener = arrays.Opener(directory / each.item, zarr3=item.zarr3, ocdbt=item.ocdbt, plain=plain)
-        saved = [row.saved for row in each.rows if row.saved is not None]
-        wanted += [
-            arrays.Read(each.item, opener, spec, devices.pieces(spec.shape, target))
-            for spec, target in zip(saved, places, strict=True)
-        ]
-    flat = [target for places in targets for target in places]
-    placed: list[Any] = []
-    try:
-        for group in chunks.runs([read.copied_nbytes for read in wanted], _COPIED_BYTES):
-            reads, where = wanted[group.start : group.stop], flat[group.start : group.stop]
-            placed += devices.place(arrays.read(reads), [read.spec.shape for read in reads], where)
-    except arrays.DamagedArrayError as problem:
-        raise CorruptCheckpointError(
-            f"step {manifest.step}: {problem.leaf} cannot be read: {problem}",
-            step=manifest.step, path=problem.item, leaf=problem.leaf,
-        ) from problem  # fmt: skip
-    arrived = iter(placed)
-    return {
-        each.item: each.assemble([row.given if row.saved is None else next(arrived) for row in each.rows])
-        for each in matched
-    }
+class Trees:
+    """The trees of arrays of a step, each leaf on its way to where its target wants it.
+
+    With `shares` what several processes hold is read once: `fetch` reads this process's part, and all must
+    have done so before `place` is called in any.
+    """
+
+    def __init__(
+        self,
+        manifest: manifests.Manifest,
+        directory: epath.Path,
+        matched: Sequence[items.Matched],
+        targets: Sequence[Sequence[Target]],
+        *,
+        shares: bool,
+    ) -> None:
+        self._step = manifest.step
+        self._matched = matched
+        self._targets = [target for places in targets for target in places]
+        self._wanted: list[arrays.Read] = []
+        for each, places in zip(matched, targets, strict=True):
+            item = manifest.items.get(each.item, manifests.Item("arrays"))
+            plain = manifest.written_here and item.compression is None
+            opener = arrays.Opener(directory / each.item, zarr3=item.zarr3, ocdbt=item.ocdbt, plain=plain)
+            saved = [row.saved for row in each.rows if row.saved is not None]
+            self._wanted += [
+                arrays.Read(each.item, opener, spec, devices.pieces(spec.shape, target))
+                for spec, target in zip(saved, places, strict=True)
+            ]
+        self._shared = broadcast.Shared(self._wanted, self._targets) if shares else None
+
+    def fetch(self) -> None:
+        """Reads what is to be sent to other processes."""
+        if self._shared is not None:
+            with self._damages():
+                self._shared.read()
+
+    def place(self) -> dict[str, Any]:
+        """The trees by the names of their items; everything else is read in one batch."""
+        placed: dict[int, Any] = {}
+        shared = self._shared.leaves if self._shared is not None else []
+        if self._shared is not None:  # before anything is read that may be damaged: all send, or none
+            for group in self._groups(shared):
+                sent = self._shared.send(group)
+                placed |= self._placed(group, [sent[place] for place in group])
+        with self._damages():
+            for group in self._groups(sorted(set(range(len(self._wanted))) - set(shared))):
+                placed |= self._placed(group, arrays.read([self._wanted[place] for place in group]))
+        arrived = (placed[place] for place in range(len(self._wanted)))
+        return {
+            each.item: each.assemble([row.given if row.saved is None else next(arrived) for row in each.rows])
+            for each in self._matched
+        }
+
+    def _groups(self, places: Sequence[int]) -> Iterator[list[int]]:
+        for group in chunks.runs([self._wanted[place].copied_nbytes for place in places], _COPIED_BYTES):
+            yield [places[each] for each in group]
+
+    def _placed(self, group: Sequence[int], values: Sequence[Sequence[chunks.Values]]) -> dict[int, Any]:
+        shapes = [self._wanted[place].spec.shape for place in group]
+        where = [self._targets[place] for place in group]
+        return dict(zip(group, devices.place(values, shapes, where), strict=True))
+
+    @contextlib.contextmanager
+    def _damages(self) -> Iterator[None]:
+        try:
+            yield
+        except arrays.DamagedArrayError as problem:
+            raise CorruptCheckpointError(
+                f"step {self._step}: {problem.leaf} cannot be read: {problem}",
+                step=self._step, path=problem.item, leaf=problem.leaf,
+            ) from problem  # fmt: skip
 
 
 def read_values(manifest: manifests.Manifest, directory: epath.Path, names: Iterable[str]) -> dict[str, Any]:
