@@ -12,7 +12,7 @@ from etils import epath
 from etils.epath import backend
 
 from ckptmgr import paths
-from ckptmgr.catalog import COMMITTED, DAMAGED, Catalog, remove
+from ckptmgr.catalog import COMMITTED, DAMAGED, Catalog
 
 
 def open_catalog(directory: epath.Path, read_stock: Any) -> Catalog:
@@ -55,12 +55,12 @@ class Bucket(Catalog):
         client.rm(source, recursive=True)
         return aside
 
-    def tidy(self) -> None:
+    def leftovers(self) -> list[tuple[epath.Path, str]]:
         """Without a lock only what is older than the newest step is known to be nobody's."""
         good = self.steps()
-        for step in super().steps():
-            if good and step not in good and step < good[-1]:
-                remove(self.draft(step))
+        stale = [step for step in super().steps() if good and step not in good and step < good[-1]]
+        why = "a save or a deletion that was interrupted"
+        return super().leftovers() + [(self.path(step), why) for step in stale]
 
     def _hide(self, step: int) -> epath.Path:
         (self.path(step) / COMMITTED).unlink()

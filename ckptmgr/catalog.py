@@ -29,6 +29,8 @@ COMMITTED = "commit_success.txt"
 REPLACED = ".replaced"
 DELETED = ".deleted-"
 DAMAGED = ".damaged-"
+KEPT = "damaged, and set aside for whoever wants to look into it"
+SET_BACK = "set aside for a save that was interrupted: it is the step again"
 _STEP = re.compile(r"0|[1-9][0-9]*")
 UNFINISHED = ".orbax-checkpoint-tmp"
 """Orbax's ending for a step that is being written."""
@@ -178,15 +180,26 @@ class Catalog:
 
     def tidy(self) -> None:
         """Finishes what an earlier process was stopped in: saves, deletions, and replacing a step."""
-        for entry in list(self.directory.iterdir()):
-            if entry.name.startswith(DELETED) or entry.name.endswith(UNFINISHED):
+        for entry, why in self.leftovers():
+            if why == SET_BACK:
+                entry.rename(self.directory / entry.name.removesuffix(REPLACED))
+            elif why != KEPT:
                 remove(entry)
-            elif entry.name.endswith(REPLACED):
-                step = self.directory / entry.name.removesuffix(REPLACED)
-                if step.exists():
-                    remove(entry)
-                else:
-                    entry.rename(step)
+
+    def leftovers(self) -> list[tuple[epath.Path, str]]:
+        """What is no step, and why it lies there. What is damaged is kept: `tidy` leaves it alone."""
+        found = ((self.directory / name, self._why(name)) for name in sorted(self._folders()))
+        return [(path, why) for path, why in found if why is not None]
+
+    def _why(self, name: str) -> str | None:
+        if name.startswith(DELETED):
+            return "a deletion that was interrupted"
+        if name.endswith(UNFINISHED):
+            return "a save that was interrupted"
+        if name.endswith(REPLACED):
+            is_back = (self.directory / name.removesuffix(REPLACED)).exists()
+            return "replaced by a newer save of the step" if is_back else SET_BACK
+        return KEPT if DAMAGED in name else None
 
     def _folders(self) -> list[str]:
         """The names of the directories in it; of a directory that is not there, none."""

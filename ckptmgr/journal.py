@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from ckptmgr import paths
+from ckptmgr import paths, policy
 
 NAME = ".journal.jsonl"
 
@@ -46,3 +46,12 @@ def read(directory: epath.Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
+
+
+def policies(directory: epath.Path) -> list[policy.KeepPolicy] | None:
+    """What retention went by at the last save; None if that is not known."""
+    said = [event["keep"] for event in read(directory) if "keep" in event]
+    try:
+        return [policy.parse(each) for each in said[-1]] if said else None
+    except ValueError:
+        return None  # a policy of Orbax or of the caller's own

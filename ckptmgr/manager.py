@@ -550,6 +550,10 @@ class CheckpointManager:
                 continue
             if home.identity(step) in (identity, None):
                 return found
+            if request.broadcast:
+                raise CheckpointTimeoutError(
+                    f"step {step} was replaced while several processes read it", waiting_for=f"step {step}"
+                )
         waiting_for = f"a moment to read step {step} in which no writer replaces it"
         raise CheckpointTimeoutError(f"no {waiting_for} in {self._options.timeout_s} s", waiting_for=waiting_for)
 

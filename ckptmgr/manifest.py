@@ -25,6 +25,7 @@ from ckptmgr.structure import LeafSpec, TreeSpec, numpy_dtype
 NAME = "manifest.json"
 FORMAT = 1
 
+_BLOCK_BYTES = 16 << 20
 _LIBRARIES = ("ckptmgr", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
 
 
@@ -75,7 +76,7 @@ class Manifest:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Mapping[str, File] = dataclasses.field(default_factory=dict)
     written_here: bool = True
-    """False for a checkpoint of stock Orbax, which has no manifest on disk."""
+    """False for a checkpoint of stock Orbax, which has no manifest on disk unless it was adopted."""
 
     @property
     def nbytes(self) -> int:
@@ -107,6 +108,8 @@ def encode(manifest: Manifest) -> bytes:
         "items": {name: _item_to_json(item) for name, item in manifest.items.items()},
         "files": {name: [file.size, file.crc32] for name, file in manifest.files.items()},
     }
+    if not manifest.written_here:
+        body["adopted"] = True
     text = json.dumps(body, separators=(",", ":")).encode()[:-1]
     return text + _seal(text)
 
@@ -143,6 +146,7 @@ def decode(data: bytes, *, step: int, path: str) -> Manifest:
         versions=body["versions"],
         items={name: _item_from_json(item) for name, item in body["items"].items()},
         files={name: File(*facts) for name, facts in body["files"].items()},
+        written_here=not body.get("adopted", False),
     )
 
 
@@ -155,13 +159,14 @@ def _item_to_json(item: Item) -> dict[str, Any]:
     if item.kind != "arrays":
         return {"kind": item.kind, "file": item.file}
     leaves = [_leaf_to_json(leaf) for leaf in item.tree.leaves]
+    stock = {name: False for name in ("zarr3", "ocdbt") if not getattr(item, name)}
     return {
         "kind": "arrays",
         "nbytes": item.nbytes,
         "compression": item.compression,
         "leaves": leaves,
         "outline": item.tree.outline,
-    }
+    } | stock
 
 
 def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
@@ -174,7 +179,8 @@ def _item_from_json(item: Mapping[str, Any]) -> Item:
     if item["kind"] != "arrays":
         return Item(item["kind"], file=item["file"])
     leaves = tuple(map(_leaf_from_json, item["leaves"]))
-    return Item("arrays", TreeSpec(leaves, item["outline"]), compression=item["compression"])
+    zarr3, ocdbt = item.get("zarr3", True), item.get("ocdbt", True)
+    return Item("arrays", TreeSpec(leaves, item["outline"]), "", zarr3, ocdbt, item["compression"])
 
 
 def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:
@@ -202,10 +208,19 @@ def record_files(
 ) -> dict[str, File]:
     """Size of every file below `directory`, and the CRC-32 of those that do not check themselves."""
     return {
-        name: File(size, None if checks_itself(name) else zlib.crc32((directory / name).read_bytes()))
+        name: File(size, None if checks_itself(name) else checksum(directory / name)[1])
         for name, size in sorted(sizes.items())
         if name != NAME
     }
+
+
+def checksum(path: epath.Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file, which need not fit into memory."""
+    size = found = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            size, found = size + len(block), zlib.crc32(block, found)
+    return size, found
 
 
 def check_files(manifest: Manifest, directory: epath.Path, items: Iterable[str]) -> None:
@@ -225,14 +240,10 @@ def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File)
 
     path = directory / name
     try:
-        if file.crc32 is None:
-            size = path.stat().length
-        else:
-            data = path.read_bytes()
-            size = len(data)
+        size, found = (path.stat().length, None) if file.crc32 is None else checksum(path)
     except FileNotFoundError:
         raise damaged("is missing") from None
     if size != file.size:
         raise damaged(f"has {size} bytes instead of {file.size}")
-    if file.crc32 is not None and zlib.crc32(data) != file.crc32:
+    if found != file.crc32:
         raise damaged("is damaged: its checksum does not match")

@@ -29,7 +29,7 @@ MUTATIONS = [
     ),
     Mutation(
         1, "leftovers of an interrupted save stay",
-        "catalog.py", "or entry.name.endswith(UNFINISHED)", "",
+        "catalog.py", "if name.endswith(UNFINISHED):", "if False:",
         "tests/test_catalog.py",
     ),
     Mutation(
@@ -49,7 +49,7 @@ MUTATIONS = [
     ),
     Mutation(
         2, "the checksum of a file is not compared",
-        "manifest.py", "zlib.crc32(data) != file.crc32", "False",
+        "manifest.py", "if found != file.crc32:", "if False:",
         "tests/test_crash.py::test_damage_in_any_file_of_the_newest_step_gives_the_one_before_with_a_warning",
     ),
     Mutation(

@@ -32,7 +32,7 @@ def verify(manifest: manifests.Manifest, directory: epath.Path, on_progress: Pro
     return VerifyReport(
         step=manifest.step,
         damages=tuple(damages),
-        unchecked=() if manifest.written_here else _UNCHECKED,
+        unchecked=() if manifest.files else _UNCHECKED,
         files=len(manifest.files),
         leaves=leaves,
         nbytes=nbytes,

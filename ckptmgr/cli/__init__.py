@@ -1,0 +1,19 @@
+"""The command line: `ckptmgr --help`. It takes the extra [cli]."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Runs the command line, or says what to install for it."""
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError as problem:
+        sys.exit(f"the command line needs {problem.name}: pip install 'ckptmgr[cli]'")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # looking at a run takes no GPU away from its training
+    from ckptmgr.cli.app import run
+
+    run()

@@ -1,0 +1,290 @@
+"""The commands.
+
+Exit codes: 0 all is well, 1 what was looked at is damaged or differs, 2 wrong use or nothing there, 3 it could
+not be done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from ckptmgr import bucket, interop, policy, report
+from ckptmgr.catalog import KEPT, remove
+from ckptmgr.cli import doctor as doctors
+from ckptmgr.cli import facts, tables
+from ckptmgr.cli.working import working
+from ckptmgr.errors import CheckpointError, CheckpointNotFoundError
+from ckptmgr.layout import HOST
+from ckptmgr.manager import CheckpointManager
+from ckptmgr.storage import reading
+
+app = typer.Typer(
+    name="ckptmgr",
+    help="Looks at checkpoints of JAX training, compares, checks, keeps, and moves them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    epilog="RUN is a directory of checkpoints, also gs:// or s3://. Exit codes: 0 all is well; 1 damaged, or "
+    "different; 2 wrong use, or nothing there; 3 it could not be done.",
+)
+_console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run.")]
+Step = Annotated[int | None, typer.Argument(metavar="[STEP]", help="A step; the newest if left out.")]
+OneStep = Annotated[int, typer.Argument(metavar="STEP", help="A step.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON instead of a table.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Says what would be done, and does nothing.")]
+Policies = Annotated[
+    list[str],
+    typer.Option(
+        "--policy", help="latest:N, best:METRIC[:min|max[:N]], every_steps:N, every_seconds:S; several add."
+    ),
+]
+
+
+def run() -> None:
+    """The command line; what fails is told in one line, or as JSON if JSON was asked for."""
+    try:
+        app()
+    except CheckpointNotFoundError as problem:
+        _fail(problem, 2)
+    except (ValueError, TypeError, ImportError) as problem:
+        _fail(problem, 2)
+    except (CheckpointError, OSError) as problem:
+        _fail(problem, 3)
+
+
+def _fail(problem: Exception, code: int) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": type(problem).__name__, "message": str(problem)}))
+    else:
+        Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(f"ckptmgr: {problem}")
+    sys.exit(code)
+
+
+def _show(found: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
+    if as_json:
+        print(json.dumps(found, indent=2, allow_nan=False))
+    else:
+        _console.print(render(found))
+
+
+@contextlib.contextmanager
+def _writer(run: str) -> Iterator[CheckpointManager]:
+    facts.reader(run)  # one that is not there is not made
+    with CheckpointManager(run) as manager:
+        yield manager
+
+
+# ---------------------------------------------------------------- looking
+
+
+@app.command(epilog="Example: ckptmgr ls runs/digits")
+def ls(run: Run, as_json: AsJson = False) -> None:
+    """The checkpoints of a run: step, age, size, metrics, why each is kept."""
+    _show(facts.run(facts.reader(run)), as_json, tables.run)
+
+
+@app.command(epilog="Example: ckptmgr show runs/digits 300")
+def show(run: Run, step: Step = None, as_json: AsJson = False) -> None:
+    """One checkpoint as a tree: shapes, dtypes, shardings, bytes."""
+    manager = facts.reader(run)
+    _show(facts.checkpoint(manager, facts.chosen(manager, step)), as_json, tables.checkpoint)
+
+
+@app.command(epilog="Example: ckptmgr diff runs/digits@100 runs/digits@300 --values")
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@STEP or RUN/STEP.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="RUN, RUN@STEP or RUN/STEP.")],
+    values: Annotated[bool, typer.Option("--values", help="Reads both: the largest change of each leaf.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What two checkpoints differ in. Exits with 1 if they do."""
+    with working("comparing"):
+        found = facts.difference(facts.place(a), facts.place(b), values)
+    _show(found, as_json, tables.difference)
+    raise typer.Exit(0 if found["equal"] else 1)
+
+
+@app.command(epilog="Example: ckptmgr verify runs/digits --all")
+def verify(
+    run: Run,
+    step: Step = None,
+    every: Annotated[bool, typer.Option("--all", help="Every step.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Reads every file and array of a checkpoint. Exits with 1 if one is damaged."""
+    manager = facts.reader(run)
+    chosen = manager.steps() if every else [facts.chosen(manager, step)]
+    reports = []
+    for number in chosen:
+        with working(f"step {number}") as on_progress:
+            reports.append(manager.verify(number, on_progress=on_progress))
+    _show([facts.verified(each) for each in reports], as_json, tables.verified)
+    raise typer.Exit(0 if all(reports) else 1)
+
+
+@app.command(epilog="Example: ckptmgr keep runs/digits --policy latest:3 --policy best:loss --dry-run")
+def keep(run: Run, policy_: Policies, dry_run: DryRun = False, as_json: AsJson = False) -> None:
+    """Deletes what no policy keeps; with --dry-run it tells what would be kept, and why."""
+    policies = [policy.parse(each) for each in policy_]
+    found = facts.run(facts.reader(run), policies)
+    doomed = [row["step"] for row in found["steps"] if not row["kept"] and not row["damaged"]]
+    if not dry_run:
+        _delete(run, doomed)
+    _show(found | {"deleted": [] if dry_run else doomed, "would_delete": doomed}, as_json, tables.kept)
+
+
+# ---------------------------------------------------------------- changing
+
+
+@app.command(epilog="Example: ckptmgr pin runs/digits 300")
+def pin(run: Run, step: OneStep, as_json: AsJson = False) -> None:
+    """Keeps a step whatever retention says."""
+    with _writer(run) as manager:
+        manager.pin(step)
+    _show({"run": run, "pinned": step}, as_json, lambda found: f"step {step} is pinned")
+
+
+@app.command(epilog="Example: ckptmgr unpin runs/digits 300")
+def unpin(run: Run, step: OneStep, as_json: AsJson = False) -> None:
+    """Gives a step back to retention."""
+    with _writer(run) as manager:
+        manager.unpin(step)
+    _show({"run": run, "unpinned": step}, as_json, lambda found: f"step {step} is no longer pinned")
+
+
+@app.command(epilog="Example: ckptmgr rm runs/digits 100 200 --dry-run")
+def rm(
+    run: Run,
+    steps: Annotated[list[int], typer.Argument(metavar="STEP...", help="The steps.")],
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Deletes steps, pinned or not."""
+    known = set(facts.reader(run).steps())
+    for step in steps:
+        if step not in known:
+            raise CheckpointNotFoundError(f"there is no step {step} in {run}; nothing was deleted", directory=run)
+    if not dry_run:
+        _delete(run, steps)
+    said = f"{'would be deleted' if dry_run else 'deleted'}: {', '.join(map(str, steps))}"
+    _show({"run": run, "steps": steps, "deleted": not dry_run}, as_json, lambda _: said)
+
+
+def _delete(run: str, steps: list[int]) -> None:
+    if steps:
+        with _writer(run) as manager:
+            for step in steps:
+                manager.delete(step)
+
+
+@app.command(epilog="Example: ckptmgr gc runs/digits, then ckptmgr gc runs/digits --yes")
+def gc(
+    run: Run,
+    yes: Annotated[bool, typer.Option("--yes", help="Removes them.")] = False,
+    damaged: Annotated[bool, typer.Option("--damaged", help="Those that are damaged and set aside too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tells what interrupted processes have left, and with --yes removes it."""
+    manager = facts.reader(run)
+    found = [each for each in facts.leftovers(manager.directory) if damaged or each["why"] != KEPT]
+    if yes:
+        with _writer(run):  # which says if another process writes, and tidies as it opens
+            for path, why in bucket.open_catalog(manager.directory, reading.read_stock).leftovers():
+                if damaged and why == KEPT:
+                    remove(path)
+    _show({"run": run, "leftovers": found, "removed": yes}, as_json, tables.leftovers)
+
+
+# ---------------------------------------------------------------- coming and going
+
+
+@app.command(epilog="Example: ckptmgr export runs/digits model.safetensors --step 300")
+def export(
+    run: Run,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="FILE.safetensors, FILE.npz, or an Orbax directory.")],
+    step: Annotated[int | None, typer.Option(help="A step; the newest if left out.")] = None,
+    item: Annotated[str, typer.Option(help="params, opt_state, or an extra.")] = "params",
+    max_shard_bytes: Annotated[int, typer.Option(help="The largest safetensors file.")] = 5_000_000_000,
+    as_json: AsJson = False,
+) -> None:
+    """Writes the params of a checkpoint as safetensors, .npz or a stock Orbax directory."""
+    manager = facts.reader(run)
+    number = facts.chosen(manager, step)
+    with working("exporting"):
+        found = manager.restore(number, layout=HOST)
+        trees = {"params": found.params, "opt_state": found.opt_state, **found.extras}
+        if trees.get(item) is None:
+            known = ", ".join(name for name, tree in trees.items() if tree is not None)
+            raise ValueError(f"step {number} has no {item}; it has {known}")
+        written = interop.write(trees[item], out, max_shard_bytes=max_shard_bytes)
+    names = [str(path) for path in written]
+    told = {"run": run, "step": number, "item": item, "files": names}
+    _show(told, as_json, lambda _: "wrote " + ", ".join(names))
+
+
+_IMPORTS = """Examples: ckptmgr import runs/new --params params.pkl --opt-state opt_state.pkl --step 300;
+ckptmgr import runs/new state.pkl; ckptmgr import runs/stock"""
+
+
+@app.command(name="import", epilog=_IMPORTS)
+def import_(
+    run: Run,
+    state: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILE]", help="A dict of params, opt_state, step. Without files RUN is adopted."),
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option(help="A file: .pkl, .safetensors, .msgpack, .npz, or an Orbax directory.")
+    ] = None,
+    opt_state: Annotated[str | None, typer.Option(help="A file, as for --params.")] = None,
+    step: Annotated[int | None, typer.Option(help="The step it is saved as.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="module.name that a pickle may use.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Saves what another format holds as a checkpoint; pickles run nothing."""
+    with working("importing"):
+        if state is None and params is None and opt_state is None:
+            adopted = interop.adopt(str(facts.reader(run).directory))
+            told = ", ".join(map(str, adopted)) or "no step lacked a manifest"
+            return _show({"run": run, "adopted": adopted}, as_json, lambda _: f"adopted: {told}")
+        number, found = facts.incoming(state, params, opt_state, step, allow or ())
+        with CheckpointManager(run) as manager:
+            manager.save(number, found.get("params"), found.get("opt_state")).result()
+    told = f"step {number} saved in {run}: {', '.join(sorted(found))}"
+    _show({"run": run, "step": number, "items": sorted(found)}, as_json, lambda _: told)
+
+
+@app.command(name="report", epilog="Example: ckptmgr report runs/digits -o report.html")
+def report_(
+    run: Run,
+    output: Annotated[pathlib.Path, typer.Option("-o", "--output", help="The file.")] = pathlib.Path(
+        "report.html"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Writes one HTML file about a run: what was kept and why, metrics, sizes, times, failures."""
+    with working("reporting"):
+        pathlib.Path(output).write_text(report.html(facts.reader(run)))
+    _show({"run": run, "file": output}, as_json, lambda _: f"wrote {output}")
+
+
+@app.command(epilog="Example: ckptmgr doctor runs/digits")
+def doctor(
+    directory: Annotated[str, typer.Argument(help="Where checkpoints are to go: its speed is measured.")] = ".",
+    as_json: AsJson = False,
+) -> None:
+    """Versions, devices, storage speed, and what to install. Exits with 1 if something is wrong."""
+    with working("measuring"):
+        found = doctors.examine(directory)
+    _show(found, as_json, tables.doctor)
+    raise typer.Exit(1 if found["warnings"] else 0)

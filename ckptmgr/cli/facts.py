@@ -1,0 +1,261 @@
+"""What the commands tell, as plain JSON-able values; how it looks is the matter of `tables`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ckptmgr import bucket, interop, journal, policy, structure
+from ckptmgr import manifest as manifests
+from ckptmgr.checkpoint import VerifyReport
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.layout import HOST
+from ckptmgr.manager import CheckpointManager
+from ckptmgr.storage import reading
+
+Facts = dict[str, Any]
+
+
+def reader(run: str) -> CheckpointManager:
+    """A run, to be looked at; one that is not there is an error."""
+    manager = CheckpointManager(run, read_only=True)
+    if not manager.steps() and not manager.directory.exists():
+        raise CheckpointNotFoundError(f"there is no run in {manager.directory}", directory=str(manager.directory))
+    return manager
+
+
+def place(text: str) -> tuple[CheckpointManager, int]:
+    """RUN, RUN/STEP or RUN@STEP: a run, and its newest step or the one named."""
+    run, at, step = text.rstrip("/").rpartition("@")
+    if not at:
+        parent, _, last = text.rstrip("/").rpartition("/")
+        is_step = last.isdigit() and not CheckpointManager(text, read_only=True).steps()
+        run, step = (parent or ".", last) if is_step else (text, "")
+    manager = reader(run)
+    return manager, chosen(manager, int(step) if step else None)
+
+
+def chosen(manager: CheckpointManager, step: int | None) -> int:
+    """A step, or the newest."""
+    number = manager.latest() if step is None else step
+    if number is None:
+        raise CheckpointNotFoundError(f"{manager.directory} has no checkpoint", directory=str(manager.directory))
+    return number
+
+
+# ---------------------------------------------------------------- a run
+
+
+def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = None) -> Facts:
+    """Every checkpoint of a run, and why it is kept: by `keep`, or by what its training said last."""
+    rows = [_row(manager, step) for step in manager.steps()]
+    policies = journal.policies(manager.directory) if keep is None else keep
+    whole = [row["info"] for row in rows if row["info"] is not None]
+    pinned = {info.step for info in whole if info.pinned}
+    reasons = policy.reasons_to_keep(policies or (), whole, pinned)
+    for row in rows:
+        row.pop("info")
+        row["kept"] = list(reasons.get(row["step"], ())) if policies is not None else None
+    return {
+        "run": str(manager.directory),
+        "keep": None if policies is None else [policy.spell(each) for each in policies],
+        "steps": rows,
+    }
+
+
+def _row(manager: CheckpointManager, step: int) -> Facts:
+    try:
+        info = manager.info(step)
+    except CorruptCheckpointError as problem:
+        return {"step": step, "damaged": str(problem), "info": None}
+    return {
+        "step": step,
+        "time": info.time,
+        "age_s": time.time() - info.time,
+        "nbytes": info.nbytes,
+        "disk_nbytes": info.disk_nbytes,
+        "metrics": _finite(info.metrics),
+        "pinned": info.pinned,
+        "damaged": None,
+        "info": info,
+    }
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------- a checkpoint
+
+
+def checkpoint(manager: CheckpointManager, step: int) -> Facts:
+    """One checkpoint: what it was made with, and every leaf of it."""
+    info = manager.info(step)
+    return {
+        "run": str(manager.directory),
+        "step": step,
+        "time": info.time,
+        "nbytes": info.nbytes,
+        "disk_nbytes": info.disk_nbytes,
+        "metrics": _finite(info.metrics),
+        "metadata": dict(info.metadata),
+        "versions": dict(info.versions),
+        "pinned": info.pinned,
+        "items": {name: [_leaf(leaf) for leaf in info.leaves.get(name, ())] for name in info.items},
+    }
+
+
+def _leaf(leaf: structure.LeafSpec) -> Facts:
+    return {
+        "path": leaf.path,
+        "shape": list(leaf.shape),
+        "dtype": leaf.dtype,
+        "kind": leaf.kind,
+        "sharding": None if leaf.partition is None else [_axes(axes) for axes in leaf.partition],
+        "nbytes": manifests.leaf_nbytes(leaf),
+    }
+
+
+def _axes(axes: Any) -> Any:
+    return list(axes) if isinstance(axes, tuple) else axes
+
+
+# ---------------------------------------------------------------- two checkpoints
+
+
+def difference(one: tuple[CheckpointManager, int], other: tuple[CheckpointManager, int], values: bool) -> Facts:
+    """What two checkpoints differ in: the leaves, and, if asked, their values."""
+    first, second = _by_path(*one), _by_path(*other)
+    shared = [path for path in first if path in second]
+    changed = [path for path in shared if _kind(first[path]) != _kind(second[path])]
+    found: Facts = {
+        "only_in_first": [path for path in first if path not in second],
+        "only_in_second": [path for path in second if path not in first],
+        "changed": {path: [_kind(first[path]), _kind(second[path])] for path in changed},
+        "equal_leaves": len(shared) - len(changed),
+    }
+    if values:
+        found["values"] = _changes(_values(*one), _values(*other), set(shared) - set(changed))
+    found["equal"] = not any(
+        found[name] for name in ("only_in_first", "only_in_second", "changed", "values") if name in found
+    )
+    return found
+
+
+def _by_path(manager: CheckpointManager, step: int) -> dict[str, structure.LeafSpec]:
+    leaves = manager.info(step).leaves
+    return {f"{item}{leaf.path}": leaf for item, found in leaves.items() for leaf in found}
+
+
+def _kind(leaf: structure.LeafSpec) -> str:
+    return str(leaf)
+
+
+def _values(manager: CheckpointManager, step: int) -> dict[str, Any]:
+    """Every leaf on the host by its path, as the manifest spells it."""
+    manifest = bucket.open_catalog(manager.directory, reading.read_stock).manifest(step)
+    found = manager.restore(step, layout=HOST)
+    trees = {"params": found.params, "opt_state": found.opt_state, **found.extras}
+    return {
+        f"{name}{item.tree.leaves[place].path}": value
+        for name, item in manifest.items.items()
+        if item.kind == "arrays"
+        for place, value in _in_order(item.tree, trees[name])
+    }
+
+
+def _in_order(tree: structure.TreeSpec, values: Any) -> Iterator[tuple[int, Any]]:
+    places = structure.rebuild(tree.outline, list(range(len(tree.leaves))))
+    return zip(jax.tree.leaves(places), jax.tree.leaves(values), strict=True)
+
+
+def _changes(one: Mapping[str, Any], other: Mapping[str, Any], paths: set[str]) -> list[Facts]:
+    """The largest change of each leaf that differs by a bit, the largest first."""
+    rows = [{"path": path} | _change(_plain(one[path]), _plain(other[path])) for path in sorted(paths)]
+    return sorted((row for row in rows if row.pop("differs")), key=lambda row: -_number(row["largest_change"]))
+
+
+def _plain(value: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(jax.random.key_data(value) if structure.is_key(value) else value)
+
+
+def _change(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> Facts:
+    if one.tobytes() == other.tobytes():
+        return {"differs": False}
+    wide = np.complex128 if np.iscomplexobj(one) else np.float64
+    with np.errstate(invalid="ignore", over="ignore"):
+        largest = np.max(np.abs(one.astype(wide) - other.astype(wide)))
+    return {"differs": True, "largest_change": float(largest) if np.isfinite(largest) else str(largest)}
+
+
+def _number(value: float | str) -> float:
+    return math.inf if isinstance(value, str) else value
+
+
+# ---------------------------------------------------------------- leftovers
+
+
+def leftovers(directory: epath.Path) -> list[Facts]:
+    """What interrupted processes have left in a run, with its size."""
+    catalog = bucket.open_catalog(directory, reading.read_stock)
+    return [{"path": str(path), "why": why, "nbytes": _size(path)} for path, why in catalog.leftovers()]
+
+
+def _size(path: epath.Path) -> int:
+    if path.is_dir():
+        return sum(_size(entry) for entry in path.iterdir())
+    with contextlib.suppress(FileNotFoundError):
+        return int(path.stat().length)
+    return 0
+
+
+def free_bytes(directory: epath.Path) -> int | None:
+    """Room on the disk of a directory."""
+    with contextlib.suppress(OSError):
+        found = os.statvfs(directory)
+        return found.f_bavail * found.f_frsize
+    return None
+
+
+# ---------------------------------------------------------------- the rest
+
+
+def verified(report: VerifyReport) -> Facts:
+    """What `verify` found."""
+    return {
+        "step": report.step,
+        "whole": bool(report),
+        "files": report.files,
+        "leaves": report.leaves,
+        "nbytes": report.nbytes,
+        "damages": [damage._asdict() for damage in report.damages],
+        "unchecked": list(report.unchecked),
+    }
+
+
+def incoming(
+    state: str | None, params: str | None, opt_state: str | None, step: int | None, allow: Sequence[str]
+) -> tuple[int, dict[str, Any]]:
+    """What is to be saved, and as which step."""
+    given = {"params": params, "opt_state": opt_state}
+    found = {name: interop.read(path, allow=allow) for name, path in given.items() if path is not None}
+    if state is not None:
+        whole = interop.read(state, allow=allow)
+        if not isinstance(whole, Mapping) or not {"params", "opt_state"} & set(whole):
+            raise ValueError(
+                f"{state} is no dict with params or opt_state; name its part: --params or --opt-state"
+            )
+        found = {name: whole[name] for name in given if whole.get(name) is not None} | found
+        step = int(whole["step"]) if step is None and "step" in whole else step
+    if step is None:
+        raise ValueError("which step is it? --step says")
+    return step, found

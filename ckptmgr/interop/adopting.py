@@ -1,0 +1,49 @@
+"""Steps that stock Orbax wrote, given the manifest that ours have: from then on their files are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from etils import epath
+
+from ckptmgr import bucket, paths
+from ckptmgr import manifest as manifests
+from ckptmgr.catalog import Catalog
+from ckptmgr.errors import CorruptCheckpointError
+from ckptmgr.storage import files, reading, verifying
+
+
+def adopt(run: str | os.PathLike[str]) -> list[int]:
+    """Reads every array of each step that has no manifest, then writes one; the steps it was done for.
+
+    What the arrays were when stock Orbax wrote them cannot be known: from now on every change is seen.
+    Raises CorruptCheckpointError for a step that cannot be read; those before it stay adopted.
+    """
+    catalog = bucket.open_catalog(paths.resolve(run), reading.read_stock)
+    return [step for step in catalog.steps() if _adopt(catalog, step)]
+
+
+def _adopt(catalog: Catalog, step: int) -> bool:
+    directory = catalog.path(step)
+    if (directory / manifests.NAME).exists():
+        return False
+    manifest = catalog.manifest(step)
+    report = verifying.verify(manifest, directory, None)
+    if not report:
+        raise CorruptCheckpointError(f"step {step} is not adopted: {report}", step=step)
+    recorded = manifests.record_files(directory, files.walk(directory)[1], lambda name: False)
+    _write(directory, manifests.encode(dataclasses.replace(manifest, files=recorded)))
+    catalog.forget(step)
+    return True
+
+
+def _write(directory: epath.Path, data: bytes) -> None:
+    """Under its name at once, or not at all."""
+    if not paths.is_local(directory):
+        files.write(directory / manifests.NAME, data)  # an object is there as a whole
+        return
+    unfinished = directory / f".{manifests.NAME}.part"
+    files.write(unfinished, data)
+    unfinished.rename(directory / manifests.NAME)
+    files.sync([directory])

@@ -1,0 +1,49 @@
+"""Flat names for the leaves of a tree: what safetensors and .npz files have instead of containers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckptmgr.errors import UnsupportedLeafError
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by their paths, joined by "/": dict keys, places in sequences, names of fields."""
+    found: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = "/".join(_part(key) for key in path)
+        if name in found:
+            raise UnsupportedLeafError(f"two leaves would both be named {name!r}", leaf=name)
+        found[name] = leaf
+    return found
+
+
+def _part(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def nest(flat: dict[str, Any]) -> Any:
+    """Nested dicts again, of names joined by "/"."""
+    root: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *above, last = name.split("/")
+        node = root
+        for part in above:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name!r} lies below a leaf")
+        node[last] = leaf
+    return root[""] if set(root) == {""} else root
+
+
+def host(name: str, leaf: Any) -> np.ndarray[Any, Any]:
+    """A leaf as a numpy array, in the memory order that files have."""
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # type: ignore[attr-defined]
+        raise UnsupportedLeafError(f"{name} holds PRNG keys; export jax.random.key_data of them", leaf=name)
+    return np.asarray(leaf, order="C")

@@ -1,0 +1,33 @@
+"""Directories of stock Orbax: one tree, without a run around it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+
+def save(tree: Any, directory: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """Writes a tree with Orbax's own StandardCheckpointer."""
+    path = pathlib.Path(os.path.abspath(directory))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+    return [path]
+
+
+def load(directory: str | os.PathLike[str]) -> Any:
+    """Reads what Orbax's StandardCheckpointer or PyTreeCheckpointer wrote, as numpy arrays in plain containers."""
+    path = pathlib.Path(os.path.abspath(directory))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata.tree
+        on_host = _map(metadata)
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=on_host))
+
+
+def _map(metadata: Any) -> Any:
+    import jax
+    import numpy as np
+
+    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)

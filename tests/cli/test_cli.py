@@ -1,0 +1,252 @@
+"""The commands, each run as a person types it: `ckptmgr ...`, in a process of its own."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimizers
+import pytest
+from jax.example_libraries import optimizers as example_libraries
+
+import ckptmgr
+from ckptmgr.testing import assert_trees_equal
+
+COMMAND = [sys.executable, "-c", "from ckptmgr.cli import main; main()"]
+OPTIMIZER = optax.adam(1e-2)
+PARAMS = optimizers.PARAMS
+
+
+def run(*words, env=None):
+    done = subprocess.run(
+        [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"COLUMNS": "200"} | (env or {}),
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def ok(*words):
+    code, out, err = run(*words)
+    assert code == 0, out + err
+    return out
+
+
+def answer(*words):
+    return json.loads(ok(*words, "--json"))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A run of three steps, kept by two policies, and one whose second step is damaged."""
+    for name in ("good", "bad"):
+        keep = [ckptmgr.latest(2), ckptmgr.best("loss")]
+        with ckptmgr.CheckpointManager(tmp_path / name, keep=keep) as manager:
+            for step, loss in ((1, 0.1), (2, 0.5), (3, float("nan"))):
+                params = jax.tree.map(lambda leaf, step=step: leaf * step, PARAMS)
+                manager.save(step, params, OPTIMIZER.init(params), metrics={"loss": loss})
+    (tmp_path / "bad" / "2" / "manifest.json").write_bytes(b"")
+    return tmp_path
+
+
+def test_ls(runs):
+    out = ok("ls", runs / "good")
+    assert "latest(n=2)" in out
+    assert "loss 0.1" in out
+    found = answer("ls", runs / "good")
+    assert [row["step"] for row in found["steps"]] == [1, 2, 3]
+    assert found["keep"] == ["latest:2", "best:loss:min:1"]
+    assert found["steps"][0]["kept"] == ["best(metric='loss', n=1, mode='min')"]
+    assert found["steps"][2]["metrics"] == {"loss": "nan"}
+    assert "DAMAGED" in ok("ls", runs / "bad")
+
+
+def test_show(runs):
+    out = ok("show", runs / "good", 3)
+    assert "['w']  float32[4,3]  48 B" in out
+    assert ".mu" in out
+    found = answer("show", runs / "good")
+    assert found["step"] == 3
+    assert found["nbytes"] == sum(leaf["nbytes"] for leaves in found["items"].values() for leaf in leaves)
+    leaf = {
+        "path": "['head']['w']",
+        "shape": [3],
+        "dtype": "float32",
+        "kind": "jax",
+        "sharding": None,
+        "nbytes": 12,
+    }
+    assert leaf in found["items"]["params"]
+
+
+def test_diff(runs):
+    code, out, _ = run("diff", f"{runs}/good@1", f"{runs}/good/3", "--values")
+    assert code == 1
+    assert "params['head']['w']" in out
+    code, out, _ = run("diff", f"{runs}/good@1", f"{runs}/good@3", "--values", "--json")
+    values = {row["path"]: row["largest_change"] for row in json.loads(out)["values"]}
+    assert values == {"params['dense']['w']": 2.0, "params['head']['w']": 4.0}
+    assert answer("diff", f"{runs}/good@1", f"{runs}/good@3")["equal"]  # in structure
+    with ckptmgr.CheckpointManager(runs / "other") as manager:
+        manager.save(1, {"dense": {"w": jnp.ones(3)}, "more": np.ones(2)})
+    code, out, _ = run("diff", runs / "good", runs / "other")
+    assert code == 1
+    assert "! params['dense']['w']  float32[4,3] in the first, float32[3] in the second" in out
+    assert "+ params['more']  only in the second" in out
+
+
+def test_verify(runs):
+    assert ok("verify", runs / "good", "--all").count("whole") == 3
+    code, out, _ = run("verify", runs / "bad", "--all")
+    assert (code, out.count("whole"), out.count("DAMAGED")) == (1, 2, 1)
+    code, out, _ = run("verify", runs / "bad", 2, "--json")
+    assert code == 1
+    assert json.loads(out)[0]["damages"][0]["where"] == "manifest.json"
+
+
+def test_pin_unpin_rm_and_keep(runs):
+    good = runs / "good"
+    ok("pin", good, 2)
+    assert answer("ls", good)["steps"][1]["pinned"]
+    found = answer("keep", good, "--policy", "latest:1", "--dry-run")
+    assert (found["would_delete"], found["deleted"]) == ([1], [])
+    assert found["steps"][1]["kept"] == ["pinned"]
+    ok("unpin", good, 2)
+    assert "would be deleted: 1, 2" in ok("rm", good, 1, 2, "--dry-run")
+    assert len(answer("ls", good)["steps"]) == 3
+    assert answer("keep", good, "--policy", "best:loss", "--policy", "every_steps:3")["deleted"] == [2]
+    ok("rm", good, 1)
+    assert [row["step"] for row in answer("ls", good)["steps"]] == [3]
+    code, _, err = run("rm", good, 3, 7)
+    assert (code, "there is no step 7" in err) == (2, True)
+    assert len(answer("ls", good)["steps"]) == 1  # nothing was deleted
+
+
+def test_gc(runs):
+    left = runs / "good" / "4.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "file").write_bytes(b"x" * 1000)
+    aside = runs / "good" / "1.damaged-5"
+    aside.mkdir()
+    assert "--yes would remove 1.0 kB" in ok("gc", runs / "good")
+    assert left.exists()
+    ok("gc", runs / "good", "--yes")
+    assert not left.exists()
+    assert aside.exists()
+    ok("gc", runs / "good", "--yes", "--damaged")
+    assert not aside.exists()
+    assert answer("gc", runs / "good")["leftovers"] == []
+
+
+def test_what_another_process_writes_to_is_not_touched(runs):
+    with ckptmgr.CheckpointManager(runs / "good"):
+        code, _, err = run("rm", runs / "good", 1)
+    assert code == 3
+    assert f"is being written to by process {os.getpid()}" in err
+    assert (runs / "good" / "1").exists()
+
+
+def test_export(runs):
+    out = answer("export", runs / "good", runs / "model.safetensors", "--step", 2)
+    assert out["files"] == [str(runs / "model.safetensors")]
+    found = ckptmgr.interop.read(runs / "model.safetensors")
+    assert_trees_equal(found, jax.tree.map(lambda leaf: np.asarray(leaf * 2), PARAMS))
+    ok("export", runs / "good", runs / "stock")
+    assert_trees_equal(ckptmgr.interop.read(runs / "stock")["head"], {"w": np.asarray(PARAMS["head"]["w"] * 3)})
+    code, _, err = run("export", runs / "good", runs / "x.npz", "--item", "weights")
+    assert (code, "has no weights; it has params, opt_state" in err) == (2, True)
+
+
+def trained(steps, params, opt_state):
+    _, _, train_step = optimizers.optax_run(OPTIMIZER)
+    for step in range(1, steps + 1):
+        params, opt_state = train_step(params, opt_state, step)
+    return params, opt_state
+
+
+def test_optax_params_and_state_in_two_pickles_are_imported_and_go_on_bit_for_bit(tmp_path):
+    params, opt_state = trained(3, PARAMS, OPTIMIZER.init(PARAMS))
+    for name, tree in (("params", params), ("opt_state", opt_state)):
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(tree))
+    files = ("--params", tmp_path / "params.pkl", "--opt-state", tmp_path / "opt_state.pkl")
+    assert "step 3 saved" in ok("import", tmp_path / "run", *files, "--step", 3)
+    found = ckptmgr.CheckpointManager(tmp_path / "run").restore(params=PARAMS, optimizer=OPTIMIZER)
+    assert_trees_equal(trained(2, found.params, found.opt_state), trained(2, params, opt_state))
+
+
+def test_a_dict_of_both_with_a_step_is_imported_and_goes_on_bit_for_bit(tmp_path):
+    params, opt_state = trained(4, PARAMS, OPTIMIZER.init(PARAMS))
+    state = {"params": params, "opt_state": opt_state, "step": 4}
+    (tmp_path / "state.pkl").write_bytes(pickle.dumps(state))
+    ok("import", tmp_path / "run", tmp_path / "state.pkl")
+    found = ckptmgr.CheckpointManager(tmp_path / "run").restore(params=PARAMS, opt_state=OPTIMIZER.init(PARAMS))
+    assert found.step == 4
+    assert_trees_equal(trained(2, found.params, found.opt_state), trained(2, params, opt_state))
+
+
+def test_the_state_of_example_libraries_is_imported_and_goes_on_bit_for_bit(tmp_path):
+    init, update, get_params = example_libraries.adam(1e-2)
+
+    def go_on(state, steps):
+        for step in steps:
+            state = update(step, optimizers.gradient(get_params(state), step), state)
+        return state
+
+    state = go_on(init(PARAMS), range(3))
+    (tmp_path / "opt_state.pkl").write_bytes(pickle.dumps(state))
+    ok("import", tmp_path / "run", "--opt-state", tmp_path / "opt_state.pkl", "--step", 2)
+    found = ckptmgr.CheckpointManager(tmp_path / "run").restore(opt_state=init(PARAMS))
+    assert_trees_equal(go_on(found.opt_state, range(3, 6)), go_on(state, range(3, 6)))
+
+
+def test_a_pickle_that_would_run_something_is_refused(tmp_path):
+    marker = tmp_path / "ran"
+    (tmp_path / "params.pkl").write_bytes(b"cposix\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
+    code, _, err = run("import", tmp_path / "run", "--params", tmp_path / "params.pkl", "--step", 1)
+    assert code == 3
+    assert "the pickle wants posix.system" in err
+    assert not marker.exists()
+
+
+def test_doctor(tmp_path):
+    found = answer("doctor", tmp_path)
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["storage"]["write_bytes_per_s"] > 0
+    assert found["warnings"] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_there_and_what_is_wrong_is_said_in_one_line(tmp_path):
+    code, out, err = run("ls", tmp_path / "nothing")
+    assert (code, out) == (2, "")
+    assert err == f"ckptmgr: there is no run in {tmp_path / 'nothing'}\n"
+    assert not (tmp_path / "nothing").exists()
+    code, out, _ = run("ls", tmp_path / "nothing", "--json")
+    assert (code, json.loads(out)["error"]) == (2, "CheckpointNotFoundError")
+    code, _, err = run("keep", tmp_path, "--policy", "newest:3")
+    assert (code, "'newest:3' is no policy; known are latest:N" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["ls", "show", "diff", "verify", "keep", "pin", "unpin", "rm", "gc", "export", "import", "report", "doctor"],
+)
+def test_help_has_an_example(command):
+    out = ok(command, "--help")
+    assert f"ckptmgr {command} " in out.partition("Example")[2]
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ImportError('no typer', name='typer')")
+    code, _, err = run("ls", tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert code == 1
+    assert err == "the command line needs typer: pip install 'ckptmgr[cli]'\n"
+
+
+def test_the_command_is_installed():
+    assert (Path(sys.executable).parent / "ckptmgr").exists()

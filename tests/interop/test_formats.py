@@ -1,0 +1,130 @@
+"""safetensors, .npz, flax's msgpack and stock Orbax: out, in, and read by those whose formats they are."""
+
+import json
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.flax
+
+import ckptmgr
+from ckptmgr import interop
+
+TREE = {
+    "dense": {"w": jnp.linspace(-1, 1, 12).reshape(4, 3), "b": jnp.zeros(3, jnp.bfloat16)},
+    "head": [np.arange(5), np.float32(-0.0), jnp.ones((0, 2)), np.arange(4).astype(ml_dtypes.float8_e5m2)],
+    "yes": np.array([True, False]),
+}
+NESTED = {
+    "dense": TREE["dense"],
+    "head": {str(at): leaf for at, leaf in enumerate(TREE["head"])},
+    "yes": TREE["yes"],
+}
+
+
+def equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
+
+
+@pytest.mark.parametrize("name", ["tree.safetensors", "tree.npz"])
+def test_there_and_back_with_equal_bits(name, tmp_path):
+    assert interop.write(TREE, tmp_path / name) == [tmp_path / name]
+    equal(interop.read(tmp_path / name), NESTED)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_safetensors_reads_what_is_written_and_we_read_what_it_writes(tmp_path):
+    interop.write({"dense": TREE["dense"], "head": TREE["head"][:3]}, tmp_path / "ours.safetensors")
+    theirs = safetensors.flax.load_file(tmp_path / "ours.safetensors")  # which knows no float8
+    assert set(theirs) == {"dense/b", "dense/w", "head/0", "head/1", "head/2"}
+    for name in ("w", "b"):
+        equal(theirs[f"dense/{name}"], TREE["dense"][name])
+    safetensors.flax.save_file(theirs, tmp_path / "theirs.safetensors")
+    equal(interop.read(tmp_path / "theirs.safetensors")["dense"], TREE["dense"])
+
+
+def test_torch_reads_the_same_bits(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is no dependency; where it is installed it is asked")
+    import safetensors.torch
+
+    interop.write({"w": TREE["dense"]["w"], "b": TREE["dense"]["b"]}, tmp_path / "ours.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "ours.safetensors")
+    assert found["b"].dtype == torch.bfloat16
+    assert found["w"].numpy().tobytes() == np.asarray(TREE["dense"]["w"]).tobytes()
+    assert found["b"].view(torch.uint8).numpy().tobytes() == np.asarray(TREE["dense"]["b"]).tobytes()
+    safetensors.torch.save_file(found, tmp_path / "theirs.safetensors")
+    equal(interop.read(tmp_path / "theirs.safetensors"), TREE["dense"])
+
+
+def test_shards_of_bounded_size_with_an_index(tmp_path):
+    tree = {f"w{place}": np.full(100, place, np.float32) for place in range(5)}
+    *shards, index = interop.safetensors.save(tree, tmp_path, max_shard_bytes=850)
+    assert [path.name for path in shards] == [f"model-0000{at}-of-00003.safetensors" for at in (1, 2, 3)]
+    said = json.loads(index.read_text())
+    assert said["metadata"]["total_size"] == 2000
+    assert said["weight_map"]["w4"] == "model-00003-of-00003.safetensors"
+    assert set(safetensors.flax.load_file(shards[1])) == {"w2", "w3"}
+    for path in (tmp_path, index):
+        equal(interop.read(path), tree)
+    index.write_text(json.dumps({"weight_map": {"w": "../elsewhere"}}))
+    with pytest.raises(ValueError, match=r"\.\./elsewhere"):
+        interop.read(index)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "why"),
+    [(np.ones(2, complex), "complex128"), (jnp.ones(2, jnp.int4), "int4"), (jax.random.key(0), "PRNG keys")],
+    ids=["complex", "int4", "key"],
+)
+def test_what_safetensors_has_no_type_for_is_refused_by_name_and_nothing_is_written(leaf, why, tmp_path):
+    with pytest.raises(ckptmgr.UnsupportedLeafError, match=f"a/b .*{why}") as caught:
+        interop.write({"a": {"b": leaf}, "c": np.ones(1)}, tmp_path / "out" / "x.safetensors")
+    assert caught.value.leaf == "a/b"
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_leaves_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ckptmgr.UnsupportedLeafError, match="would both be named 'a/b'"):
+        interop.write({"a": {"b": np.ones(1)}, "a/b": np.ones(1)}, tmp_path / "x.npz")
+
+
+def test_npz_runs_no_pickle(tmp_path):
+    np.savez(tmp_path / "x.npz", w=np.array([object()], object))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        interop.read(tmp_path / "x.npz")
+
+
+def test_flax_msgpack(tmp_path):
+    (tmp_path / "x.msgpack").write_bytes(flax.serialization.to_bytes(TREE["dense"]))
+    equal(interop.read(tmp_path / "x.msgpack"), TREE["dense"])
+
+
+def test_stock_orbax_reads_what_is_written_and_we_read_what_it_writes(tmp_path):
+    tree = {"dense": TREE["dense"], "n": np.arange(3)}
+    interop.write(tree, tmp_path / "ours")
+    with ocp.StandardCheckpointer() as stock:
+        equal(stock.restore(tmp_path / "ours", target=jax.tree.map(jnp.asarray, tree))["dense"], tree["dense"])
+        stock.save(tmp_path / "theirs", tree)
+    equal(interop.read(tmp_path / "theirs"), tree)
+
+
+def test_an_unknown_ending_is_said_with_those_that_are_known(tmp_path):
+    (tmp_path / "x.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.bin is of no known format; known are \.pkl"):
+        interop.read(tmp_path / "x.bin")
+    with pytest.raises(ValueError, match=r"FILE\.safetensors"):
+        interop.write({}, tmp_path / "x.bin")
+    with pytest.raises(FileNotFoundError):
+        interop.read(tmp_path / "nothing.npz")
+
+
+def test_a_library_that_is_missing_is_said_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install 'ckptmgr\[interop\]'"):
+        interop.write({"w": np.ones(1)}, tmp_path / "x.safetensors")
