@@ -16,7 +16,7 @@ from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.manager import CheckpointManager
 
 _MOST = 300  # points or marks in one picture: of more, every second, third, ... is shown
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 200, 64, 26
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 200, 80, 26
 Point = tuple[float, float]
 Events = Sequence[Mapping[str, Any]]
 
@@ -194,8 +194,8 @@ def _line(title: str, rows: Sequence[Point], unit: str = "") -> str:
     dots = "".join(f"<circle cx='{x(s):.1f}' cy='{y(v):.1f}' r='3'/>" for s, v in shown if math.isfinite(v))
     least, most = min(v for _, v in finite), max(v for _, v in finite)
     axes = f"<path class='axis' d='M{_LEFT} 12V{_HEIGHT - _BOTTOM}H{_WIDTH}'/>"
-    labels = _label(_LEFT - 6, 18, f"{most:.4g}{unit}", "end")
-    labels += _label(_LEFT - 6, _HEIGHT - _BOTTOM, f"{least:.4g}{unit}", "end") if most > least else ""
+    labels = _label(_LEFT - 6, 18, f"{most:.3g}{unit}", "end")
+    labels += _label(_LEFT - 6, _HEIGHT - _BOTTOM, f"{least:.3g}{unit}", "end") if most > least else ""
     labels += _label(_LEFT, _HEIGHT - 6, f"step {rows[0][0]:.0f}") + _label(
         _WIDTH, _HEIGHT - 6, f"step {rows[-1][0]:.0f}", "end"
     )
