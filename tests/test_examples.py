@@ -65,14 +65,14 @@ def test_each_example_runs_as_a_script_and_again(tmp_path, name):
 
 
 def test_each_checkpoint_is_drawn_once(tmp_path):
+    drawn = []
     for total in (110, 200):
         importlib.import_module("tensorboard").train(tmp_path, total)
-    drawn = [
-        (event.step, value.tag)
-        for file in (tmp_path / "events").iterdir()
-        for event in events(file.read_bytes())
-        for value in event.summary.value
-    ]
+        for file in (tmp_path / "events").iterdir():
+            drawn += [
+                (event.step, value.tag) for event in events(file.read_bytes()) for value in event.summary.value
+            ]
+            file.unlink()  # within a second the next run would take the same name
     tags = ("checkpoint/durable_s", "loss")
     assert sorted(drawn) == [(step, tag) for step in (50, 100, 150, 200) for tag in tags]
 
