@@ -25,7 +25,7 @@ import ckptmgr
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INCLUDE = re.compile(r'^--8<-- "([^"]+)"$')
 OUTPUT = doctest.OutputChecker()
@@ -230,6 +230,12 @@ def test_every_file_and_test_that_is_named_exists(page):
 def test_every_public_name_is_in_the_reference():
     shown = re.findall(r"^::: ckptmgr\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert sorted(shown) == sorted([*ckptmgr.__all__, "testing"])
+
+
+def test_every_module_has_its_line_in_the_design_notes():
+    lines = re.findall(r"^\| `(ckptmgr/[\w/]+\.py)` \|", (DOCS / "design.md").read_text(), re.MULTILINE)
+    modules = [name(path) for path in (ROOT / "ckptmgr").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(lines) == sorted(modules)
 
 
 # ---------------------------------------------------------------- the site
