@@ -20,12 +20,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import typer
 
 import ckptmgr
+from ckptmgr.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INCLUDE = re.compile(r'^--8<-- "([^"]+)"$')
 OUTPUT = doctest.OutputChecker()
@@ -181,6 +183,13 @@ def problem(command):
         wanted = re.findall(r"\[([\w,]+)\]", command)
         missing = [each for names in wanted for each in names.split(",") if each not in extras]
         return f"there is no extra {missing}" if missing else None
+    if program == "ckptmgr":
+        known = typer.main.get_command(app).commands
+        if arguments[0] not in known:
+            return f"there is no command {arguments[0]}"
+        options = {name for each in known[arguments[0]].params for name in each.opts}
+        missing = [each for each in arguments if each.startswith("-") and each not in options]
+        return f"there is no option {missing}" if missing else None
     return f"{program} is a command this test does not know"
 
 
@@ -230,6 +239,12 @@ def test_every_file_and_test_that_is_named_exists(page):
 def test_every_public_name_is_in_the_reference():
     shown = re.findall(r"^::: ckptmgr\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert sorted(shown) == sorted([*ckptmgr.__all__, "testing"])
+
+
+def test_every_module_has_its_line_in_the_design_notes():
+    lines = re.findall(r"^\| `(ckptmgr/[\w/]+\.py)` \|", (DOCS / "design.md").read_text(), re.MULTILINE)
+    modules = [name(path) for path in (ROOT / "ckptmgr").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(lines) == sorted(modules)
 
 
 # ---------------------------------------------------------------- the site

@@ -1,17 +1,20 @@
 """The examples run as a person runs them, and each goes on bit for bit where it was stopped."""
 
 import importlib
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import counted
+from tensorboardX.proto.event_pb2 import Event
 
 from ckptmgr.testing import assert_trees_equal
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
-RUNS = ["optax_adam", "example_libraries_adam", "change_learning_rate", "schedule"]
+FRAMEWORKS = ["flax_nnx", "flax_linen", "equinox_mlp", "haiku_mlp", "grain_loader", "tensorboard"]
+RUNS = ["optax_adam", "example_libraries_adam", "change_learning_rate", "schedule", *FRAMEWORKS]
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +55,34 @@ def test_digits_goes_on_with_its_data_and_its_dropout(tmp_path):
 @pytest.mark.parametrize("name", RUNS)
 def test_each_example_runs_as_a_script_and_again(tmp_path, name):
     for _ in range(2):
-        done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py", tmp_path / "run"], timeout=120)
-        assert done.returncode == 0
+        done = subprocess.run(
+            [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", tmp_path / "run"],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    if name in FRAMEWORKS:
+        assert "resumed from step 200" in done.stdout
+
+
+def test_each_checkpoint_is_drawn_once(tmp_path):
+    drawn = []
+    for total in (110, 200):
+        importlib.import_module("tensorboard").train(tmp_path, total)
+        for file in (tmp_path / "events").iterdir():
+            drawn += [
+                (event.step, value.tag) for event in events(file.read_bytes()) for value in event.summary.value
+            ]
+            file.unlink()  # within a second the next run would take the same name
+    tags = ("checkpoint/durable_s", "loss")
+    assert sorted(drawn) == [(step, tag) for step in (50, 100, 150, 200) for tag in tags]
+
+
+def events(data):
+    """The records of an event file: each has its length, a checksum, itself, and a checksum."""
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
 
 
 def test_a_run_goes_on_over_other_devices_as_if_nothing_had_happened(tmp_path):
