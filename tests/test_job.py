@@ -71,9 +71,11 @@ def test_four_save_and_two_restore(tmp_path):
 def test_stock_orbax_restores_what_several_processes_saved(tmp_path):
     finish(start(2, tmp_path, "save", "1"))
     with ocp.CheckpointManager(tmp_path) as stock:
-        template = member.state(0) | {"one": np.zeros(8, np.float32), "number": 0}
+        template = member.state(0) | member.key_bits(0) | {"one": np.zeros(8, np.float32), "number": 0}
         back = stock.restore(1, args=ocp.args.Composite(params=ocp.args.StandardRestore(template))).params
-    assert all(np.array_equal(back[name], values) for name, values in member.state(1).items())
+    assert all(
+        np.array_equal(back[name], values) for name, values in (member.state(1) | member.key_bits(1)).items()
+    )
 
 
 def test_if_one_process_cannot_restore_a_step_all_walk_back(tmp_path):
