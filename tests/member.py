@@ -30,7 +30,20 @@ def spread(mesh, step):
     w, b = (jax.make_array_from_callback(
         values[name].shape, NamedSharding(mesh, spec), lambda index, name=name: values[name][index]
     ) for name, spec in (("w", P("data")), ("b", P())))  # fmt: skip
-    return {"w": w, "b": b, "odd": values["odd"], "one": jax.device_put(values["b"], local), "number": step}
+    keyed = {"key": NamedSharding(mesh, P()), "keys": NamedSharding(mesh, P("data"), memory_kind="pinned_host")}
+    return {
+        "w": w, "b": b, "odd": values["odd"], "one": jax.device_put(values["b"], local), "number": step,
+        **{name: spread_keys(key_bits(step)[name], where) for name, where in keyed.items()},
+    }  # fmt: skip
+
+
+def key_bits(step):
+    """What the keys are made of: one key, and one for each row."""
+    return {"key": np.array([7, step], np.uint32), "keys": np.arange(32, dtype=np.uint32).reshape(16, 2) + step}
+
+
+def spread_keys(bits, sharding):
+    return jax.random.wrap_key_data(jax.make_array_from_callback(bits.shape, sharding, lambda index: bits[index]))
 
 
 def check(found, step):
@@ -41,6 +54,9 @@ def check(found, step):
             assert np.array_equal(np.asarray(shard.data), values[name][shard.index]), name
     assert np.array_equal(found["odd"], values["odd"])
     assert np.array_equal(np.asarray(found["one"]), values["b"])
+    for name, bits in key_bits(step).items():
+        for shard in jax.random.key_data(found[name]).addressable_shards:
+            assert np.array_equal(np.asarray(shard.data), bits[shard.index]), name
 
 
 def say(*words):
@@ -65,7 +81,8 @@ def load(directory, mesh, *step):
     template = spread(mesh, 0)
     found = manager.restore(*map(int, step), params=template, extras={"at": {"n": 0}})
     check(found.params, found.step)
-    assert found.params["w"].sharding == template["w"].sharding
+    for name in ("w", "key", "keys"):
+        assert found.params[name].sharding == template[name].sharding, name
     assert found.extras == {"at": {"n": found.step}}
     adam = manager.restore(
         found.step, optimizer=optax.adam(1e-3), params={"w": template["w"]}, layout=mesh, partial=True

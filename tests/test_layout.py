@@ -280,6 +280,84 @@ def test_impossible_layouts_are_refused_by_name(trained, grid):
         manager.restore(params=params, layout={"dense": "data", "odd": None})
 
 
+# ---------------------------------------------------------------- memory kinds
+
+
+PINNED = "pinned_host"
+
+
+@pytest.fixture(scope="module")
+def offloaded(grid, tmp_path_factory):
+    """Parameters in the host's memory, keys among them, and Adam's state of the arrays, which is there too."""
+    directory = tmp_path_factory.mktemp("offloaded")
+    where = NamedSharding(grid, PartitionSpec("data"), memory_kind=PINNED)
+    arrays = {"w": jnp.arange(32.0).reshape(8, 4), "b": jnp.arange(8.0)}
+    params = jax.device_put(arrays | {"keys": jax.random.split(jax.random.key(1), 8)}, where)
+    trained = {name: params[name] for name in arrays}
+    optimizer = optax.adam(1e-3)
+    opt_state = optimizer.init(trained)
+    with CheckpointManager(directory) as manager:
+        manager.save(1, params, opt_state)
+    return directory, params, opt_state, optimizer
+
+
+def kinds(tree):
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}
+
+
+def test_a_memory_kind_is_kept_when_it_is_asked_for(offloaded, grid):
+    assert PINNED in {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    directory, params, opt_state, _ = offloaded
+    manager = CheckpointManager(directory, read_only=True)
+    by_template = manager.restore(params=params, opt_state=opt_state)
+    assert (kinds(by_template.params), shardings(by_template.opt_state)) == ({PINNED}, shardings(opt_state))
+    assert_trees_equal(by_template.params, params)
+    where = NamedSharding(grid, PartitionSpec("model"), memory_kind=PINNED)
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in params.items()
+    }
+    one = SingleDeviceSharding(jax.devices()[2], memory_kind=PINNED)
+    for how, wants in (({}, where), ({"layout": one}, one)):
+        back = manager.restore(params=abstract, **how)
+        assert all(leaf.sharding == wants for leaf in back.params.values())
+        assert_trees_equal(back.params, params)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with the optimizer", "by path and shape"])
+def test_the_state_follows_its_parameter_into_another_memory(offloaded, grid, known):
+    directory, params, opt_state, optimizer = offloaded
+    trained = {name: params[name] for name in "wb"}
+    how = {"optimizer": optimizer} if known else {"opt_state": opt_state}
+    wants = {
+        "w": NamedSharding(grid, PartitionSpec("data"), memory_kind=PINNED),
+        "b": NamedSharding(grid, PartitionSpec("data")),
+    }
+    manager = CheckpointManager(directory, read_only=True)
+    every = manager.restore(params=trained, layout={"w": wants["w"], "b": wants["w"]}, partial=True, **how)
+    assert kinds((every.params, every.opt_state)) == {PINNED}  # the count of steps too, which is like no parameter
+    back = manager.restore(params=trained, layout=wants, partial=True, **how)
+    assert shardings(back.params) == shardings(back.opt_state[0].mu) == shardings(back.opt_state[0].nu) == wants
+    assert_trees_equal(back.params, trained)
+    assert_trees_equal(back.opt_state, opt_state)
+
+
+def test_the_memory_it_was_saved_from_is_not_used_by_itself(offloaded):
+    directory, params, opt_state, _ = offloaded
+    manager = CheckpointManager(directory, read_only=True)
+    usual = jax.devices()[0].default_memory().kind
+    bare = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
+    assert usual != PINNED
+    for how in (
+        {"params": params, "opt_state": opt_state, "layout": auto(data=2)},
+        {"layout": auto(data=2)},
+        {"params": bare},
+        {},
+    ):
+        back = manager.restore(**how)
+        assert kinds((back.params, back.opt_state)) == {usual}
+        assert_trees_equal(back.params, params)
+
+
 MESHES = [{"a": 8}, {"a": 4, "b": 2}, {"a": 2, "b": 2, "c": 2}, {"b": 2}, {"a": 1}]
 
 
