@@ -214,7 +214,7 @@ def remove(leftover: epath.Path) -> None:
     """Removes what is in no listing any more; what cannot be removed now is tried again at the next start."""
     try:
         leftover.rmtree()
-    except OSError as problem:  # the run goes on beside it
+    except Exception as problem:  # of a disk or of a client: the run goes on beside it
         _log.warning("%s could not be removed, and is tried again at the next start: %s", leftover, problem)
 
 

@@ -215,7 +215,7 @@ class CheckpointManager:
         except TimeoutError:
             self._job.share(self._job.name(f"the start of step {step}"))  # says who is not there any more
             raise
-        except OSError as problem:  # the step's directory could not be made, or a bounded wave not be written
+        except Exception as problem:  # the step's directory could not be made, or a bounded wave not be written
             raise SaveError(f"step {step} could not be saved: {problem}", step=step) from problem
         self._writing, self._last = step, CheckpointInfo(step=step, time=copied.manifest.time)
         reason = "forced" if force else "preempted" if self.preempted else "due"
@@ -317,13 +317,18 @@ class CheckpointManager:
     def _retain(self) -> None:
         """Deletes what no policy keeps; called once a newer checkpoint is durable."""
         with self._retaining:
-            for step in self._history.doomed():
+            try:
+                doomed = self._history.doomed()
+            except Exception:  # of every library below: those of buckets have errors of their own
+                _log.exception("what no policy keeps could not be looked up, and is deleted after a later save")
+                return
+            for step in doomed:
                 if self._mirror is not None and self._mirror.owes(step):
                     continue
                 try:
                     self._catalog.delete(step)
                     self._journal.record("deleted", step, why="no policy keeps it")
-                except OSError:
+                except Exception:
                     _log.exception("step %d could not be deleted", step)
 
     # ------------------------------------------------------------ waiting and closing
@@ -544,9 +549,9 @@ class CheckpointManager:
             try:
                 found = self._read_step(home, step, request, skipped)
             except (CorruptCheckpointError, OSError):
+                home.require(step)  # says that it was deleted
                 if home.identity(step) == identity or request.broadcast:  # then all read, or none
                     raise
-                home.require(step)  # says that it was deleted
                 continue
             if home.identity(step) in (identity, None):
                 return found

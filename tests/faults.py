@@ -3,6 +3,7 @@
     before, after   SIGKILL
     fail            an I/O error of the disk
     full            no space left on the disk
+    refuse          a server says no, in an error of its library that is no OSError
     slow            two seconds go by
     short           half of a small file is written, then an I/O error (point "file" alone)
 
@@ -24,6 +25,7 @@ POINTS = {
     "publish": "ckptmgr.storage.orbax:_publish",  # the rename
     "exchange": "ckptmgr.storage.orbax:_exchange",  # the swap of a step that is replaced
     "retain": "ckptmgr.manager:CheckpointManager._retain",
+    "choose": "ckptmgr.history:History.doomed",  # what is to be deleted
     "delete": "ckptmgr.catalog:Catalog.delete",
     "remove": "ckptmgr.catalog:remove",  # the files of what is in no listing any more
     "rename": "etils.epath.backend:_OsPathBackend.rename",  # of any directory
@@ -52,10 +54,17 @@ def _short(path, data):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
+def _refuse(*_):
+    from gcsfs.retry import HttpError  # slow to import
+
+    raise HttpError({"code": 503, "message": "Service Unavailable"})
+
+
 KINDS = {
     "before": _kill,
     "fail": _error(errno.EIO),
     "full": _error(errno.ENOSPC),
+    "refuse": _refuse,
     "slow": lambda *_: time.sleep(SLOW_S),
     "short": _short,
 }

@@ -1,19 +1,25 @@
 """gs:// and s3://, against servers on this machine that speak their protocols."""
 
 import logging
+import signal
 import subprocess
 import sys
 import uuid
 
+import faults
 import member
 import numpy as np
 import pytest
 import trainer
+from conftest import counted
 from etils import epath
+from test_crash import last
+from test_crash import run as train
 from test_job import finish, start
 
 import ckptmgr
 from ckptmgr import catalog
+from ckptmgr import manifest as manifests
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),
@@ -102,6 +108,155 @@ def test_watch_sees_what_another_process_saves(run):
         assert saved(reader) == (2, [])
     finally:
         process.wait(60)
+
+
+# ---------------------------------------------------------------- faults
+
+PLACES = ["gs", "s3"]
+FILES = 6  # small files of a step: the manifest is the last but one, the marker the last
+
+
+def folders(run):
+    """The numbers under which anything lies in the bucket, a step or not."""
+    return sorted(int(entry.name) for entry in epath.Path(run).iterdir() if entry.name.isdigit())
+
+
+KILLS = [
+    (place, f"{when} {point}")
+    for point in ["arrays 4", "description 4", *(f"file {3 * FILES + n}" for n in (1, FILES - 1, FILES)),
+                  "choose 4", "retain 4", "delete 1", "remove 1"]
+    for when in ("before", "after")
+    for place in PLACES
+]  # fmt: skip
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("run", "fault"), KILLS[:: counted(19, full=1)], ids=str, indirect=["run"])
+def test_killed_at_each_point_of_a_save_whole_steps_alone_are_listed_and_the_run_goes_on(run, fault):
+    returned, said, err = train(run, 50, "train", fault=fault)
+    assert returned == -signal.SIGKILL, err
+    saving, committed = last(said, "saving"), last(said, "committed")
+    assert 0 < committed <= saving < 50
+    reader = ckptmgr.CheckpointManager(run, read_only=True)
+    newest, skipped = saved(reader)
+    assert committed <= newest <= saving
+    assert not skipped
+    assert all(reader.verify(step) for step in reader.steps())
+    with ckptmgr.CheckpointManager(run) as manager:
+        assert manager.restore_or(params=trainer.state(0)).step == newest
+        manager.save(newest + 1, trainer.state(newest + 1)).result()
+        assert saved(manager) == (newest + 1, [])
+        assert manager.verify()
+    ckptmgr.CheckpointManager(run).close()
+    assert folders(run) == reader.steps()
+
+
+FAILURES = [
+    (place, fault)
+    for fault in [
+        *(f"{kind} {point} 1" for kind in ("fail", "full", "refuse") for point in ("arrays", "description")),
+        *(f"{kind} file {n}" for kind in ("fail", "full", "refuse", "short") for n in (1, FILES - 1, FILES)),
+    ]
+    for place in PLACES
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("run", "fault"), FAILURES[:: counted(13, full=1)], ids=str, indirect=["run"])
+def test_a_write_that_fails_at_any_point_is_said_and_harms_nothing(run, fault, monkeypatch):
+    with ckptmgr.CheckpointManager(run) as manager:
+        manager.save(1, trainer.state(1)).result()
+        with monkeypatch.context() as patch:
+            faults.install(fault, patch.setattr)
+            with pytest.raises(ckptmgr.SaveError, match="step 2 could not be saved: ") as caught:
+                manager.save(2, trainer.state(2)).result()
+        assert caught.value.step == 2
+        assert caught.value.__cause__ is not None
+        reader = ckptmgr.CheckpointManager(run, read_only=True)
+        assert manager.steps() == reader.steps() == [1]
+        assert folders(run) == [1]
+        assert saved(reader) == (1, [])
+        manager.save(2, trainer.state(2)).result()
+        assert saved(reader) == (2, [])
+        assert reader.verify()
+
+
+def test_a_write_that_fails_in_the_call_itself_is_a_failed_save_too(run, monkeypatch):
+    with ckptmgr.CheckpointManager(run, max_host_bytes=1) as manager:  # so that `save` writes all but the last
+        with monkeypatch.context() as patch:
+            faults.install("refuse arrays 1", patch.setattr)
+            with pytest.raises(ckptmgr.SaveError, match="step 1 could not be saved: Service Unavailable"):
+                manager.save(1, trainer.state(1))
+        assert manager.steps() == []
+    with ckptmgr.CheckpointManager(run) as manager:  # the server for gs:// cannot take one file in several waves
+        manager.save(1, trainer.state(1)).result()
+        assert saved(manager) == (1, [])
+
+
+DELETIONS = [
+    (place, point, left, kind)
+    for point, left in (("choose", [1, 2]), ("delete", [1, 2]), ("remove", [2]))
+    for kind in ("fail", "refuse")
+    for place in PLACES
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("run", "point", "left", "kind"), DELETIONS[:: counted(5, full=1)], ids=str, indirect=["run"]
+)
+def test_a_deletion_that_fails_is_logged_and_finished_later(run, point, left, kind, monkeypatch, caplog):
+    with ckptmgr.CheckpointManager(run, keep=1) as manager:
+        manager.save(1, trainer.state(1))
+        manager.wait()
+        with monkeypatch.context() as patch:
+            faults.install(f"{kind} {point} 1", patch.setattr)
+            manager.save(2, trainer.state(2))
+            manager.wait()
+        assert (manager.steps(), folders(run)) == (left, [1, 2])
+        assert "could not be" in caplog.text
+        manager.save(3, trainer.state(3))
+        manager.wait()
+        assert (manager.steps(), saved(manager)) == ([3], (3, []))
+    ckptmgr.CheckpointManager(run).close()
+    assert folders(run) == [3]
+
+
+AFTER = ("choose", "delete", "remove")  # once a step is committed
+SLOW = [(place, point) for point in ("arrays", "description", "file", *AFTER) for place in PLACES]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("run", "point"), SLOW[:: counted(7, full=1)], ids=str, indirect=["run"])
+def test_while_a_slow_server_is_waited_for_whole_steps_alone_are_listed(run, point, monkeypatch):
+    with ckptmgr.CheckpointManager(run, keep=1) as manager:
+        manager.save(1, trainer.state(1))
+        manager.wait()
+        faults.install(f"slow {point} 1", monkeypatch.setattr)
+        slow = manager.save(2, trainer.state(2))
+        reader = ckptmgr.CheckpointManager(run, read_only=True)
+        seen = [saved(reader)]
+        assert seen == [(1, [])] or point in AFTER
+        while reader.steps() != [2]:
+            seen.append(saved(reader))
+        assert all(each in ((1, []), (2, [])) for each in seen)
+        assert slow.result().step == 2
+
+
+def test_a_step_that_is_deleted_under_a_readers_hands_is_not_called_damaged(run, monkeypatch):
+    with ckptmgr.CheckpointManager(run) as manager:
+        for step in (1, 2):
+            manager.save(step, trainer.state(step))
+        manager.wait()
+        reader, check = ckptmgr.CheckpointManager(run, read_only=True), manifests.check_files
+
+        def overtaken(*args):
+            if 2 in manager.steps():
+                manager.delete(2)
+            return check(*args)
+
+        monkeypatch.setattr(manifests, "check_files", overtaken)
+        assert saved(reader) == (1, [])
 
 
 def test_two_processes_on_gs(servers):

@@ -146,9 +146,10 @@ class Store:
         self._writers.settle(self._timeout_s)
         self._manager = None
         unfinished = self._directory / f"{step}{catalog.UNFINISHED if paths.is_local(self._directory) else ''}"
-        if unfinished.exists() and jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # the failure that is on its way says more
-                unfinished.rmtree()
+        if jax.process_index() == 0:
+            with contextlib.suppress(Exception):  # the failure that is on its way says more
+                if unfinished.exists():
+                    unfinished.rmtree()
 
     def close(self) -> None:
         if self._manager is not None:
