@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench soak clean
+.PHONY: demo test lint docs bench soak oldest clean
 
 demo: .venv/installed
 	$(BIN)/python docs/examples/demo.py --keep runs/demo
@@ -26,8 +26,19 @@ bench: .venv/installed
 soak: .venv/installed
 	CKPTMGR_SOAK=1 $(BIN)/pytest -m soak
 
+# The core tests with the oldest versions that pyproject.toml allows, in an environment of their own.
+OLDEST := tests/test_manager.py tests/storage tests/test_resume.py tests/test_reshard.py tests/test_layout.py \
+  tests/test_items.py
+oldest: .venv-oldest/installed
+	.venv-oldest/bin/pytest $(OLDEST)
+
+.venv-oldest/installed: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -e '.[dev]' -c tests/oldest.txt
+	touch $@
+
 clean:
-	rm -rf .venv site
+	rm -rf .venv .venv-oldest site
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import SOAK
 from packaging.metadata import Metadata
+from packaging.version import Version
 from test_docs import ROOT, blocks
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -82,6 +83,14 @@ def test_the_version_and_the_licence_are_said_once():
     assert f"\nversion: {PROJECT['version']}\n" in citation
     assert f"\nlicense: {PROJECT['license']}\n" in citation
     assert PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    """`make oldest` installs tests/oldest.txt."""
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "tests" / "oldest.txt").read_text(), re.MULTILINE))
+    allowed = [re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", each).groups() for each in PROJECT["dependencies"]]
+    for name, lowest in allowed:
+        assert Version(pinned[name]) == Version(lowest), name
 
 
 @pytest.mark.soak
