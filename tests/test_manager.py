@@ -215,7 +215,10 @@ def test_closed_and_read_only_managers_do_not_save(run):
     manager = CheckpointManager(run)
     manager.close()
     manager.close()
+    left = run / "9.orbax-checkpoint-tmp"  # by a save that another process is at, for all a reader knows
+    left.mkdir()
     reader = CheckpointManager(run, read_only=True)
+    assert left.exists()
     for each in (manager, reader):
         with pytest.raises(ckptmgr.SaveError, match="read-only or closed"):
             each.save(9, PARAMS)
