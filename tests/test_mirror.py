@@ -37,7 +37,7 @@ def home(tmp_path):
 PLACES = ["disk", "gs", "s3"]
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(params=PLACES[:: counted(2, full=1)])
 def away(request, tmp_path):
     return at(request.param, request, tmp_path)
 
@@ -64,6 +64,7 @@ def saved(manager, *step):
     return found.step, list(found.skipped)
 
 
+@pytest.mark.soak
 def test_every_checkpoint_is_copied_and_comes_back_when_the_disk_is_gone(home, away):
     with ckptmgr.CheckpointManager(home, keep=1, mirror=away) as manager:
         save(manager, 1, 2, 3)
@@ -81,6 +82,7 @@ def test_every_checkpoint_is_copied_and_comes_back_when_the_disk_is_gone(home, a
     assert saved(reader) == (4, [])
 
 
+@pytest.mark.soak
 def test_the_mirror_keeps_what_its_own_policies_ask_for_and_what_is_pinned(home, away):
     with ckptmgr.CheckpointManager(home, keep=2, mirror=away, mirror_keep=ckptmgr.every_steps(2)) as manager:
         save(manager, 1, 2, 3)
@@ -112,6 +114,7 @@ def damage(step):
     data.write_bytes(bytes(values))
 
 
+@pytest.mark.soak
 def test_a_step_that_is_damaged_here_is_taken_from_the_mirror(home, away, caplog):
     with ckptmgr.CheckpointManager(home, mirror=away) as manager:
         save(manager, 1, 2)
@@ -152,6 +155,7 @@ def test_a_copy_that_was_damaged_on_its_way_is_never_shown(home, tmp_path, monke
     assert "step 1 is not copied" in caplog.text
 
 
+@pytest.mark.soak
 def test_a_step_that_is_saved_again_is_copied_again(home, away):
     with ckptmgr.CheckpointManager(home, mirror=away) as manager:
         manager.save(7, trainer.state(1)).result()
@@ -163,7 +167,7 @@ def test_a_step_that_is_saved_again_is_copied_again(home, away):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("place", PLACES[:: counted(2, full=1)])
+@pytest.mark.parametrize("place", PLACES[:: counted(3, full=1)])
 def test_killed_at_random_moments_the_mirror_shows_whole_steps_alone(place, home, request, tmp_path):
     draw, interrupted, copied, away = random.Random(0), 0, 0, at(place, request, tmp_path)
     for _ in range(counted(2, full=30)):
@@ -219,6 +223,7 @@ def test_what_was_copied_before_a_crash_is_not_copied_again(home, tmp_path):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+@pytest.mark.soak
 def test_what_was_begun_for_another_save_of_the_step_is_begun_anew(home, away):
     rest(start(home, 1, "mirror", away, fault="before check 1"))
     shutil.rmtree(home)
