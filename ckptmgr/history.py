@@ -51,8 +51,8 @@ class History:
     def info(self, step: int) -> CheckpointInfo:
         """One checkpoint; raises CheckpointNotFoundError or CorruptCheckpointError."""
         self._catalog.require(step)
-        known = next((info for info in self.all() if info.step == step), None)
-        return known or self.glance(self._catalog.manifest(step))
+        alone = self.glance(self._catalog.manifest(step))
+        return next((info for info in self.all() if info.step == step), alone)
 
     def doomed(self) -> list[int]:
         """The steps that no policy keeps."""

@@ -38,14 +38,19 @@ class Journal:
 
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:
-    """The events of a run; lines that a crash cut short are left out."""
+    """The events of a run; lines that a crash cut short, and what no manager wrote, are left out."""
     path = directory / NAME
     lines = path.read_bytes().splitlines() if paths.is_local(directory) and os.path.exists(path) else []
     found = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
-    return found
+    return [event for event in found if _is_event(event)]
+
+
+def _is_event(line: Any) -> bool:
+    kinds = {"event": str, "step": int, "time": int | float}
+    return isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in kinds.items())
 
 
 def policies(directory: epath.Path) -> list[policy.KeepPolicy] | None:
@@ -53,5 +58,5 @@ def policies(directory: epath.Path) -> list[policy.KeepPolicy] | None:
     said = [event["keep"] for event in read(directory) if "keep" in event]
     try:
         return [policy.parse(each) for each in said[-1]] if said else None
-    except ValueError:
-        return None  # a policy of Orbax or of the caller's own
+    except (ValueError, TypeError, AttributeError):
+        return None  # a policy of Orbax or of the caller's own, or not written by us

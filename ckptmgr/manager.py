@@ -632,6 +632,10 @@ class CheckpointManager:
         self._settle(step)
         return self._history.info(_check_step(step))
 
+    def infos(self) -> list[CheckpointInfo]:
+        """What is known of every readable step, in order, from one look at all."""
+        return self._history.all()
+
     def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> difference.StructureDiff:
         """How the templates differ from a step; falsy if they do not."""
         self._catalog.require(_check_step(step))

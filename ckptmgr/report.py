@@ -12,7 +12,7 @@ from typing import Any
 from ckptmgr import journal, policy
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import CheckpointInfo
-from ckptmgr.errors import CorruptCheckpointError
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckptmgr.manager import CheckpointManager
 
 _MOST = 300  # points or marks in one picture: of more, every second, third, ... is shown
@@ -24,7 +24,7 @@ Events = Sequence[Mapping[str, Any]]
 def html(manager: CheckpointManager) -> str:
     """The whole file, of what is on disk and what the run's journal tells."""
     events = journal.read(manager.directory)
-    infos, damaged = _look(manager)
+    infos, damaged = survey(manager, journal.policies(manager.directory))
     name = f"{manager.directory.name}: checkpoints"
     body = "\n".join([
         _head(manager, infos, damaged, events),
@@ -38,16 +38,19 @@ def html(manager: CheckpointManager) -> str:
     return _PAGE.format(title=_text(name), style=_STYLE, body=body)
 
 
-def _look(manager: CheckpointManager) -> tuple[list[CheckpointInfo], dict[int, str]]:
-    """The checkpoints on disk, and what is wrong with those that cannot be read."""
-    infos, damaged = [], {}
-    for step in manager.steps():
+def survey(
+    manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None
+) -> tuple[list[CheckpointInfo], dict[int, str]]:
+    """The checkpoints on disk and why `keep` keeps each, and what is wrong with those that cannot be read."""
+    infos, damaged = manager.infos(), {}
+    for step in sorted(set(manager.steps()) - {info.step for info in infos}):
         try:
-            infos.append(manager.info(step))
+            manager.info(step)
         except CorruptCheckpointError as problem:
             damaged[step] = str(problem)
-    policies = journal.policies(manager.directory) or ()
-    reasons = policy.reasons_to_keep(policies, infos, {info.step for info in infos if info.pinned})
+        except CheckpointNotFoundError:
+            continue  # deleted while we looked
+    reasons = policy.reasons_to_keep(keep or (), infos, {info.step for info in infos if info.pinned})
     return [dataclasses.replace(info, kept=reasons[info.step]) for info in infos], damaged
 
 
@@ -242,7 +245,8 @@ def _leaves(infos: Sequence[CheckpointInfo]) -> str:
 
 
 def _saving(events: Events) -> str:
-    saved = [event for event in _of(events, "saved") if event.get("durable_s")]
+    told = {"durable_s", "blocked_s", "nbytes"}
+    saved = [event for event in _of(events, "saved") if told <= event.keys() and event["durable_s"]]
     if not saved:
         return _nothing(_UNKNOWN)
     pairs: dict[str, list[Point]] = {

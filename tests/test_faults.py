@@ -129,6 +129,7 @@ def test_a_disk_that_is_full_at_any_fraction_of_a_save_is_said_and_saving_goes_o
     with ckptmgr.CheckpointManager(small_disk / "run") as manager:
         needed = manager.save(0, params).result().disk_nbytes
         for step, fraction in enumerate(fractions, start=1):
+            manager.wait()  # the save before is durable, but what follows from it is written yet
             free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
             (small_disk / "ballast").write_bytes(bytes(free - int(fraction * needed)))
             with pytest.raises(

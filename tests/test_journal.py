@@ -1,5 +1,7 @@
 """What happened to a run, as its own file tells it."""
 
+import json
+
 import jax.numpy as jnp
 import pytest
 from etils import epath
@@ -42,8 +44,18 @@ def test_a_reader_writes_nothing_and_a_line_cut_short_is_left_out(tmp_path):
     before = (tmp_path / journal.NAME).read_bytes()
     ckptmgr.CheckpointManager(tmp_path, read_only=True).restore()
     assert (tmp_path / journal.NAME).read_bytes() == before
-    (tmp_path / journal.NAME).write_bytes(before + b'{"event": "sav')
+    foreign = (
+        b'[1]\n"saved"\n7\nnull\n\xff\n{}\n{"event": "saved", "step": "1", "time": 0}\n' + b"[" * 100_000 + b"\n"
+    )
+    (tmp_path / journal.NAME).write_bytes(foreign + before + b'{"event": "sav')
     assert events(tmp_path) == [("saved", 1)]
+
+
+@pytest.mark.parametrize("keep", [7, "latest", [7], [["latest", 1]], [{"latest": 1}], ["latest(n=)"], ["no(n=1)"]])
+def test_policies_that_nobody_can_read_are_not_known(keep, tmp_path):
+    event = {"event": "saved", "step": 1, "time": 0.0, "keep": keep}
+    (tmp_path / journal.NAME).write_text(json.dumps(event))
+    assert journal.policies(epath.Path(tmp_path)) is None
 
 
 def test_what_cannot_be_written_harms_nothing(tmp_path):

@@ -114,6 +114,20 @@ def test_a_step_that_exists(run):
             manager.save(9, PARAMS, on_exists="overwrite")
 
 
+def test_infos_tells_of_every_readable_step_what_info_tells_of_one(tmp_path):
+    with CheckpointManager(tmp_path, keep=[ckptmgr.latest(2), ckptmgr.best("loss")]) as manager:
+        for step in (1, 2, 3, 4):
+            manager.save(step, PARAMS, metrics={"loss": step})
+        manager.wait()
+        found = manager.infos()
+        assert [(info.step, info.kept) for info in found] == [
+            (1, ("best(metric='loss', n=1, mode='min')",)), (3, ("latest(n=2)",)), (4, ("latest(n=2)", "newest")),
+        ]  # fmt: skip
+        assert found == [manager.info(step) for step in manager.steps()]
+        (tmp_path / "3" / "manifest.json").write_bytes(b"")
+    assert [info.step for info in CheckpointManager(tmp_path, read_only=True).infos()] == [1, 4]
+
+
 class Opaque:
     pass
 

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckptmgr import bucket, interop, journal, policy, structure
+from ckptmgr import bucket, interop, journal, policy, report, structure
 from ckptmgr import manifest as manifests
-from ckptmgr.checkpoint import VerifyReport
-from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.checkpoint import CheckpointInfo, VerifyReport
+from ckptmgr.errors import CheckpointNotFoundError
 from ckptmgr.layout import HOST
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.storage import reading
@@ -56,28 +56,20 @@ def chosen(manager: CheckpointManager, step: int | None) -> int:
 
 def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = None) -> Facts:
     """Every checkpoint of a run, and why it is kept: by `keep`, or by what its training said last."""
-    rows = [_row(manager, step) for step in manager.steps()]
     policies = journal.policies(manager.directory) if keep is None else keep
-    whole = [row["info"] for row in rows if row["info"] is not None]
-    pinned = {info.step for info in whole if info.pinned}
-    reasons = policy.reasons_to_keep(policies or (), whole, pinned)
-    for row in rows:
-        row.pop("info")
-        row["kept"] = list(reasons.get(row["step"], ())) if policies is not None else None
+    infos, damaged = report.survey(manager, policies)
+    rows: list[Facts] = [{"step": step, "damaged": why, "kept": None} for step, why in damaged.items()]
+    rows += [_row(info) | {"kept": None if policies is None else list(info.kept)} for info in infos]
     return {
         "run": str(manager.directory),
         "keep": None if policies is None else [policy.spell(each) for each in policies],
-        "steps": rows,
+        "steps": sorted(rows, key=lambda row: row["step"]),
     }
 
 
-def _row(manager: CheckpointManager, step: int) -> Facts:
-    try:
-        info = manager.info(step)
-    except CorruptCheckpointError as problem:
-        return {"step": step, "damaged": str(problem), "info": None}
+def _row(info: CheckpointInfo) -> Facts:
     return {
-        "step": step,
+        "step": info.step,
         "time": info.time,
         "age_s": time.time() - info.time,
         "nbytes": info.nbytes,
@@ -85,7 +77,6 @@ def _row(manager: CheckpointManager, step: int) -> Facts:
         "metrics": _finite(info.metrics),
         "pinned": info.pinned,
         "damaged": None,
-        "info": info,
     }
 
 
@@ -229,16 +220,16 @@ def free_bytes(directory: epath.Path) -> int | None:
 # ---------------------------------------------------------------- the rest
 
 
-def verified(report: VerifyReport) -> Facts:
+def verified(found: VerifyReport) -> Facts:
     """What `verify` found."""
     return {
-        "step": report.step,
-        "whole": bool(report),
-        "files": report.files,
-        "leaves": report.leaves,
-        "nbytes": report.nbytes,
-        "damages": [damage._asdict() for damage in report.damages],
-        "unchecked": list(report.unchecked),
+        "step": found.step,
+        "whole": bool(found),
+        "files": found.files,
+        "leaves": found.leaves,
+        "nbytes": found.nbytes,
+        "damages": [damage._asdict() for damage in found.damages],
+        "unchecked": list(found.unchecked),
     }
 
 
