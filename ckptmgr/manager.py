@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -18,8 +16,8 @@ import numpy as np
 from etils import epath
 
 from ckptmgr import (
+    aftermath,
     bucket,
-    catalog,
     difference,
     history,
     items,
@@ -28,17 +26,15 @@ from ckptmgr import (
     lifecycle,
     options,
     paths,
+    pending,
     policy,
+    restoring,
     writer,
 )
 from ckptmgr import layout as layouts
-from ckptmgr import manifest as manifests
-from ckptmgr import mirror as mirrors
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.errors import (
     CheckpointExistsError,
-    CheckpointNotFoundError,
-    CheckpointTimeoutError,
     CorruptCheckpointError,
     SaveError,
 )
@@ -108,24 +104,26 @@ class CheckpointManager:
         self._history = history.History(self._catalog, self._options.keep)
         self._composer = items.Composer()
         self._copier = writing.Copier(self._options)
-        self._background = lifecycle.Background(self._options.timeout_s)
-        self._failure: SaveError | None = None
+        self._pending = pending.Pending(self._options.timeout_s)
         self._last: CheckpointInfo | None = None
-        self._writing: int | None = None
-        self._retaining = threading.Lock()  # the mirror's thread has its own reasons
         self._store: orbax.Store | None = None
         self._preemption = lifecycle.Preemption()
         self._job = job.Job(self._options.timeout_s)
-        self._mirror = self._open_mirror()
         writes = not read_only and self._job.leads
         self._journal = journal.Journal(self._directory, self._options.clock, writes=writes)
+        self._aftermath = aftermath.Aftermath(
+            self._options, self._catalog, self._history, self._job, self._journal
+        )
+        self._restorer = restoring.Restorer(
+            self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, self._options.timeout_s
+        )
         if not read_only:
             self._writer = self._job.together(self._job.name(f"opening {self._directory}"), self._claim)
             lifecycle.drain_on_sigterm()
             self._store = orbax.Store(
                 self._directory, compression=self._options.compression, timeout_s=self._options.timeout_s
             )
-            self._follow_with_mirror()  # what an earlier process has not copied
+            self._aftermath.update_mirror()  # what an earlier process has not copied
 
     def _claim(self) -> writer.Writer:
         """Takes the right to write into the run."""
@@ -134,19 +132,6 @@ class CheckpointManager:
         if claimed.is_first:  # what lies about is nobody's any more
             self._catalog.tidy()
         return claimed
-
-    def _open_mirror(self) -> mirrors.Mirror | None:
-        away = self._options.mirror
-        if away is None:
-            return None
-        if away == self._directory:
-            raise ValueError(f"mirror={str(away)!r} is the directory itself; a second home is another place")
-        if not paths.is_local(self._directory):
-            raise ValueError(f"mirror={str(away)!r}: only a directory on a disk is copied, not {self._directory}")
-        found = bucket.open_catalog(away, reading.read_stock)
-        return mirrors.Mirror(
-            self._catalog, found, self._options.mirror_keep, self._options.timeout_s, self._retain
-        )
 
     @property
     def directory(self) -> epath.Path:
@@ -204,7 +189,7 @@ class CheckpointManager:
 
         def copy() -> writing.Copied:
             composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
-            self._wait_for_last_save()
+            self._pending.wait()
             copied = self._copier.copy(step, self._options.clock(), composed)
             self._make_room(step)
             return copied
@@ -217,7 +202,7 @@ class CheckpointManager:
             raise
         except Exception as problem:  # the step's directory could not be made, or a bounded wave not be written
             raise SaveError(f"step {step} could not be saved: {problem}", step=step) from problem
-        self._writing, self._last = step, CheckpointInfo(step=step, time=copied.manifest.time)
+        self._last = CheckpointInfo(step=step, time=copied.manifest.time)
         reason = "forced" if force else "preempted" if self.preempted else "due"
         return self._follow(step, store, reason, called)
 
@@ -235,7 +220,7 @@ class CheckpointManager:
 
     def _writable(self, step: int) -> orbax.Store:
         _check_step(step)
-        self._raise_failure()
+        self._pending.raise_failure()
         if self._store is None:
             raise SaveError(f"step {step} cannot be saved: this manager is read-only or closed", step=step)
         return self._store
@@ -247,7 +232,7 @@ class CheckpointManager:
         due = self._preemption.is_due(step, True) if force else self.should_save(step)
         if not due:
             return "not due by save_every"
-        exists = step == self._writing or step in set(self._catalog.steps()) - self._catalog.damaged
+        exists = step == self._pending.step or step in set(self._catalog.steps()) - self._catalog.damaged
         exists = self._job.agree(self._job.name("save"), exists)
         if exists and on_exists == "replace" and not self._catalog.can_replace:
             raise ValueError(
@@ -264,72 +249,22 @@ class CheckpointManager:
 
     def _follow(self, step: int, store: orbax.Store, reason: str, called: float) -> SaveResult:
         """Waits beside the caller until the step is durable, then does what follows from it."""
-        commit: concurrent.futures.Future[CheckpointInfo] = concurrent.futures.Future()
         blocked_s = time.perf_counter() - called
 
-        def finish() -> None:
-            try:
-                store.wait(step)
-                durable_s = time.perf_counter() - called
-                info = self._history.glance(self._catalog.manifest(step))
-            except BaseException as problem:  # raised again at the next call
-                self._last = None
-                self._failure = SaveError(f"step {step} could not be saved: {problem}", step=step)
-                self._failure.__cause__ = problem
-                self._journal.record("failed", step, why=str(problem))
-                _log.error("%s", self._failure)  # heard even if no next call comes
-                commit.set_exception(self._failure)
-                return
-            finally:
-                self._writing = None
-            info = dataclasses.replace(info, blocked_s=blocked_s, durable_s=durable_s)
-            commit.set_result(info)
-            if self._job.leads:
-                self._announce(info)
-                self._follow_with_mirror(step)
-                self._retain()
+        def commit() -> CheckpointInfo:
+            store.wait(step)
+            durable_s = time.perf_counter() - called
+            info = self._history.glance(self._catalog.manifest(step))
+            return dataclasses.replace(info, blocked_s=blocked_s, durable_s=durable_s)
 
-        self._background.start(f"the save of step {step}", finish)
+        def failed(failure: SaveError) -> None:
+            self._last = None
+            self._journal.record("failed", step, why=str(failure.__cause__))
+
+        told = self._pending.follow(step, commit, failed, self._aftermath.follow)
         if not self._options.asynchronous:
-            self._wait_for_last_save()
-        return SaveResult(step, reason, commit, self._acknowledge)
-
-    def _announce(self, info: CheckpointInfo) -> None:
-        _log.info(
-            "step %d saved: %d bytes, durable after %.3f s, the caller waited %.3f s",
-            info.step, info.disk_nbytes, info.durable_s, info.blocked_s,
-        )  # fmt: skip
-        self._journal.record(
-            "saved", info.step, nbytes=info.nbytes, disk_nbytes=info.disk_nbytes, metrics=info.metrics,
-            blocked_s=info.blocked_s, durable_s=info.durable_s,
-            keep=[policy.spell(each) for each in self._options.keep],
-        )  # fmt: skip
-        for callback in self._options.on_commit:
-            try:
-                callback(info)
-            except Exception:
-                _log.exception("step %d: on_commit callback %r failed", info.step, callback)
-
-    def _follow_with_mirror(self, *steps: int) -> None:
-        if self._mirror is not None and self._job.leads:
-            self._mirror.follow(*steps)
-
-    def _retain(self) -> None:
-        """Deletes what no policy keeps; called once a newer checkpoint is durable."""
-        with self._retaining:
-            try:
-                doomed = self._history.doomed()
-            except Exception:  # of every library below: those of buckets have errors of their own
-                _log.exception("what no policy keeps could not be looked up, and is deleted after a later save")
-                return
-            for step in doomed:
-                if self._mirror is not None and self._mirror.owes(step):
-                    continue
-                try:
-                    self._catalog.delete(step)
-                    self._journal.record("deleted", step, why="no policy keeps it")
-                except Exception:
-                    _log.exception("step %d could not be deleted", step)
+            self._pending.wait()
+        return SaveResult(step, reason, told, self._pending.acknowledge)
 
     # ------------------------------------------------------------ waiting and closing
 
@@ -339,24 +274,22 @@ class CheckpointManager:
         Raises SaveError if a save failed, CheckpointTimeoutError after `timeout_s` (default: the
         manager's) seconds.
         """
-        self._background.wait(timeout_s)
-        if self._mirror is not None:
-            self._mirror.wait(timeout_s)
-        self._raise_failure()
+        self._pending.join(timeout_s)
+        self._aftermath.wait(timeout_s)
+        self._pending.raise_failure()
 
     def close(self) -> None:
         """Waits for what is being written, then lets go of everything. Raises as `wait` does.
 
         After a CheckpointTimeoutError it is still being written, and `close` may be called again.
         """
-        self._background.wait()
+        self._pending.join()
         store, self._store = self._store, None
         if store is not None:
             store.close()
-            if self._mirror is not None:
-                self._mirror.wait()
+            self._aftermath.wait()
             self._writer.release()
-        self._raise_failure()
+        self._pending.raise_failure()
 
     @contextlib.contextmanager
     def preemption_guard(self, signals: Sequence[int] = (signal.SIGTERM,)) -> Iterator[None]:
@@ -387,24 +320,6 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _wait_for_last_save(self) -> None:
-        self._background.wait()
-        self._raise_failure()
-
-    def _settle(self, step: int) -> None:
-        """Waits for a step that is being written: to its caller it is there already."""
-        if step == self._writing and not self._background.is_current():
-            self._wait_for_last_save()
-
-    def _acknowledge(self) -> None:
-        """A failure that `SaveResult.result` has raised is not raised again."""
-        self._failure = None
-
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
 
     # ------------------------------------------------------------ restoring
 
@@ -452,72 +367,12 @@ class CheckpointManager:
             params, opt_state, optimizer, extras or {}, layouts.check(layout), cast, partial, rename or {},
             broadcast and self._job.count > 1,
         )  # fmt: skip
-        self._wait_for_last_save()
-        if step is not None:
-            wanted = self._best_anywhere() if step == "best" else _check_step(step)
-            number = self._job.agree(self._job.name("restore"), wanted)
-            if number is None:
-                raise self._catalog.nothing_good(
-                    {}, "no checkpoint has the metric that ranks them, or all are NaN"
-                )
-            return self._restore_together(number, request)
-        skipped: dict[int, str] = {}
-        while (candidate := self._newest_beside(skipped)) is not None:
-            try:
-                found = self._restore_together(candidate, request, skipped)
-            except CorruptCheckpointError as problem:
-                _log.warning("step %d is passed over as damaged: %s", candidate, problem)
-                self._journal.record("passed over", candidate, why=str(problem))
-                skipped[candidate] = str(problem)
-            except CheckpointNotFoundError:
-                continue  # the trainer deleted it under our hands, and has a newer one
-            else:
-                self._catalog.damaged.update(skipped)
-                return found
-        raise self._catalog.nothing_good(skipped)
-
-    def _newest_beside(self, skipped: Mapping[int, str]) -> int | None:
-        newest: int | None = max(self._steps_anywhere() - set(skipped), default=None)
-        return self._job.agree(self._job.name("restore"), newest)
-
-    def _steps_anywhere(self) -> set[int]:
-        """The steps here and in the mirror; one that cannot be reached is missed if there is nothing here."""
-        here = set(self._catalog.steps())
-        return here if self._mirror is None else here | set(self._mirror.steps(needed=not here))
-
-    def _best_anywhere(self) -> int | None:
-        away = self._mirror.history.all() if self._mirror is not None else []
-        return self._history.best(None, "min", beside=away)
-
-    def _restore_together(
-        self, step: int, request: items.Request, skipped: Mapping[int, str] | None = None
-    ) -> Checkpoint:
-        """Restores a step in every process, or in none; from the mirror if it is damaged here, or not here."""
-        try:
-            return self._restore_from(self._catalog, step, request, skipped or {})
-        except (CorruptCheckpointError, CheckpointNotFoundError) as problem:
-            if self._mirror is None or not self._job.agree(
-                self._job.name("mirror"), step in self._mirror.steps(needed=False)
-            ):
-                raise
-            _log.warning("step %d is taken from %s: %s", step, self._mirror.catalog.directory, problem)
-            found = self._restore_from(self._mirror.catalog, step, request, skipped or {})
-            if isinstance(problem, CorruptCheckpointError):
-                self._catalog.damaged.add(step)
-            return found
-
-    def _restore_from(
-        self, home: catalog.Catalog, step: int, request: items.Request, skipped: Mapping[int, str]
-    ) -> Checkpoint:
-        try:
-            name = self._job.name(f"the restore of step {step}")
-            return self._job.together(name, lambda: self._restore_step(home, step, request, skipped))
-        except job.OtherProcessError as problem:
-            if problem.kind == CorruptCheckpointError.__name__:
-                raise CorruptCheckpointError(str(problem), step=step) from None
-            if problem.kind == CheckpointNotFoundError.__name__:
-                raise CheckpointNotFoundError(str(problem), directory=str(self._directory), step=step) from None
-            raise
+        self._pending.wait()
+        if step is None:
+            return self._restorer.newest(request)
+        if step == "best":
+            return self._restorer.best(request)
+        return self._restorer.one(_check_step(step), request)
 
     def restore_or(
         self,
@@ -532,71 +387,11 @@ class CheckpointManager:
 
         Takes what `restore` takes; `Checkpoint.resumed` tells which of the two it was.
         """
-        self._wait_for_last_save()
-        if self._job.agree(self._job.name("restore"), bool(self._steps_anywhere())):
+        self._pending.wait()
+        if self._restorer.has_steps():
             return self.restore(params=params, opt_state=opt_state, extras=extras, **how)
         start = Checkpoint(step=step, params=params, opt_state=opt_state, extras=dict(extras or {}))
         return dataclasses.replace(start, resumed=False)
-
-    def _restore_step(
-        self, home: catalog.Catalog, step: int, request: items.Request, skipped: Mapping[int, str]
-    ) -> Checkpoint:
-        """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
-        home.require(step)
-        ends = time.monotonic() + self._options.timeout_s
-        while time.monotonic() < ends:
-            identity = home.identity(step)
-            try:
-                found = self._read_step(home, step, request, skipped)
-            except (CorruptCheckpointError, OSError):
-                home.require(step)  # says that it was deleted
-                if home.identity(step) == identity or request.broadcast:  # then all read, or none
-                    raise
-                continue
-            if home.identity(step) in (identity, None):
-                return found
-            if request.broadcast:
-                raise CheckpointTimeoutError(
-                    f"step {step} was replaced while several processes read it", waiting_for=f"step {step}"
-                )
-        waiting_for = f"a moment to read step {step} in which no writer replaces it"
-        raise CheckpointTimeoutError(f"no {waiting_for} in {self._options.timeout_s} s", waiting_for=waiting_for)
-
-    def _read_step(
-        self, home: catalog.Catalog, step: int, request: items.Request, skipped: Mapping[int, str]
-    ) -> Checkpoint:
-        directory = home.path(step)
-
-        def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], reading.Trees]:
-            manifest = home.manifest(step, fresh=True)
-            templates = request.templates(manifest)
-            matched = items.match(manifest, templates, request)
-            params = items.params_of(manifest, matched)
-            targets = layouts.targets(request.layout, matched, params, request.optimizer)
-            manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
-            trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast)
-            trees.fetch()
-            return manifest, templates, trees
-
-        with reading.reported(directory):
-            if request.broadcast:  # nothing is sent before all have read their part
-                name = self._job.name(f"the reading of step {step}")
-                manifest, templates, trees = self._job.together(name, open_trees)
-            else:
-                manifest, templates, trees = open_trees()
-            values = trees.place() | reading.read_values(manifest, directory, templates)
-        absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
-        _log.info("step %d restored from %s", step, directory)
-        self._journal.record("restored", step, source=str(directory))
-        return Checkpoint(
-            step=step,
-            params=values.pop(items.PARAMS, None),
-            opt_state=values.pop(items.OPT_STATE, None),
-            extras=absent | {name: items.handed_over(templates[name], value) for name, value in values.items()},
-            metrics=manifest.metrics,
-            info=self._history.glance(manifest),
-            skipped=skipped,
-        )
 
     # ------------------------------------------------------------ looking
 
@@ -629,7 +424,7 @@ class CheckpointManager:
 
     def info(self, step: int) -> CheckpointInfo:
         """What is known of a step without reading an array."""
-        self._settle(step)
+        self._pending.settle(step)
         return self._history.info(_check_step(step))
 
     def infos(self) -> list[CheckpointInfo]:
@@ -653,7 +448,7 @@ class CheckpointManager:
         number = self.latest() if step is None else _check_step(step)
         if number is None:
             raise self._catalog.nothing_good({})
-        self._settle(number)
+        self._pending.settle(number)
         try:
             manifest = self._catalog.manifest(number, fresh=True)
         except CorruptCheckpointError as problem:
@@ -663,7 +458,7 @@ class CheckpointManager:
     def delete(self, step: int) -> None:
         """Deletes a step, pinned or not."""
         self._writable(step)
-        self._wait_for_last_save()
+        self._pending.wait()
         if self._job.leads:
             self._catalog.delete(step)
             self._journal.record("deleted", step, why="asked for")
@@ -671,18 +466,18 @@ class CheckpointManager:
     def pin(self, step: int) -> None:
         """Keeps a step whatever retention says, until `unpin`."""
         self._writable(step)
-        self._settle(step)
+        self._pending.settle(step)
         if self._job.leads:
             self._catalog.pin(step)
-            self._follow_with_mirror()
+            self._aftermath.update_mirror()
 
     def unpin(self, step: int) -> None:
         """Gives a step back to retention."""
         self._writable(step)
-        self._settle(step)
+        self._pending.settle(step)
         if self._job.leads:
             self._catalog.unpin(step)
-            self._follow_with_mirror()
+            self._aftermath.update_mirror()
 
 
 def _check_step(step: Any) -> int:

@@ -24,7 +24,7 @@ POINTS = {
     "sync": "ckptmgr.storage.files:sync",  # names made durable
     "publish": "ckptmgr.storage.orbax:_publish",  # the rename
     "exchange": "ckptmgr.storage.orbax:_exchange",  # the swap of a step that is replaced
-    "retain": "ckptmgr.manager:CheckpointManager._retain",
+    "retain": "ckptmgr.aftermath:Aftermath._retain",
     "choose": "ckptmgr.history:History.doomed",  # what is to be deleted
     "delete": "ckptmgr.catalog:Catalog.delete",
     "remove": "ckptmgr.catalog:remove",  # the files of what is in no listing any more

@@ -59,12 +59,12 @@ MUTATIONS = [
     ),
     Mutation(
         3, "nothing is said of a step that is passed over",
-        "manager.py", '_log.warning("step %d is passed over as damaged: %s", candidate, problem)', "pass",
+        "restoring.py", '_log.warning("step %d is passed over as damaged: %s", candidate, problem)', "pass",
         "tests/test_manager.py::test_restoring_walks_back_past_a_damaged_step_and_says_so",
     ),
     Mutation(
         3, "a damaged step counts among those to keep",
-        "manager.py", "self._catalog.damaged.update(skipped)", "pass",
+        "restoring.py", "self._home.damaged.update(skipped)", "pass",
         "tests/test_crash.py::test_a_damaged_step_is_not_counted_not_deleted_and_its_number_is_free_again",
     ),
     Mutation(
@@ -89,7 +89,7 @@ MUTATIONS = [
     ),
     Mutation(
         6, "a failed save is not raised at the next call",
-        "manager.py", "self._failure.__cause__ = problem", "self._failure = None",
+        "pending.py", "self._failure = failure\n", "self._failure = None\n",
         "tests/test_manager.py::test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it",
     ),
     Mutation(
@@ -110,12 +110,12 @@ MUTATIONS = [
     ),
     Mutation(
         7, "a failed deletion ends the others",
-        "manager.py", '_log.exception("step %d could not be deleted", step)', "raise",
+        "aftermath.py", '_log.exception("step %d could not be deleted", step)', "raise",
         "tests/test_faults.py::test_a_deletion_that_fails_is_logged_does_not_stop_the_next_and_is_finished_later",
     ),
     Mutation(
         8, "a restore that was overtaken is not read again",
-        "manager.py", "if home.identity(step) == identity or request.broadcast:", "if True:",
+        "restoring.py", "if home.identity(step) == identity or request.broadcast:", "if True:",
         "tests/test_crash.py::test_a_reader_beside_a_writer_sees_whole_steps_or_a_clear_error",
     ),
     Mutation(

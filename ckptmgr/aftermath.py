@@ -1,0 +1,89 @@
+"""What follows from a commit: it is told, copied to the mirror, and what no policy keeps is deleted."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from ckptmgr import bucket, paths, policy
+from ckptmgr.catalog import Catalog
+from ckptmgr.checkpoint import CheckpointInfo
+from ckptmgr.history import History
+from ckptmgr.job import Job
+from ckptmgr.journal import Journal
+from ckptmgr.mirror import Mirror
+from ckptmgr.options import Options
+from ckptmgr.storage import reading
+
+_log = logging.getLogger("ckptmgr")
+
+
+class Aftermath:
+    """Of a job's processes the one that leads does all of it; a failure here is logged and harms no save."""
+
+    def __init__(self, options: Options, home: Catalog, history: History, job: Job, journal: Journal) -> None:
+        self._options, self._home, self._history = options, home, history
+        self._job, self._journal = job, journal
+        self._retaining = threading.Lock()  # the mirror's thread has its own reasons
+        self.mirror = self._open_mirror()
+
+    def _open_mirror(self) -> Mirror | None:
+        away, home = self._options.mirror, self._home.directory
+        if away is None:
+            return None
+        if away == home:
+            raise ValueError(f"mirror={str(away)!r} is the directory itself; a second home is another place")
+        if not paths.is_local(home):
+            raise ValueError(f"mirror={str(away)!r}: only a directory on a disk is copied, not {home}")
+        found = bucket.open_catalog(away, reading.read_stock)
+        return Mirror(self._home, found, self._options.mirror_keep, self._options.timeout_s, self._retain)
+
+    def follow(self, info: CheckpointInfo) -> None:
+        """Does what follows from the commit of a step."""
+        if self._job.leads:
+            self._tell(info)
+            self.update_mirror(info.step)
+            self._retain()
+
+    def update_mirror(self, *new: int) -> None:
+        """Has the mirror look at what is here, new steps above all; returns at once."""
+        if self.mirror is not None and self._job.leads:
+            self.mirror.follow(*new)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits until nothing is being copied."""
+        if self.mirror is not None:
+            self.mirror.wait(timeout_s)
+
+    def _tell(self, info: CheckpointInfo) -> None:
+        _log.info(
+            "step %d saved: %d bytes, durable after %.3f s, the caller waited %.3f s",
+            info.step, info.disk_nbytes, info.durable_s, info.blocked_s,
+        )  # fmt: skip
+        self._journal.record(
+            "saved", info.step, nbytes=info.nbytes, disk_nbytes=info.disk_nbytes, metrics=info.metrics,
+            blocked_s=info.blocked_s, durable_s=info.durable_s,
+            keep=[policy.spell(each) for each in self._options.keep],
+        )  # fmt: skip
+        for callback in self._options.on_commit:
+            try:
+                callback(info)
+            except Exception:
+                _log.exception("step %d: on_commit callback %r failed", info.step, callback)
+
+    def _retain(self) -> None:
+        """Deletes what no policy keeps; called once a newer checkpoint is durable."""
+        with self._retaining:
+            try:
+                doomed = self._history.doomed()
+            except Exception:  # of every library below: those of buckets have errors of their own
+                _log.exception("what no policy keeps could not be looked up, and is deleted after a later save")
+                return
+            for step in doomed:
+                if self.mirror is not None and self.mirror.owes(step):
+                    continue
+                try:
+                    self._home.delete(step)
+                    self._journal.record("deleted", step, why="no policy keeps it")
+                except Exception:
+                    _log.exception("step %d could not be deleted", step)

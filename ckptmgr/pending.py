@@ -1,0 +1,76 @@
+"""The save that is being written: waited for beside the training, its failure raised at the next call."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+from collections.abc import Callable
+
+from ckptmgr.checkpoint import CheckpointInfo
+from ckptmgr.errors import SaveError
+from ckptmgr.lifecycle import Background
+
+_log = logging.getLogger("ckptmgr")
+
+
+class Pending:
+    """One save at a time; `timeout_s` bounds every wait for it."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.step: int | None = None
+        self._background = Background(timeout_s)
+        self._failure: SaveError | None = None
+
+    def follow(
+        self,
+        step: int,
+        commit: Callable[[], CheckpointInfo],
+        failed: Callable[[SaveError], None],
+        then: Callable[[CheckpointInfo], None],
+    ) -> concurrent.futures.Future[CheckpointInfo]:
+        """Runs `commit`, which returns once the step is durable, in a thread, and `failed` or `then` after it."""
+        told: concurrent.futures.Future[CheckpointInfo] = concurrent.futures.Future()
+        self.step = step
+
+        def finish() -> None:
+            try:
+                info = commit()
+            except BaseException as problem:  # raised again at the next call
+                failure = SaveError(f"step {step} could not be saved: {problem}", step=step)
+                failure.__cause__ = problem
+                self._failure = failure
+                failed(failure)
+                _log.error("%s", failure)  # heard even if no next call comes
+                told.set_exception(failure)
+                return
+            finally:
+                self.step = None
+            told.set_result(info)
+            then(info)
+
+        self._background.start(f"the save of step {step}", finish)
+        return told
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Waits until nothing is being written, and what follows from it is done."""
+        self._background.wait(timeout_s)
+
+    def wait(self) -> None:
+        """The same, and raises what has failed."""
+        self.join()
+        self.raise_failure()
+
+    def settle(self, step: int) -> None:
+        """Waits for a step that is being written: to its caller it is there already."""
+        if step == self.step and not self._background.is_current():
+            self.wait()
+
+    def acknowledge(self) -> None:
+        """A failure that `SaveResult.result` has raised is not raised again."""
+        self._failure = None
+
+    def raise_failure(self) -> None:
+        """Raises the failure of the last save, once."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure

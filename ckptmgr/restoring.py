@@ -1,0 +1,169 @@
+"""Restoring: the same step in every process, the newest good one, from the mirror if need be."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ckptmgr import items, journal
+from ckptmgr import layout as layouts
+from ckptmgr import manifest as manifests
+from ckptmgr.catalog import Catalog
+from ckptmgr.checkpoint import Checkpoint
+from ckptmgr.errors import CheckpointNotFoundError, CheckpointTimeoutError, CorruptCheckpointError
+from ckptmgr.history import History
+from ckptmgr.job import Job, OtherProcessError
+from ckptmgr.mirror import Mirror
+from ckptmgr.storage import reading
+
+_log = logging.getLogger("ckptmgr")
+
+
+class Restorer:
+    """Restores the steps of a run; what one process cannot restore, none does."""
+
+    def __init__(
+        self,
+        home: Catalog,
+        history: History,
+        mirror: Mirror | None,
+        job: Job,
+        journal: journal.Journal,
+        timeout_s: float,
+    ) -> None:
+        self._home, self._history, self._mirror = home, history, mirror
+        self._job, self._journal, self._timeout_s = job, journal, timeout_s
+
+    # ------------------------------------------------------------ which step
+
+    def has_steps(self) -> bool:
+        """Whether there is anything to restore, as process 0 sees it."""
+        return self._job.agree(self._job.name("restore"), bool(self._steps()))
+
+    def best(self, request: items.Request) -> Checkpoint:
+        """The step that the policies rank first, here and in the mirror."""
+        away = self._mirror.history.all() if self._mirror is not None else []
+        number = self._job.agree(self._job.name("restore"), self._history.best(None, "min", beside=away))
+        if number is None:
+            raise self._home.nothing_good({}, "no checkpoint has the metric that ranks them, or all are NaN")
+        return self._restore(number, request)
+
+    def one(self, step: int, request: items.Request) -> Checkpoint:
+        """This step and no other."""
+        return self._restore(self._job.agree(self._job.name("restore"), step), request)
+
+    def newest(self, request: items.Request) -> Checkpoint:
+        """The newest good step; those passed over as damaged count as if they were not there any more."""
+        skipped: dict[int, str] = {}
+        while (candidate := self._newest_beside(skipped)) is not None:
+            try:
+                found = self._restore(candidate, request, skipped)
+            except CorruptCheckpointError as problem:
+                _log.warning("step %d is passed over as damaged: %s", candidate, problem)
+                self._journal.record("passed over", candidate, why=str(problem))
+                skipped[candidate] = str(problem)
+            except CheckpointNotFoundError:
+                continue  # the trainer deleted it under our hands, and has a newer one
+            else:
+                self._home.damaged.update(skipped)
+                return found
+        raise self._home.nothing_good(skipped)
+
+    def _newest_beside(self, skipped: Mapping[int, str]) -> int | None:
+        newest: int | None = max(self._steps() - set(skipped), default=None)
+        return self._job.agree(self._job.name("restore"), newest)
+
+    def _steps(self) -> set[int]:
+        """The steps here and in the mirror; one that cannot be reached is missed if there is nothing here."""
+        here = set(self._home.steps())
+        return here if self._mirror is None else here | set(self._mirror.steps(needed=not here))
+
+    # ------------------------------------------------------------ from where
+
+    def _restore(self, step: int, request: items.Request, skipped: Mapping[int, str] | None = None) -> Checkpoint:
+        """Restores a step in every process, or in none; from the mirror if it is damaged here, or not here."""
+        try:
+            return self._together(self._home, step, request, skipped or {})
+        except (CorruptCheckpointError, CheckpointNotFoundError) as problem:
+            if self._mirror is None or not self._job.agree(
+                self._job.name("mirror"), step in self._mirror.steps(needed=False)
+            ):
+                raise
+            _log.warning("step %d is taken from %s: %s", step, self._mirror.catalog.directory, problem)
+            found = self._together(self._mirror.catalog, step, request, skipped or {})
+            if isinstance(problem, CorruptCheckpointError):
+                self._home.damaged.add(step)
+            return found
+
+    def _together(
+        self, home: Catalog, step: int, request: items.Request, skipped: Mapping[int, str]
+    ) -> Checkpoint:
+        try:
+            name = self._job.name(f"the restore of step {step}")
+            return self._job.together(name, lambda: self._whole(home, step, request, skipped))
+        except OtherProcessError as problem:
+            if problem.kind == CorruptCheckpointError.__name__:
+                raise CorruptCheckpointError(str(problem), step=step) from None
+            if problem.kind == CheckpointNotFoundError.__name__:
+                raise CheckpointNotFoundError(str(problem), directory=str(home.directory), step=step) from None
+            raise
+
+    # ------------------------------------------------------------ reading it
+
+    def _whole(self, home: Catalog, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
+        """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
+        home.require(step)
+        ends = time.monotonic() + self._timeout_s
+        while time.monotonic() < ends:
+            identity = home.identity(step)
+            try:
+                found = self._read(home, step, request, skipped)
+            except (CorruptCheckpointError, OSError):
+                home.require(step)  # says that it was deleted
+                if home.identity(step) == identity or request.broadcast:  # then all read, or none
+                    raise
+                continue
+            if home.identity(step) in (identity, None):
+                return found
+            if request.broadcast:
+                raise CheckpointTimeoutError(
+                    f"step {step} was replaced while several processes read it", waiting_for=f"step {step}"
+                )
+        waiting_for = f"a moment to read step {step} in which no writer replaces it"
+        raise CheckpointTimeoutError(f"no {waiting_for} in {self._timeout_s} s", waiting_for=waiting_for)
+
+    def _read(self, home: Catalog, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
+        directory = home.path(step)
+
+        def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], reading.Trees]:
+            manifest = home.manifest(step, fresh=True)
+            templates = request.templates(manifest)
+            matched = items.match(manifest, templates, request)
+            params = items.params_of(manifest, matched)
+            targets = layouts.targets(request.layout, matched, params, request.optimizer)
+            manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
+            trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast)
+            trees.fetch()
+            return manifest, templates, trees
+
+        with reading.reported(directory):
+            if request.broadcast:  # nothing is sent before all have read their part
+                name = self._job.name(f"the reading of step {step}")
+                manifest, templates, trees = self._job.together(name, open_trees)
+            else:
+                manifest, templates, trees = open_trees()
+            values = trees.place() | reading.read_values(manifest, directory, templates)
+        absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
+        _log.info("step %d restored from %s", step, directory)
+        self._journal.record("restored", step, source=str(directory))
+        return Checkpoint(
+            step=step,
+            params=values.pop(items.PARAMS, None),
+            opt_state=values.pop(items.OPT_STATE, None),
+            extras=absent | {name: items.handed_over(templates[name], value) for name, value in values.items()},
+            metrics=manifest.metrics,
+            info=self._history.glance(manifest),
+            skipped=skipped,
+        )
