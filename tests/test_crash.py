@@ -220,7 +220,7 @@ def test_a_reader_that_is_overtaken_again_and_again_says_so_in_time(tmp_path, mo
         manager.save(0, trainer.state(0))
         manager.wait()
         reader = ckptmgr.CheckpointManager(tmp_path, read_only=True, timeout_s=0.5)
-        read = reader._read_step
+        read = reader._restorer._read
 
         def overtaken(*args):
             found = read(*args)
@@ -228,7 +228,7 @@ def test_a_reader_that_is_overtaken_again_and_again_says_so_in_time(tmp_path, mo
             manager.wait()
             return found
 
-        monkeypatch.setattr(reader, "_read_step", overtaken)
+        monkeypatch.setattr(reader._restorer, "_read", overtaken)
         with pytest.raises(ckptmgr.CheckpointTimeoutError, match=r"no writer replaces it in 0\.5 s"):
             reader.restore(0, params=trainer.state(0))
 
