@@ -35,7 +35,8 @@ def html(manager: CheckpointManager) -> str:
         _section("Walk-backs and failures", _troubles(events, damaged)),
         _section("Checkpoints on disk", _checkpoints(infos, damaged)),
     ])  # fmt: skip
-    return _PAGE.format(title=_text(name), style=_STYLE, body=body)
+    page = _PAGE.format(title=_text(name), style=_STYLE, body=body)
+    return page.encode("ascii", "xmlcharrefreplace").decode()  # the same in whatever encoding it is written
 
 
 def survey(
@@ -302,6 +303,7 @@ _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">

@@ -15,7 +15,7 @@ with warnings.catch_warnings():
     from selenium import webdriver
 
 pytestmark = pytest.mark.xdist_group("browser")
-EVIL = "<script>document.title='run'</script>"
+EVIL = "<script>document.title='run'</script> \u00e9\u6771"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def page(tmp_path_factory):
 
 def written(run):
     file = run.parent / f"{run.name}.html"
-    file.write_text(report.html(ckptmgr.CheckpointManager(run, read_only=True)))
+    file.write_text(report.html(ckptmgr.CheckpointManager(run, read_only=True)), encoding="ascii")
     return file
 
 
