@@ -169,7 +169,7 @@ def test_damage_that_one_reader_sees_makes_all_walk_back(tmp_path):
 def test_one_process_killed_at_random_moments_leaves_the_newest_step_whole(victim, tmp_path):
     draw, newest = random.Random(victim), 0
     for _ in range(counted(1, full=12)):
-        processes = start(2, tmp_path, "train", "1", timeout_s=4.0)
+        processes = start(2, tmp_path, "train", "1", timeout_s=8.0)
         said = [process.stdout for process in processes]
         try:
             for index, process in enumerate(processes):
@@ -185,7 +185,7 @@ def test_one_process_killed_at_random_moments_leaves_the_newest_step_whole(victi
             if victim == 1:  # without process 0, the coordinator, JAX itself ends the others
                 named = "^failed (CheckpointTimeoutError|SaveError) .*process 1 .*did not come"
                 assert re.search(named, out, re.MULTILINE), out + err[-3000:]
-                assert ended < 30
+                assert ended < 4 * 8
         finally:
             end(processes)
         newest = restored(tmp_path)
