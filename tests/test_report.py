@@ -1,5 +1,6 @@
 """The report of a run, in a real browser: Debian's packages chromium and chromium-driver."""
 
+import os
 import shutil
 import warnings
 
@@ -21,7 +22,9 @@ EVIL = "<script>document.title='run'</script> \u00e9\u6771"
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    assert all(found.values()), "apt-get install chromium chromium-driver"
+    if not all(found.values()):
+        assert "CI" not in os.environ, found
+        pytest.skip("the report is looked at with a browser: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = found["chromium"]
     for argument in (
