@@ -53,12 +53,12 @@ class Job:
             self._client.key_value_set(key, json.dumps(value))
             return value
         try:
-            said: Result = json.loads(self._client.blocking_key_value_get(key, self._ms()))
+            said: Result = json.loads(self._client.blocking_key_value_get(key, _ms(self._timeout_s)))
             return said
         except jax.errors.JaxRuntimeError as problem:
-            raise self._late(name, [0]) from problem
+            raise self._late(name, [0], self._timeout_s) from problem
 
-    def share(self, name: str, problem: Exception | None = None) -> None:
+    def share(self, name: str, problem: Exception | None = None, *, timeout_s: float | None = None) -> None:
         """Waits for all processes; raises `problem`, or what another process has to tell.
 
         Raises CheckpointTimeoutError that names the processes that did not come.
@@ -67,13 +67,16 @@ class Job:
             if problem is not None:
                 raise problem
             return
+        timeout_s = timeout_s or self._timeout_s
         key = f"{self._prefix}/{name}"
         report = problem and [type(problem).__name__, str(problem)]
         self._client.key_value_set(f"{key}/here/{self.index}", json.dumps(report))
+        if problem is not None and absent(problem):
+            raise problem  # who was waited for in vain is not waited for again, and the others know it too
         try:
-            self._client.wait_at_barrier(key, self._ms())
+            self._client.wait_at_barrier(key, _ms(timeout_s))
         except jax.errors.JaxRuntimeError as late:
-            raise problem or self._late(name, absent(late)) from late
+            raise problem or self._late(name, absent(late), timeout_s) from late
         reports = self._reports(key)
         self._tidy(f"{key}/")
         if problem is not None:
@@ -97,14 +100,9 @@ class Job:
         told = self._client.key_value_dir_get(f"{key}/here/")
         return {int(name.rpartition("/")[2]): json.loads(report) for name, report in told}
 
-    def _late(self, name: str, missing: list[int]) -> CheckpointTimeoutError:
+    def _late(self, name: str, missing: list[int], timeout_s: float) -> CheckpointTimeoutError:
         waiting_for = f"{spell(missing)} of {self.count} at {name}"
-        return CheckpointTimeoutError(
-            f"{waiting_for} did not come in {self._timeout_s} s", waiting_for=waiting_for
-        )
-
-    def _ms(self) -> int:
-        return max(1, int(self._timeout_s * 1000))
+        return CheckpointTimeoutError(f"{waiting_for} did not come in {timeout_s} s", waiting_for=waiting_for)
 
     def _tidy(self, key: str) -> None:
         """Whoever comes to this call has read what was said in those before it."""
@@ -114,13 +112,21 @@ class Job:
         self._read = [key]
 
 
+def _ms(seconds: float) -> int:
+    return max(1, int(seconds * 1000))
+
+
 _ABSENT = re.compile(r"timed out task names:\s*([\d\s]+)")
 
 
 def absent(problem: BaseException) -> list[int]:
-    """The processes that did not come to a barrier, from JAX's own words (of an error or its cause)."""
-    found = _ABSENT.search(f"{problem} {problem.__cause__}")
-    return [int(index) for index in found[1].split()] if found else []
+    """The processes that did not come to a barrier, from JAX's own words (of an error or what caused it)."""
+    link: BaseException | None = problem
+    while link is not None:
+        if found := _ABSENT.search(str(link)):
+            return [int(index) for index in found[1].split()]
+        link = link.__cause__
+    return []
 
 
 def spell(processes: Sequence[int]) -> str:

@@ -98,6 +98,11 @@ MUTATIONS = [
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
+        6, "a process that was waited for in vain is waited for again",
+        "job.py", "if problem is not None and absent(problem):", "if False:",
+        "tests/test_job.py::test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time",
+    ),
+    Mutation(
         7, "the newest step is no exception",
         "policy.py", ' + ["newest"] * (step == newest)', "",
         "tests/test_policy.py",

@@ -104,12 +104,12 @@ def test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time(fault, t
         assert processes[victim].wait(100) == -signal.SIGKILL
         killed = time.monotonic()
         out, err = processes[1 - victim].communicate(timeout=100)
-        assert time.monotonic() - killed < 3 * timeout_s
+        assert time.monotonic() - killed < 1.25 * timeout_s  # which includes the end of a process
         assert processes[1 - victim].returncode != 0
     finally:
         end(processes)
     if victim == 1:  # the coordinator of jax.distributed is alive to tell
-        assert "failed SaveError step 2 could not be saved: process 1 did not come in 8.0 s" in out, err[-2000:]
+        assert "failed SaveError step 2 could not be saved: process 1 did not come in 4.0 s" in out, err[-2000:]
     with ckptmgr.CheckpointManager(tmp_path) as manager:
         assert manager.steps() == ([1, 2] if "publish" in fault else [1])
         assert manager.restore(layout=ckptmgr.HOST).params["number"] == manager.latest()

@@ -55,7 +55,8 @@ class Store:
     def __init__(self, directory: epath.Path, *, compression: str | None, timeout_s: float) -> None:
         self._directory = directory
         self._compression = compression
-        self._timeout_s = timeout_s
+        # How long processes wait for each other here. The other half is for finding out who is missing.
+        self._patience_s = timeout_s / 2
         self._build_manifest: BuildManifest | None = None
         self._writers = _Writers()
         self._manager: ocp.CheckpointManager | None = self._open()
@@ -65,20 +66,20 @@ class Store:
         registry.add(None, ocp.args.StandardSave, _ArraysHandler(self._compression, self._writers))
         registry.add(None, ocp.args.JsonSave, _JsonHandler(json_file(""), self._writers))
         registry.add(METRICS, ocp.args.JsonSave, _JsonHandler(json_file(METRICS), self._writers))
+        processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
         options = ocp.CheckpointManagerOptions(
             step_name_format=_UnlistedSteps(),
             preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
             temporary_path_class=_commit_class(lambda: self._build_manifest),
             file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
             async_options=ocp.AsyncOptions(
-                timeout_secs=int(self._timeout_s) or 1,
+                timeout_secs=int(self._patience_s) or 1,
+                barrier_sync_fn=_Barrier(processes),
                 # Writers that wait for a directory nobody could create wait for minutes; a few mkdirs are
                 # quick, and what stops them is raised by `save` itself.
                 create_directories_asynchronously=False,
             ),
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                active_processes=set(range(jax.process_count())) if jax.process_count() > 1 else None
-            ),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
             create=False,  # `catalog` has made it
             save_root_metadata=False,
             lightweight_initialize=True,
@@ -118,7 +119,7 @@ class Store:
             absent = job.absent(problem)
             if not absent:
                 raise
-            raise TimeoutError(f"{job.spell(absent)} did not come in {self._timeout_s} s") from problem
+            raise TimeoutError(f"{job.spell(absent)} did not come in {self._patience_s} s") from problem
 
     def _bounded(self, call: Callable[[], Any]) -> Any:
         """Makes a call of Orbax in which processes wait for each other for as long as it pleases Orbax."""
@@ -135,15 +136,15 @@ class Store:
 
         threading.Thread(target=run, name="ckptmgr: a call of Orbax", daemon=True).start()
         try:
-            return called.result(self._timeout_s)
+            return called.result(self._patience_s)
         except concurrent.futures.TimeoutError:
             if called.done():
                 raise
-            raise TimeoutError(f"another process did not come in {self._timeout_s} s") from None
+            raise TimeoutError(f"another process did not come in {self._patience_s} s") from None
 
     def _recover(self, step: int) -> None:
         """Makes room again; the next save opens a new manager: one whose commit failed keeps the failure."""
-        self._writers.settle(self._timeout_s)
+        self._writers.settle(self._patience_s)
         self._manager = None
         unfinished = self._directory / f"{step}{catalog.UNFINISHED if paths.is_local(self._directory) else ''}"
         if jax.process_index() == 0:
@@ -155,6 +156,24 @@ class Store:
         if self._manager is not None:
             with chatter.ours():
                 self._manager.close()
+
+
+class _Barrier:
+    """Where Orbax's threads wait for the other processes; one that did not come is not waited for again."""
+
+    def __init__(self, processes: set[int] | None) -> None:
+        self._sync = ocp.multihost.get_barrier_sync_fn(processes=processes)
+        self._broken: Exception | None = None
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        if self._broken is not None:
+            raise self._broken
+        try:
+            self._sync(key=key, timeout_ms=timeout_ms)
+        except Exception as problem:
+            if job.absent(problem):
+                self._broken = problem
+            raise
 
 
 class _Manager(ocp.CheckpointManager):
