@@ -32,4 +32,5 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
     finally:
         timer.cancel()
-        progress.stop()
+        if progress.live.is_started:  # else it would leave an empty line
+            progress.stop()

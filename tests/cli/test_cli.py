@@ -1,5 +1,6 @@
 """The commands, each run as a person types it: `ckptmgr ...`, in a process of its own."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -36,6 +37,7 @@ def run(*words, env=None):
 def ok(*words):
     code, out, err = run(*words)
     assert code == 0, out + err
+    assert "" not in err.splitlines()  # which a bar would leave that nobody has seen
     return out
 
 
@@ -253,3 +255,26 @@ def test_without_the_extra_it_says_what_to_install(tmp_path):
 
 def test_the_command_is_installed():
     assert (Path(sys.executable).parent / "ckptmgr").exists()
+
+
+@pytest.mark.parametrize(("lasts_s", "is_seen"), [(1.6, True), (0.2, False)])
+def test_what_takes_longer_than_a_second_shows_a_bar_on_a_terminal(lasts_s, is_seen):
+    program = (
+        "import sys, time\n"
+        "from ckptmgr.cli.working import working\n"
+        "with working('verifying') as told:\n"
+        "    told(50, 100)\n"
+        "    time.sleep(float(sys.argv[1]))\n"
+    )
+    ours, theirs = os.openpty()
+    shown = subprocess.Popen(
+        [sys.executable, "-c", program, str(lasts_s)], stderr=theirs, env=os.environ | {"TERM": "xterm"}
+    )
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # Linux's word for the end of a terminal
+        while read := os.read(ours, 4096):
+            said += read
+    os.close(ours)
+    assert shown.wait() == 0
+    assert (b"verifying" in said, b"50%" in said) == (is_seen, is_seen), said
