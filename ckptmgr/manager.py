@@ -199,7 +199,7 @@ class CheckpointManager:
             store.start(step, copied.contents, copied.build_manifest)
         except TimeoutError:
             name = self._job.name(f"the start of step {step}")
-            self._job.share(name, timeout_s=self._options.timeout_s / 2)  # says who is not there any more
+            self._job.share(name, timeout_s=store.patience_s)  # says who is not there any more
             raise
         except Exception as problem:  # the step's directory could not be made, or a bounded wave not be written
             raise SaveError(f"step {step} could not be saved: {problem}", step=step) from problem

@@ -6,6 +6,8 @@ import os
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
@@ -22,12 +24,5 @@ def load(directory: str | os.PathLike[str]) -> Any:
     path = pathlib.Path(os.path.abspath(directory))
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata.tree
-        on_host = _map(metadata)
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=on_host))
-
-
-def _map(metadata: Any) -> Any:
-    import jax
-    import numpy as np
-
-    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)

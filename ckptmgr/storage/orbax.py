@@ -55,8 +55,8 @@ class Store:
     def __init__(self, directory: epath.Path, *, compression: str | None, timeout_s: float) -> None:
         self._directory = directory
         self._compression = compression
-        # How long processes wait for each other here. The other half is for finding out who is missing.
-        self._patience_s = timeout_s / 2
+        # How long processes wait for each other in a call of Orbax; then as long again to find out who is missing.
+        self.patience_s = timeout_s / 2
         self._build_manifest: BuildManifest | None = None
         self._writers = _Writers()
         self._manager: ocp.CheckpointManager | None = self._open()
@@ -73,7 +73,7 @@ class Store:
             temporary_path_class=_commit_class(lambda: self._build_manifest),
             file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
             async_options=ocp.AsyncOptions(
-                timeout_secs=int(self._patience_s) or 1,
+                timeout_secs=int(self.patience_s) or 1,
                 barrier_sync_fn=_Barrier(processes),
                 # Writers that wait for a directory nobody could create wait for minutes; a few mkdirs are
                 # quick, and what stops them is raised by `save` itself.
@@ -119,7 +119,7 @@ class Store:
             absent = job.absent(problem)
             if not absent:
                 raise
-            raise TimeoutError(f"{job.spell(absent)} did not come in {self._patience_s} s") from problem
+            raise TimeoutError(f"{job.spell(absent)} did not come in {self.patience_s} s") from problem
 
     def _bounded(self, call: Callable[[], Any]) -> Any:
         """Makes a call of Orbax in which processes wait for each other for as long as it pleases Orbax."""
@@ -136,15 +136,15 @@ class Store:
 
         threading.Thread(target=run, name="ckptmgr: a call of Orbax", daemon=True).start()
         try:
-            return called.result(self._patience_s)
+            return called.result(self.patience_s)
         except concurrent.futures.TimeoutError:
             if called.done():
                 raise
-            raise TimeoutError(f"another process did not come in {self._patience_s} s") from None
+            raise TimeoutError(f"another process did not come in {self.patience_s} s") from None
 
     def _recover(self, step: int) -> None:
         """Makes room again; the next save opens a new manager: one whose commit failed keeps the failure."""
-        self._writers.settle(self._patience_s)
+        self._writers.settle(self.patience_s)
         self._manager = None
         unfinished = self._directory / f"{step}{catalog.UNFINISHED if paths.is_local(self._directory) else ''}"
         if jax.process_index() == 0:

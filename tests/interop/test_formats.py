@@ -26,7 +26,8 @@ NESTED = {
 }
 
 
-def equal(one, other):
+def assert_equal(one, other):
+    """Equal bits, numpy's or JAX's alike, which `ckptmgr.testing.assert_trees_equal` tells apart."""
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
@@ -35,7 +36,7 @@ def equal(one, other):
 @pytest.mark.parametrize("name", ["tree.safetensors", "tree.npz"])
 def test_there_and_back_with_equal_bits(name, tmp_path):
     assert interop.write(TREE, tmp_path / name) == [tmp_path / name]
-    equal(interop.read(tmp_path / name), NESTED)
+    assert_equal(interop.read(tmp_path / name), NESTED)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -44,9 +45,9 @@ def test_safetensors_reads_what_is_written_and_we_read_what_it_writes(tmp_path):
     theirs = safetensors.flax.load_file(tmp_path / "ours.safetensors")  # which knows no float8
     assert set(theirs) == {"dense/b", "dense/w", "head/0", "head/1", "head/2"}
     for name in ("w", "b"):
-        equal(theirs[f"dense/{name}"], TREE["dense"][name])
+        assert_equal(theirs[f"dense/{name}"], TREE["dense"][name])
     safetensors.flax.save_file(theirs, tmp_path / "theirs.safetensors")
-    equal(interop.read(tmp_path / "theirs.safetensors")["dense"], TREE["dense"])
+    assert_equal(interop.read(tmp_path / "theirs.safetensors")["dense"], TREE["dense"])
 
 
 def test_torch_reads_the_same_bits(tmp_path):
@@ -59,7 +60,7 @@ def test_torch_reads_the_same_bits(tmp_path):
     assert found["w"].numpy().tobytes() == np.asarray(TREE["dense"]["w"]).tobytes()
     assert found["b"].view(torch.uint8).numpy().tobytes() == np.asarray(TREE["dense"]["b"]).tobytes()
     safetensors.torch.save_file(found, tmp_path / "theirs.safetensors")
-    equal(interop.read(tmp_path / "theirs.safetensors"), TREE["dense"])
+    assert_equal(interop.read(tmp_path / "theirs.safetensors"), TREE["dense"])
 
 
 def test_shards_of_bounded_size_with_an_index(tmp_path):
@@ -71,7 +72,7 @@ def test_shards_of_bounded_size_with_an_index(tmp_path):
     assert said["weight_map"]["w4"] == "model-00003-of-00003.safetensors"
     assert set(safetensors.flax.load_file(shards[1])) == {"w2", "w3"}
     for path in (tmp_path, index):
-        equal(interop.read(path), tree)
+        assert_equal(interop.read(path), tree)
     index.write_text(json.dumps({"weight_map": {"w": "../elsewhere"}}))
     with pytest.raises(ValueError, match=r"\.\./elsewhere"):
         interop.read(index)
@@ -102,16 +103,18 @@ def test_npz_runs_no_pickle(tmp_path):
 
 def test_flax_msgpack(tmp_path):
     (tmp_path / "x.msgpack").write_bytes(flax.serialization.to_bytes(TREE["dense"]))
-    equal(interop.read(tmp_path / "x.msgpack"), TREE["dense"])
+    assert_equal(interop.read(tmp_path / "x.msgpack"), TREE["dense"])
 
 
 def test_stock_orbax_reads_what_is_written_and_we_read_what_it_writes(tmp_path):
     tree = {"dense": TREE["dense"], "n": np.arange(3)}
     interop.write(tree, tmp_path / "ours")
     with ocp.StandardCheckpointer() as stock:
-        equal(stock.restore(tmp_path / "ours", target=jax.tree.map(jnp.asarray, tree))["dense"], tree["dense"])
+        assert_equal(
+            stock.restore(tmp_path / "ours", target=jax.tree.map(jnp.asarray, tree))["dense"], tree["dense"]
+        )
         stock.save(tmp_path / "theirs", tree)
-    equal(interop.read(tmp_path / "theirs"), tree)
+    assert_equal(interop.read(tmp_path / "theirs"), tree)
 
 
 def test_an_unknown_ending_is_said_with_those_that_are_known(tmp_path):
