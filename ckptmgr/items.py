@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import functools
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -20,11 +21,13 @@ import numpy as np
 
 from ckptmgr import difference, structure
 from ckptmgr.difference import LeafDiff, StructureDiff
+from ckptmgr.errors import UnsupportedLeafError
 from ckptmgr.manifest import Item, Manifest
 from ckptmgr.structure import LeafSpec, Row, TreeSpec, is_weak
 
 PARAMS, OPT_STATE, STEP, METRICS = "params", "opt_state", "step", "metrics"
 _RESERVED = frozenset({PARAMS, OPT_STATE, STEP, METRICS})
+_log = logging.getLogger("ckptmgr")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -180,7 +183,15 @@ class Request:
         if self.optimizer is not None:
             asked = {PARAMS: self.params, OPT_STATE: _state_template(manifest, self.optimizer, self.params)}
         asked |= self.extras
-        return asked or {name: None for name in manifest.items if name not in (STEP, METRICS)}
+        return asked or _everything(manifest)
+
+
+def _everything(manifest: Manifest) -> dict[str, None]:
+    """What comes back when no template is given; what is not read is said."""
+    unread = {name: item.why for name, item in manifest.items.items() if item.kind == "unread"}
+    for name, why in unread.items():
+        _log.warning("step %d: %s is not restored: %s", manifest.step, name, why)
+    return {name: None for name in manifest.items if name not in (STEP, METRICS, *unread)}
 
 
 def match(manifest: Manifest, templates: Mapping[str, Any], request: Request) -> list[Matched]:
@@ -189,6 +200,8 @@ def match(manifest: Manifest, templates: Mapping[str, Any], request: Request) ->
     diff, matched = StructureDiff(), []
     for name, template in templates.items():
         item = manifest.items.get(name)
+        if item is not None and item.kind == "unread":
+            raise UnsupportedLeafError(f"step {manifest.step}: {name} is not restored: {item.why}", leaf=name)
         if item is None and name not in _RESERVED:
             diff += StructureDiff((LeafDiff(name, None, None, "missing"),)).without(*allowed)
         elif item is None or item.kind == "arrays":

@@ -18,8 +18,8 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         1, "a step that is being written is listed",
-        "catalog.py", "int(name) for name in self._folders() if _STEP.fullmatch(name)",
-        "int(name.partition('.')[0]) for name in self._folders() if name[0].isdigit()",
+        "catalog.py", "int(name) for name in entries if STEP.fullmatch(name) and self._is_step(name)",
+        "int(name.partition('.')[0]) for name in entries if name[0].isdigit()",
         "tests/test_catalog.py::test_only_whole_numbers_are_steps",
     ),
     Mutation(
