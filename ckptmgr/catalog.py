@@ -108,13 +108,14 @@ class Catalog:
         return is_checkpoint(os.path.join(self.directory, name))
 
     def _is_msgpack(self, name: str) -> bool:
-        """Whether this is a file that begins as a map of msgpack does, which is what flax writes."""
+        """Whether this is a file that begins as a map of msgpack does, which is what flax writes. (0x80, an empty
+        map, is how pickles begin.)"""
         try:
             with (self.directory / name).open("rb") as file:
                 first = file.read(1)
         except OSError:
             return False
-        return bool(first) and (0x80 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
+        return bool(first) and (0x81 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
 
     def check_free(self, step: int) -> None:
         """Raises SaveError if a save would mix names of two forms, or replace what is no checkpoint."""

@@ -208,8 +208,19 @@ def match(manifest: Manifest, templates: Mapping[str, Any], request: Request) ->
             pair, differs = _match_tree(name, item or Item("arrays"), template, request.rename)
             matched.append(pair)
             diff += differs.without(*allowed)
-    difference.raise_if_different(diff, " and ".join(templates))
+    difference.raise_if_different(diff, " and ".join(templates), _where_else(manifest, templates))
     return matched
+
+
+def _where_else(manifest: Manifest, templates: Mapping[str, Any]) -> str:
+    """What to do if params or opt_state are asked for in a checkpoint that others wrote under other names."""
+    absent = [name for name in (PARAMS, OPT_STATE) if name in templates and name not in manifest.items]
+    others = [name for name, item in manifest.items.items() if item.kind == "arrays" and name not in _RESERVED]
+    if not absent or not others:
+        return ""
+    return (
+        f"it has no {' and no '.join(absent)}; give a template to what it has: extras={{{others[0]!r}: template}}"
+    )
 
 
 def params_of(manifest: Manifest, matched: Sequence[Matched]) -> Matched:

@@ -1,6 +1,7 @@
-"""The names that others give to steps: `run_9` (Orbax's step_prefix, flax), `000009` (zero-padded), `run_000009`.
+"""The names that others give to steps: `run_9` (Orbax's step_prefix, flax), `000009` (zero-padded), `ckpt-9`.
 
-Orbax's own manager is told the form; we find it: all steps of a run have one prefix, then digits.
+Orbax's own manager is told the form; we find it: all steps of a run have one prefix, then digits. A prefix with a
+dot in it belongs to what is being written, or was set aside.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_NAME = re.compile(r"(?:(?P<prefix>[^.].*)_)?(?P<digits>[0-9]{1,18})", re.ASCII)
+_NAME = re.compile(r"(?P<prefix>[^.]*[^.0-9])?(?P<digits>[0-9]{1,18})")
 
 
 def number(name: str) -> int | None:

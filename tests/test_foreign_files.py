@@ -342,7 +342,28 @@ def test_the_page_for_readers_says_the_same():
     assert not missing, "\n".join(["docs/interop.md lacks:", *missing])
 
 
+@pytest.mark.parametrize(
+    ("file", "name"), [("v0_single", "default"), ("v1_pytree", "state"), ("v1_training", "state")]
+)
+def test_params_that_have_another_name_are_refused_by_a_sentence_that_says_it(file, name, tmp_path):
+    manager = CheckpointManager(unpack(file, tmp_path / "run"), read_only=True)
+    with pytest.raises(ckptmgr.StructureMismatchError, match=f"no params; .*extras={{'{name}': template}}"):
+        manager.restore_or(params=make.params())
+
+
 # ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("form", ["ckpt-{}", "step{}", "epoch={:04}", "my_run_{}"])
+def test_names_of_any_prefix_are_read_but_not_what_is_being_written_or_was_set_aside(form, tmp_path):
+    run = unpack("v0_padded", tmp_path / "run")
+    (run / "000009").rename(run / form.format(9))
+    (run / "000010").rename(run / form.format(10))
+    for aside in ("3.damaged-1795523595307022770", "run_11.orbax-checkpoint-tmp-11", ".deleted-2-17"):
+        shutil.copytree(run / form.format(9), run / aside)
+    manager = CheckpointManager(run, read_only=True)
+    assert manager.steps() == [9, 10]
+    assert manager.restore().step == 10
 
 
 NAMED = {
