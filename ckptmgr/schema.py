@@ -177,6 +177,7 @@ def _check_leaves(leaves: list[dict[str, Any]], where: str) -> None:
 
 
 def _is_form(leaf: Mapping[str, Any]) -> bool:
+    """Everything about a leaf but its name; the words of a key are one more axis of its chunks."""
     values: list[Any] = [leaf.get(field) for field in _FORM]
     kind, dtype, shape, impl, weak, chunks, partition = values
     is_key = kind == "key"
@@ -190,7 +191,7 @@ def _is_form(leaf: Mapping[str, Any]) -> bool:
         and len(shape) <= 32
         and math.prod(shape) < 2**60
         and weak in (None, True, False)
-        and (chunks is None or (_is_list_of(_is_chunk, chunks) and len(chunks) == len(shape)))
+        and (chunks is None or (_is_list_of(_is_chunk, chunks) and len(chunks) == len(shape) + is_key))
         and (partition is None or _is_list_of(_is_axes, partition))
     )
 

@@ -143,7 +143,10 @@ def small():
     mesh = jax.make_mesh((4,), ("data",))
     spread = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, PartitionSpec("data", None)))
     spec = structure.describe({"w": spread, "k": {3: (jax.random.key(0), None)}}, item="params")
-    cut = structure.TreeSpec(tuple(leaf._replace(chunks=leaf.shape) for leaf in spec.leaves), spec.outline)
+    shapes = [leaf.shape + (2,) * (leaf.kind == "key") for leaf in spec.leaves]
+    cut = structure.TreeSpec(
+        tuple(leaf._replace(chunks=shape) for leaf, shape in zip(spec.leaves, shapes, strict=True)), spec.outline
+    )
     items = {
         "params": manifest.Item("arrays", cut),
         "step": manifest.Item("json", file="metadata"),
@@ -172,6 +175,21 @@ def read_or_refuse(data):
     with contextlib.suppress(CorruptCheckpointError, NewerFormatError):
         found = manifest.decode(data, step=12, path="manifest.json")
         use(found)
+
+
+def test_what_a_manifest_is_changed_from_is_whole():
+    use(manifest.decode(sealed(small()), step=12, path="manifest.json"))
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 2**26])
+def test_what_is_saved_from_a_mesh_in_chunks_is_what_a_manifest_can_say(chunk_bytes, tmp_path):
+    mesh = jax.make_mesh((8,), ("data",))
+    spread = NamedSharding(mesh, PartitionSpec("data"))
+    keys = jax.device_put(jax.random.split(jax.random.key(0, impl="rbg"), 16), spread)
+    tree = {"keys": keys, "w": jax.device_put(jnp.ones((64, 3)), spread), "none": jnp.ones((0, 3)), "n": 3}
+    with CheckpointManager(tmp_path, chunk_bytes=chunk_bytes) as manager:
+        manager.save(1, tree).result()
+        assert manager.verify()
 
 
 def test_every_field_that_is_anything_else_is_damage_or_is_of_use():
