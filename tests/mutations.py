@@ -147,7 +147,7 @@ MUTATIONS = [
     ),
     Mutation(
         10, "opt_state without a place of its own goes to the default device",
-        "layout.py", "    if own is None:\n        return followed\n", "    if own is None:\n        return HERE\n",
+        "layout.py", "if own is None:\n        return followed\n", "if own is None:\n        return HERE\n",
         "tests/test_exactness.py::test_bits_types_and_places_are_those_of_the_run",
     ),
     Mutation(
