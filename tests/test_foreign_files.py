@@ -513,6 +513,17 @@ def test_what_orbax_restores_without_is_restored_and_named(file, name, size, tmp
     assert size is None or name in str(report)
 
 
+def test_what_an_older_orbax_wrote_without_metadata_and_markers_is_read(tmp_path):
+    run = unpack("v0_standard", tmp_path / "run")
+    (run / "2" / "config").rename(run / "2" / "step")  # a name that ckptmgr gives to an item of its own
+    (run / "2" / "_CHECKPOINT_METADATA").unlink()
+    for path in run.rglob("commit_success.txt"):
+        path.unlink()
+    found = CheckpointManager(run, read_only=True).restore(2)
+    assert_same(parts(found), {"params": make.tree(2), "opt_state": plain_state(2)})
+    assert found.info.items == ("opt_state", "params", "step")
+
+
 def test_a_step_of_ours_without_its_two_own_files_is_not_taken_for_one_of_orbax(tmp_path):
     run = unpack("format1", tmp_path / "run")
     for name in ("manifest.json", "_CHECKPOINT_METADATA"):

@@ -18,8 +18,10 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
 
 from ckptmgr import CheckpointManager, CorruptCheckpointError, NewerFormatError, manifest, structure
+from ckptmgr.cli import facts, tables
 
 
 def sample():
@@ -275,6 +277,16 @@ def test_a_step_of_a_later_format_says_upgrade_and_is_neither_damaged_nor_touche
         assert manager.steps() == [2, 4]
         assert manager.restore().step == 4
     assert {path: path.read_bytes() for path in (later / "2").rglob("*") if path.is_file()} == before
+
+
+def test_the_list_of_checkpoints_says_upgrade_and_not_damaged(later):
+    listed = facts.run(CheckpointManager(later, read_only=True))
+    console = Console(record=True, width=200)
+    console.print(tables.run(listed))
+    shown = console.export_text()
+    assert [row["later_format"] for row in listed["steps"]] == [False, True]
+    assert "upgrade ckptmgr" in shown
+    assert "DAMAGED" not in shown
 
 
 def test_the_mirror_leaves_a_step_of_a_later_format_alone(later, tmp_path_factory):

@@ -16,7 +16,7 @@ from etils import epath
 from ckptmgr import bucket, interop, journal, policy, report, structure
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import CheckpointInfo, VerifyReport
-from ckptmgr.errors import CheckpointNotFoundError
+from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, NewerFormatError
 from ckptmgr.layout import HOST
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.storage import reading
@@ -65,13 +65,27 @@ def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = N
     """Every checkpoint of a run, and why it is kept: by `keep`, or by what its training said last."""
     policies = journal.policies(manager.directory) if keep is None else keep
     infos, damaged = report.survey(manager, policies)
-    rows: list[Facts] = [{"step": step, "damaged": why, "kept": None} for step, why in damaged.items()]
+    rows: list[Facts] = [
+        {"step": step, "damaged": why, "later_format": _is_later(manager, step), "kept": None}
+        for step, why in damaged.items()
+    ]
     rows += [_row(info) | {"kept": None if policies is None else list(info.kept)} for info in infos]
     return {
         "run": str(manager.directory),
         "keep": None if policies is None else [policy.spell(each) for each in policies],
         "steps": sorted(rows, key=lambda row: row["step"]),
     }
+
+
+def _is_later(manager: CheckpointManager, step: int) -> bool:
+    """Whether a step that is not read was written by a later ckptmgr, and is not damaged at all."""
+    try:
+        manager.info(step)
+    except NewerFormatError:
+        return True
+    except CheckpointError:
+        return False
+    return False
 
 
 def _row(info: CheckpointInfo) -> Facts:
@@ -84,6 +98,7 @@ def _row(info: CheckpointInfo) -> Facts:
         "metrics": _finite(info.metrics),
         "pinned": info.pinned,
         "damaged": None,
+        "later_format": False,
     }
 
 

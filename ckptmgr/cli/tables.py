@@ -50,7 +50,8 @@ def run(found: Facts) -> RenderableType:
 
 def _cells(row: Facts) -> list[str | Text]:
     if row["damaged"]:
-        return [str(row["step"]), "", "", "", "", "", Text(f"DAMAGED {row['damaged']}", style="bold red")]
+        word = "NOT READ" if row["later_format"] else "DAMAGED"
+        return [str(row["step"]), "", "", "", "", "", Text(f"{word} {row['damaged']}", style="bold red")]
     metrics = ", ".join(f"{name} {_number(value)}" for name, value in row["metrics"].items())
     kept = "?" if row["kept"] is None else ", ".join(row["kept"]) or "nothing: would go"
     marks = "pinned" if row["pinned"] else ""

@@ -47,7 +47,7 @@ class _Step:
         metadata = self._metadata()
         given = metadata.get("custom_metadata") or {}
         custom = given if isinstance(given, dict) else {"custom_metadata": given}
-        if "ckptmgr" in custom or self._is_ours():
+        if "ckptmgr" in custom or (not metadata and self._is_ours()):
             raise self._damaged(manifests.NAME, "is missing")
         items = self._items(metadata.get("item_handlers"))
         if not items:
@@ -75,9 +75,13 @@ class _Step:
             return {}
 
     def _is_ours(self) -> bool:
-        """Whether it looks like a step of ckptmgr that has lost both its manifest and Orbax's metadata."""
+        """Whether a step without Orbax's metadata is one of ckptmgr that has lost its manifest too.
+
+        Orbax either marks the step and its items as committed, or neither; ckptmgr marks the step alone.
+        """
         folder = self._directory / STEP
-        return (folder / "metadata").exists() and not (folder / COMMITTED).exists()
+        is_marked = (self._directory / COMMITTED).exists() and not (folder / COMMITTED).exists()
+        return is_marked and bool((folder / "metadata").exists())
 
     def _pass_over(self, name: str, problem: object) -> None:
         path = self._directory / name
