@@ -1,0 +1,98 @@
+"""Trains the programs of this folder, kills them, and resumes them.
+
+    python run.py DIRECTORY
+
+reads lines `PROGRAM [VARIANT]`. For each it trains in three new processes, each forked from this one, which has imported
+the libraries and nothing else: `straight` is never stopped, `killed` is stopped by SIGKILL while it writes its fourth
+step, and `resumed` goes on in the directory of `killed`. Answers each line with a line of JSON: for each process its
+exit code, what it printed, and every fact of the state that it ended with.
+"""
+
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import equinox  # noqa: F401  (imported once, here, for all processes)
+import faults
+import flax.linen
+import flax.nnx
+import flax.training.train_state  # noqa: F401
+import haiku  # noqa: F401
+import jax
+import numpy as np
+import optax.contrib  # noqa: F401
+import penzai.models.simple_mlp
+import penzai.toolshed.basic_training  # noqa: F401
+import sklearn.datasets  # noqa: F401
+
+import ckptmgr  # noqa: F401
+
+STEPS = 7
+KILL = "before publish 4"  # its files are being written, and step 3 was reported durable
+
+
+def facts(tree):
+    """Everything that makes a tree what it is, by leaf path; it shares no code with ckptmgr."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    found = {jax.tree_util.keystr(path): leaf_facts(leaf) for path, leaf in leaves}
+    return found | {"structure": re.sub(r" at 0x[0-9a-f]+|object object", "", str(structure))}
+
+
+def leaf_facts(leaf):
+    key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    values = np.asarray(jax.random.key_data(leaf) if key else leaf)
+    known = [type(leaf).__name__, str(values.dtype), values.shape, hashlib.sha256(values.tobytes()).hexdigest()]
+    if isinstance(leaf, jax.Array):
+        known += [str(leaf.dtype), getattr(leaf, "weak_type", False), str(leaf.sharding), leaf.committed]
+    return known
+
+
+def train(program, variant, directory, how, fault):
+    """What one process does: it trains, and leaves the facts of its state in a file."""
+    with open(directory / f"{how}.out", "w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    faults.install(fault)
+    home = directory / ("straight" if how == "straight" else "stopped")
+    state = importlib.import_module(program).train(home, STEPS, *variant)
+    (directory / f"{how}.json").write_text(json.dumps(facts(state)))
+
+
+def in_new_process(*args, how, fault=""):
+    directory = args[-1]
+    process = multiprocessing.Process(target=train, args=(*args, how, fault))
+    process.start()
+    process.join()
+    found = directory / f"{how}.json"
+    state = json.loads(found.read_text()) if found.exists() else {}
+    return {"code": process.exitcode, "said": (directory / f"{how}.out").read_text(), "state": state}
+
+
+def run(line, directory):
+    program, *variant = line.split()
+    args = program, variant, directory / line.replace(" ", "_")
+    args[-1].mkdir()
+    straight = in_new_process(*args, how="straight")
+    killed = in_new_process(*args, how="killed", fault=KILL)
+    resumed = in_new_process(*args, how="resumed")
+    return {"straight": straight, "killed": killed, "resumed": resumed}
+
+
+def main(directory):
+    multiprocessing.set_start_method("fork")
+    warnings.simplefilter("error")
+    # The same step is compiled once for the three processes, as it is on a machine where a job is started again.
+    jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    for line in sys.stdin:
+        print(json.dumps(run(line.strip(), directory)), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
