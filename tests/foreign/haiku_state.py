@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
 import ckptmgr
@@ -53,11 +53,11 @@ def train_step(train_state, images, labels):
 
 
 def train(directory, steps):
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     now = jax.device_put(init(), NamedSharding(mesh, PartitionSpec()))
     with ckptmgr.CheckpointManager(directory, keep=2) as manager:
         extras = {"state": now.state, "key": now.key}
-        ckpt = manager.restore_or(params=now.params, opt_state=now.opt_state, extras=extras)
+        ckpt = manager.restore_or(params=now.params, optimizer=OPTIMIZER, extras=extras)
         print(f"resumed from step {ckpt.step}" if ckpt.resumed else "started anew")
         now = TrainState(params=ckpt.params, opt_state=ckpt.opt_state, **ckpt.extras)
         for step in range(ckpt.step + 1, steps + 1):

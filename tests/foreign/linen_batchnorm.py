@@ -1,6 +1,7 @@
 """Flax Linen with BatchNorm: a TrainState that has batch_stats, as in Flax's ImageNet example.
 
-The TrainState's params and opt_state are ours, its batch_stats are an extra. Its apply_fn and tx are code and stay here.
+Its params and opt_state are params and opt_state here, its batch_stats are an extra. Its apply_fn and tx are code:
+the script makes them anew.
 """
 
 from typing import Any
@@ -60,4 +61,4 @@ def train(directory, steps):
             state, loss = train_step(state, IMAGES[batch], LABELS[batch])
             extras = {"batch_stats": state.batch_stats}
             manager.save(step, state.params, state.opt_state, extras=extras, metrics={"loss": loss})
-    return state
+    return state.params, state.opt_state, state.batch_stats

@@ -33,7 +33,6 @@ def create_train_state(key):
     return TrainState.create(apply_fn=net.apply, params=params, tx=optax.adamw(1e-2))
 
 
-@jax.jit
 def train_step(state, images, labels):
     def loss_fn(params):
         logits = state.apply_fn({"params": params}, images)
@@ -45,9 +44,11 @@ def train_step(state, images, labels):
 
 def train(directory, steps):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    by_data = NamedSharding(mesh, PartitionSpec("data"))
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), ckptmgr.CheckpointManager(directory, keep=2) as manager:
         abstract = jax.eval_shape(create_train_state, jax.random.key(0))
         shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+        step_on_mesh = jax.jit(train_step, out_shardings=(shardings, None))
         if manager.latest() is None:
             start, state = 0, jax.jit(create_train_state, out_shardings=shardings)(jax.random.key(0))
         else:
@@ -58,7 +59,6 @@ def train(directory, steps):
             state = abstract.replace(step=start, params=ckpt.params, opt_state=ckpt.opt_state)
         for step in range(start + 1, steps + 1):
             batch = slice(step * 64, (step + 1) * 64)
-            by_data = NamedSharding(mesh, PartitionSpec("data"))
-            state, loss = train_step(state, *jax.device_put((IMAGES[batch], LABELS[batch]), by_data))
+            state, loss = step_on_mesh(state, *jax.device_put((IMAGES[batch], LABELS[batch]), by_data))
             manager.save(step, state.params, state.opt_state, metrics={"loss": loss})
-    return state
+    return state.params, state.opt_state

@@ -1,7 +1,7 @@
 """Flax NNX with BatchNorm, Dropout and Rngs, in data parallel on a mesh as jax.make_mesh gives it.
 
-`nnx.state(model)` holds all of the model: weights, averages, and the keys and counters of its Rngs. A restart makes
-no values: `nnx.eval_shape` gives the model with shapes in their place, and `nnx.update` puts the restored ones there.
+`nnx.state(model)` holds all of the model: weights, averages, and the keys and counters of its Rngs. A restart
+makes no values: `nnx.eval_shape` gives a model of shapes, and `nnx.update` puts the restored values into it.
 """
 
 import jax

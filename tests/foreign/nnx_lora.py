@@ -42,7 +42,9 @@ def train(directory, steps):
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.LoRAParam)
     with ckptmgr.CheckpointManager(directory, keep=2) as manager:
         ckpt = manager.restore_or(
-            params=nnx.state(model, nnx.LoRAParam), opt_state=nnx.state(optimizer), extras={"rngs": nnx.state(rngs)}
+            params=nnx.state(model, nnx.LoRAParam),
+            opt_state=nnx.state(optimizer),
+            extras={"rngs": nnx.state(rngs)},
         )
         print(f"resumed from step {ckpt.step}" if ckpt.resumed else "started anew")
         nnx.update(model, ckpt.params)

@@ -37,7 +37,7 @@ def make_train_step(name):
     @jax.jit
     def train_step(params, opt_state, inputs, targets):
         def loss_fn(params):
-            hidden = jnp.tanh(inputs @ params["v"]).astype(jnp.bfloat16)
+            hidden = jnp.tanh(inputs.astype(jnp.bfloat16) @ params["v"])
             return jnp.mean((hidden @ params["w"] + params["b"] - targets) ** 2)
 
         fast = params.fast if name == "lookahead" else params
@@ -51,8 +51,9 @@ def make_train_step(name):
 
 
 def train(directory, steps, name):
-    train_step, params = make_train_step(name), init(name)
-    with jax.set_mesh(jax.make_mesh((8,), ("data",))), ckptmgr.CheckpointManager(directory, keep=2) as manager:
+    mesh, train_step = jax.make_mesh((8,), ("data",)), make_train_step(name)
+    with jax.set_mesh(mesh), ckptmgr.CheckpointManager(directory, keep=2) as manager:
+        params = init(name)
         ckpt = manager.restore_or(params=params, optimizer=OPTIMIZERS[name])
         print(f"resumed from step {ckpt.step}" if ckpt.resumed else "started anew")
         params, opt_state = ckpt.params, ckpt.opt_state

@@ -2,10 +2,16 @@
 
     python run.py DIRECTORY
 
-reads lines `PROGRAM [VARIANT]`. For each it trains in three new processes, each forked from this one, which has imported
-the libraries and nothing else: `straight` is never stopped, `killed` is stopped by SIGKILL while it writes its fourth
-step, and `resumed` goes on in the directory of `killed`. Answers each line with a line of JSON: for each process its
-exit code, what it printed, and every fact of the state that it ended with.
+reads lines `PROGRAM [VARIANT]`. For each it trains in four new processes. Each is forked from this one, which has
+imported the libraries and done nothing else:
+
+    straight  is never stopped
+    killed    is stopped by SIGKILL while it writes its fourth step
+    resumed   goes on in the directory of `killed`, to the end
+    again     finds nothing left to do there, so its state is what was restored
+
+Answers each line with a line of JSON: for each process its exit code, what it printed, and every fact of the state
+that it ended with.
 """
 
 import hashlib
@@ -41,16 +47,28 @@ def facts(tree):
     """Everything that makes a tree what it is, by leaf path; it shares no code with ckptmgr."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     found = {jax.tree_util.keystr(path): leaf_facts(leaf) for path, leaf in leaves}
-    return found | {"structure": re.sub(r" at 0x[0-9a-f]+|object object", "", str(structure))}
+    return found | {"structure": {"is": re.sub(r" at 0x[0-9a-f]+", "", str(structure))}}
 
 
 def leaf_facts(leaf):
-    key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    values = np.asarray(jax.random.key_data(leaf) if key else leaf)
-    known = [type(leaf).__name__, str(values.dtype), values.shape, hashlib.sha256(values.tobytes()).hexdigest()]
-    if isinstance(leaf, jax.Array):
-        known += [str(leaf.dtype), getattr(leaf, "weak_type", False), str(leaf.sharding), leaf.committed]
-    return known
+    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    values = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    bits = {
+        "dtype": values.dtype.name,
+        "shape": values.shape,
+        "sha256": hashlib.sha256(values.tobytes()).hexdigest(),
+    }
+    if not isinstance(leaf, jax.Array):
+        return {"type": type(leaf).__name__} | bits
+    places = leaf.sharding.devices_indices_map(leaf.shape).items()
+    return bits | {
+        "type": str(jax.typeof(leaf)),  # with the axes of an Explicit mesh
+        "weak": getattr(leaf, "weak_type", False),
+        "committed": leaf.committed,
+        "memory": leaf.sharding.memory_kind,
+        "mesh": str(getattr(leaf.sharding, "mesh", None)),
+        "places": {device.id: str(index) for device, index in places},
+    }
 
 
 def train(program, variant, directory, how, fault):
@@ -78,10 +96,12 @@ def run(line, directory):
     program, *variant = line.split()
     args = program, variant, directory / line.replace(" ", "_")
     args[-1].mkdir()
-    straight = in_new_process(*args, how="straight")
-    killed = in_new_process(*args, how="killed", fault=KILL)
-    resumed = in_new_process(*args, how="resumed")
-    return {"straight": straight, "killed": killed, "resumed": resumed}
+    return {
+        "straight": in_new_process(*args, how="straight"),
+        "killed": in_new_process(*args, how="killed", fault=KILL),
+        "resumed": in_new_process(*args, how="resumed"),
+        "again": in_new_process(*args, how="again"),
+    }
 
 
 def main(directory):
