@@ -6,7 +6,7 @@ Nothing here depends on which one it is: `optimizer=` is template enough, and `p
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from optax import contrib
 from sklearn.datasets import load_diabetes
 
@@ -23,7 +23,12 @@ OPTIMIZERS = {
 
 
 def init(name):
-    params = {"w": jnp.ones(16, jnp.bfloat16), "v": jnp.full((10, 16), 0.1), "b": jnp.full((), 0.5)}
+    split = PartitionSpec(None, "data")  # FSDP: each device holds a part of the large matrix
+    params = {
+        "w": jnp.ones(16, jnp.bfloat16),
+        "v": jax.device_put(jnp.full((10, 16), 0.1), split),
+        "b": jnp.full((), 0.5),
+    }
     return optax.LookaheadParams.init_synced(params) if name == "lookahead" else params
 
 
@@ -51,7 +56,7 @@ def make_train_step(name):
 
 
 def train(directory, steps, name):
-    mesh, train_step = jax.make_mesh((8,), ("data",)), make_train_step(name)
+    mesh, train_step = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), make_train_step(name)
     with jax.set_mesh(mesh), ckptmgr.CheckpointManager(directory, keep=2) as manager:
         params = init(name)
         ckpt = manager.restore_or(params=params, optimizer=OPTIMIZERS[name])
