@@ -1,12 +1,13 @@
-"""Equinox with BatchNorm: `eqx.nn.State` is an extra, the arrays of the model are params.
+"""Equinox with BatchNorm, in data parallel: `eqx.nn.State` is an extra, the arrays of the model are params.
 
-What is no array (the activation, the axis name) is `static`, and stays in the script.
+What is no array (a function, say) is `static`, and stays in the script. A restart makes no values: shapes are
+template enough, and `layout` says where they go.
 """
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
 import ckptmgr
@@ -46,21 +47,24 @@ def train_step(model, state, opt_state, images, labels):
 
 def train(directory, steps):
     make, key = eqx.nn.make_with_state(Net), jax.random.key(0)
+    mesh = jax.make_mesh((8,), ("data",))
+    split, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     with ckptmgr.CheckpointManager(directory, keep=2) as manager:
         start = manager.latest() or 0
         if start == 0:
-            model, state = make(key)
+            model, state = eqx.filter_shard(make(key), replicated)
             opt_state = OPTIMIZER.init(eqx.filter(model, eqx.is_inexact_array))
         else:
             model, state = eqx.filter_eval_shape(make, key)  # shapes in the place of arrays
             params, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-            ckpt = manager.restore(params=params, optimizer=OPTIMIZER, extras={"state": state})
+            extras = {"state": state}
+            ckpt = manager.restore(params=params, optimizer=OPTIMIZER, extras=extras, layout=replicated)
             print(f"resumed from step {ckpt.step}")
             model, state = eqx.combine(ckpt.params, static), ckpt.extras["state"]
             opt_state = ckpt.opt_state
         for step in range(start + 1, steps + 1):
             batch = slice(step * 64, (step + 1) * 64)
-            images, labels = jnp.asarray(IMAGES[batch]), jnp.asarray(LABELS[batch])
+            images, labels = jax.device_put((IMAGES[batch], LABELS[batch]), split)
             model, state, opt_state, loss = train_step(model, state, opt_state, images, labels)
             params = eqx.filter(model, eqx.is_array)
             manager.save(step, params, opt_state, extras={"state": state}, metrics={"loss": loss})

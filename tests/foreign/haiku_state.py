@@ -35,6 +35,7 @@ def forward(x, is_training):
     return hk.Linear(10)(x)
 
 
+@jax.jit
 def init():
     params, state = forward.init(jax.random.PRNGKey(0), IMAGES[:1], is_training=True)
     return TrainState(params, state, OPTIMIZER.init(params), jax.random.PRNGKey(1))

@@ -2,16 +2,17 @@
 
     python run.py DIRECTORY
 
-reads lines `PROGRAM [VARIANT]`. For each it trains in four new processes. Each is forked from this one, which has
-imported the libraries and done nothing else:
+reads requests, a line of JSON each: the `folder` of a `program`, its further arguments (`variant`), and when to
+`kill` it, as `faults.py` spells it. For each it trains in four new processes. Each is forked from this one, which
+has imported the libraries and done nothing else:
 
     straight  is never stopped
-    killed    is stopped by SIGKILL while it writes its fourth step
+    killed    is stopped by SIGKILL while it saves
     resumed   goes on in the directory of `killed`, to the end
     again     finds nothing left to do there, so its state is what was restored
 
-Answers each line with a line of JSON: for each process its exit code, what it printed, and every fact of the state
-that it ended with.
+Answers each with a line of JSON: for each process its exit code, what it printed, and every fact of the state that
+it ended with.
 """
 
 import hashlib
@@ -40,7 +41,6 @@ import sklearn.datasets  # noqa: F401
 import ckptmgr  # noqa: F401
 
 STEPS = 7
-KILL = "before publish 4"  # its files are being written, and step 3 was reported durable
 
 
 def facts(tree):
@@ -71,20 +71,20 @@ def leaf_facts(leaf):
     }
 
 
-def train(program, variant, directory, how, fault):
+def train(request, directory, how):
     """What one process does: it trains, and leaves the facts of its state in a file."""
     with open(directory / f"{how}.out", "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    faults.install(fault)
-    home = directory / ("straight" if how == "straight" else "stopped")
-    state = importlib.import_module(program).train(home, STEPS, *variant)
+    faults.install(request["kill"] if how == "killed" else "")
+    sys.path.insert(0, request["folder"])
+    program = importlib.import_module(request["program"])
+    state = program.train(directory / ("straight" if how == "straight" else "stopped"), STEPS, *request["variant"])
     (directory / f"{how}.json").write_text(json.dumps(facts(state)))
 
 
-def in_new_process(*args, how, fault=""):
-    directory = args[-1]
-    process = multiprocessing.Process(target=train, args=(*args, how, fault))
+def in_new_process(request, directory, how):
+    process = multiprocessing.Process(target=train, args=(request, directory, how))
     process.start()
     process.join()
     found = directory / f"{how}.json"
@@ -92,26 +92,20 @@ def in_new_process(*args, how, fault=""):
     return {"code": process.exitcode, "said": (directory / f"{how}.out").read_text(), "state": state}
 
 
-def run(line, directory):
-    program, *variant = line.split()
-    args = program, variant, directory / line.replace(" ", "_")
-    args[-1].mkdir()
-    return {
-        "straight": in_new_process(*args, how="straight"),
-        "killed": in_new_process(*args, how="killed", fault=KILL),
-        "resumed": in_new_process(*args, how="resumed"),
-        "again": in_new_process(*args, how="again"),
-    }
+def run(request, directory):
+    directory.mkdir()
+    return {how: in_new_process(request, directory, how) for how in ("straight", "killed", "resumed", "again")}
 
 
 def main(directory):
     multiprocessing.set_start_method("fork")
     warnings.simplefilter("error")
-    # The same step is compiled once for the three processes, as it is on a machine where a job is started again.
+    # A program is compiled once for all processes, as on a machine where a job is started again, and quickly.
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    for line in sys.stdin:
-        print(json.dumps(run(line.strip(), directory)), flush=True)
+    jax.config.update("jax_disable_most_optimizations", True)
+    for number, line in enumerate(sys.stdin):
+        print(json.dumps(run(json.loads(line), directory / str(number))), flush=True)
 
 
 if __name__ == "__main__":
