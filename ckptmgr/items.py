@@ -187,6 +187,9 @@ class Request:
     def __post_init__(self) -> None:
         if self.optimizer is not None and self.opt_state is not None:
             raise ValueError("restore takes opt_state or optimizer, not both: each stands for the other")
+        if self.optimizer is not None and not callable(getattr(self.optimizer, "init", None)):
+            kind = f"{type(self.optimizer).__module__}.{type(self.optimizer).__qualname__}"
+            raise TypeError(f"optimizer takes an optimizer of optax, not {kind}: give its state as opt_state=")
         for option in ("cast", "partial"):
             _check_choice(option, getattr(self, option))
         if self.rename and not self._has_template():
