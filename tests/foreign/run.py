@@ -30,6 +30,7 @@ import faults
 import flax.linen
 import flax.nnx
 import flax.training.train_state  # noqa: F401
+import guard
 import haiku  # noqa: F401
 import jax
 import numpy as np
@@ -99,6 +100,7 @@ def run(request, directory):
 
 def main(directory):
     multiprocessing.set_start_method("fork")
+    guard.install()
     warnings.simplefilter("error")
     # A program is compiled once for all processes, as on a machine where a job is started again, and quickly.
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
