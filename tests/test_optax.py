@@ -17,6 +17,12 @@ STOP, STEPS = 2, 5
 # name -> why the rules of transformations.py cannot build it
 NOT_BUILT: dict[str, str] = {}
 
+# name -> the ways of restoring whose template is no template of what was saved, and why
+REFUSED = {
+    "optax.lookahead": ({"optimizer alone"}, "without a params template they are dicts, and no LookaheadParams"),
+    "optax.monitor": ({"live", "abstract", "optimizer", "optimizer alone"}, "its init has none of the measurements"),
+}
+
 TRANSFORMATIONS = transformations.transformations()
 
 
@@ -62,20 +68,30 @@ def run(step, state, first, last):
     return state
 
 
-def goes_on_exactly(save, training, step):
-    """Saves after STOP steps; each way brings back that state, and the run ends as one that was never stopped."""
-    start = training.init()
-    stopped = run(step, start, 0, STOP)
+def goes_on_exactly(save, training, step, start=None):
+    """Saves after STOP steps; each way brings back that state, and the run ends as one that was never stopped.
+
+    Returns the ways whose template is refused.
+    """
+    stopped = run(step, start or training.init(), 0, STOP)
     straight = run(step, stopped, STOP, STEPS)
     compiled = compilations(step)
     with no_implicit_transfer():
         restore = save(*stopped)
-    for way, templates in ways(training, start).items():
-        with no_implicit_transfer():
-            back = restore(**templates)
+    refused = set()
+    for way, templates in ways(training, training.init()).items():
+        try:
+            with no_implicit_transfer():
+                back = restore(**templates)
+        except ckptmgr.StructureMismatchError as refusal:
+            if "opt_state" not in templates or {leaf.problem for leaf in refusal.diff.leaves} != {"dtype"}:
+                refused.add(way)
+                continue
+            back = restore(**ways(training, stopped)[way])  # the dtypes of optax's init are not those of its update
         same((back.params, back.opt_state), stopped, way)
         same(run(step, (back.params, back.opt_state), STOP, STEPS), straight, f"{way}, three steps later")
         assert compilations(step) == compiled, f"{way}: the restored state compiles the step again"
+    return refused
 
 
 def compilations(step):
@@ -100,4 +116,10 @@ def told(leaf):
 @pytest.mark.parametrize("name", sorted(TRANSFORMATIONS.keys() - NOT_BUILT))
 def test_every_transformation_comes_back_exactly_and_goes_on(save, name):
     training = transformations.training(TRANSFORMATIONS[name])
-    goes_on_exactly(save, training, jax.jit(training.step))
+    refused = goes_on_exactly(save, training, compiled(training), training.init_strongly())
+    assert refused == REFUSED.get(name, ({}, ""))[0]
+
+
+def compiled(training):
+    """The step as one compiled function; what it costs to run does not count, and what it costs to compile does."""
+    return jax.jit(training.step, compiler_options={"xla_backend_optimization_level": 0})
