@@ -7,11 +7,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from ckptmgr import items, journal
 from ckptmgr import layout as layouts
 from ckptmgr import manifest as manifests
 from ckptmgr.catalog import Catalog
 from ckptmgr.checkpoint import Checkpoint
+from ckptmgr.difference import StructureDiff
 from ckptmgr.errors import CheckpointNotFoundError, CheckpointTimeoutError, CorruptCheckpointError
 from ckptmgr.history import History
 from ckptmgr.job import Job, OtherProcessError
@@ -137,24 +140,27 @@ class Restorer:
     def _read(self, home: Catalog, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
         directory = home.path(step)
 
-        def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], reading.Trees]:
+        def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], StructureDiff, reading.Trees]:
             manifest = home.manifest(step, fresh=True)
             templates = request.templates(manifest)
-            matched = items.match(manifest, templates, request)
+            matched, passed = items.match(manifest, templates, request)
             params = items.params_of(manifest, matched)
-            targets = layouts.targets(request.layout, matched, params, request.optimizer)
+            targets = layouts.targets(request.layout, matched, params)
             manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
             trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast)
             trees.fetch()
-            return manifest, templates, trees
+            return manifest, templates, passed, trees
 
         with reading.reported(directory):
             if request.broadcast:  # nothing is sent before all have read their part
                 name = self._job.name(f"the reading of step {step}")
-                manifest, templates, trees = self._job.together(name, open_trees)
+                manifest, templates, passed, trees = self._job.together(name, open_trees)
             else:
-                manifest, templates, trees = open_trees()
+                manifest, templates, passed, trees = open_trees()
             values = trees.place() | reading.read_values(manifest, directory, templates)
+        if request.optimizer is not None and passed.missing:
+            values[items.OPT_STATE] = _with_new_state(request.optimizer, values)
+        _warn_of_partial(step, passed)
         absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
         _log.info("step %d restored from %s", step, directory)
         self._journal.record("restored", step, source=str(directory))
@@ -166,4 +172,32 @@ class Restorer:
             metrics=manifest.metrics,
             info=self._history.glance(manifest),
             skipped=skipped,
+            missing=tuple(leaf.path for leaf in passed.missing),
+            unused=tuple(leaf.path for leaf in passed.unexpected),
         )
+
+
+def _with_new_state(optimizer: Any, values: Mapping[str, Any]) -> Any:
+    """The opt_state, where the checkpoint lacks a leaf with that of a new state of these params."""
+    new = first_state(optimizer, values[items.PARAMS])
+    return jax.tree.map(
+        lambda kept, made: made if isinstance(kept, jax.ShapeDtypeStruct) else kept, values[items.OPT_STATE], new
+    )
+
+
+def first_state(optimizer: Any, params: Any) -> Any:
+    """The opt_state that a run starts with; of an abstract params template an abstract one."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return jax.eval_shape(optimizer.init, params)
+    with jax.transfer_guard("allow"):  # it makes arrays of numbers, which a training step does not
+        return optimizer.init(params)
+
+
+def _warn_of_partial(step: int, passed: StructureDiff) -> None:
+    """Says what `partial` kept and what it did not read: a wrong name in a template looks the same."""
+    for what, leaves in (("lacks, and the template's values are kept", passed.missing),
+                         ("has and no template asks for", passed.unexpected)):  # fmt: skip
+        if leaves:
+            shown = ", ".join(leaf.path for leaf in leaves[:3])
+            more = ", ..." if len(leaves) > 3 else ""
+            _log.warning("partial=True: %d leaves that step %d %s: %s%s", len(leaves), step, what, shown, more)
