@@ -1,4 +1,4 @@
-"""Every transformation of optax, found by walking its public modules, and built by rules for the names of arguments.
+"""Every transformation of optax, found by walking its public modules, built by rules for the names of arguments.
 
 No transformation is named here: one that a new release brings is found, built and trained the day it is installed.
 """
@@ -13,7 +13,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import optax
-from jax.example_libraries import optimizers as example_libraries
+from jax.example_libraries import optimizers
 
 # ---------------------------------------------------------------- finding them
 
@@ -33,10 +33,17 @@ def transformations():
     found = {}
     for module in modules():
         for name, value in sorted(vars(module).items()):
-            defined_here = value if "._" not in module.__name__ else getattr(value, "__module__", "") == module.__name__
+            defined_here = (
+                value if "._" not in module.__name__ else getattr(value, "__module__", "") == module.__name__
+            )
             if not name.startswith("_") and defined_here and makes_a_transformation(value):
                 found.setdefault(value, f"{module.__name__}.{name}".replace("._", "."))
     return {name: make for make, name in found.items()}
+
+
+def belongs_to(module, value):
+    """A module that is exported under an alias has no `__all__`: what it imports is not its own."""
+    return "._" not in module.__name__ or getattr(value, "__module__", "") == module.__name__
 
 
 def makes_a_transformation(value):
@@ -48,6 +55,16 @@ def makes_a_transformation(value):
     returns = inspect.signature(value).return_annotation
     told = inspect.getsource(value) if returns is inspect.Signature.empty else str(returns)
     return any(word in told for word in ("GradientTransformation", "Aggregator"))
+
+
+def example_libraries():
+    """Name -> an optimizer of `jax.example_libraries.optimizers`."""
+    found = {}
+    for name, make in vars(optimizers).items():
+        if inspect.isfunction(make) and "step_size" in inspect.signature(make).parameters:
+            required = [p for p in parameters_of(make) if p.default is p.empty]
+            found[name] = make(**{p.name: 0.1 for p in required})  # a schedule takes a step_size too
+    return {name: each for name, each in found.items() if isinstance(each, optimizers.Optimizer)}
 
 
 def wrappers():
@@ -69,14 +86,20 @@ class NoRuleError(Exception):
     """No rule makes this argument."""
 
 
-def build(make, params, inner=None, *, with_optional=False, **given):
-    """A transformation of the arguments that it requires, of those optional ones that a rule names, and of `given`."""
-    rules = Rules(params, inner or optax.adam(0.1))
-    several = [rules.argument(p) for p in parameters_of(make) if p.kind is p.VAR_POSITIONAL]
+def build(make, params, inner=optax.adam, *, with_optional=False, **given):
+    """A transformation, of the arguments that it requires (and of optional ones that a rule names) and of `given`.
+
+    Where it takes another transformation, `inner` makes that one.
+    """
+    rules = Rules(params, optax.adam(0.1) if inner is optax.adam else build(inner, params))
     named = rules.by_name() if with_optional else {}
-    wanted = [p for p in parameters_of(make) if p.kind is not p.VAR_POSITIONAL and (p.default is p.empty or p.name in named)]
-    made = make(*several, **{p.name: rules.argument(p) for p in wanted} | given)
-    return made if hasattr(made, "update") else made(learning_rate=0.1)  # inject_hyperparams makes a factory
+    several = [rules.argument(p) for p in parameters_of(make) if p.kind is p.VAR_POSITIONAL]
+    single = [p for p in parameters_of(make) if p.kind is not p.VAR_POSITIONAL]
+    wanted = {p.name: rules.argument(p) for p in single if p.default is p.empty or p.name in named}
+    made = make(*several, **wanted | given)
+    if not hasattr(made, "update"):
+        return made(learning_rate=0.1)  # inject_hyperparams makes a factory
+    return made.gradient_transformation() if hasattr(made, "gradient_transformation") else made  # MultiSteps
 
 
 def parameters_of(make):
@@ -104,9 +127,7 @@ class Rules:
         return {
             "aggregator": optax.stateless(lambda updates, _: jax.tree.map(lambda leaf: leaf.mean(0), updates)),
             "f": lambda updates, _: jax.tree.map(lambda leaf: leaf * 0.5, updates),
-            "inner_factory": optax.adam if self.inner is None else lambda learning_rate: optax.chain(
-                optax.scale(learning_rate), self.inner
-            ),
+            "inner_factory": lambda learning_rate: optax.chain(optax.scale(learning_rate), self.inner),
             "mask": self.mask(),
             "freeze_mask": self.mask(),
             "key": jax.random.key(7),
@@ -137,7 +158,33 @@ class Rules:
         ]
 
     def mask(self):
-        return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, self.params)
+        return mask_of(self.params)
+
+
+def mask_of(params):
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+
+
+def options(make):
+    """Name -> another value, for each optional argument that a rule knows another value for."""
+    known = {p.name: another(p) for p in parameters_of(make) if p.default is not p.empty or "Callable" in str(p)}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def another(parameter):
+    if isinstance(parameter.default, bool):
+        return not parameter.default
+    told = str(parameter.annotation)
+    for applies, value in (
+        ("dtype" in parameter.name, jnp.bfloat16),
+        ("mask" in parameter.name, mask_of),
+        ("float, jax" in told and "Callable" in told, optax.linear_schedule(0.1, 0.01, 10)),
+        (parameter.default is None and "Array" in told and "key" not in parameter.name, 0.5),
+        (parameter.default is None and "int" in told, 2),
+    ):
+        if applies:
+            return value
+    return None
 
 
 # ---------------------------------------------------------------- training them
@@ -222,7 +269,7 @@ EXTRA = [
 """What may be given to an `update` that takes `**extra_args`."""
 
 
-def training(make, dtype=jnp.float32, inner=None, **given):
+def training(make, dtype=jnp.float32, inner=optax.adam, **given):
     """The first form of training that optax itself accepts; raises the refusal of the first if there is none."""
     refusals = []
     for with_optional, applied, by_example, extra, params in itertools.product(
