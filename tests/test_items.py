@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.example_libraries import optimizers as example_libraries
 from jax.example_libraries import stax
 
 from ckptmgr import CheckpointManager, StructureMismatchError
@@ -144,3 +145,24 @@ def test_changing_from_one_optimizer_to_another_is_refused_by_name(tmp_path):
             manager.restore(1, params=PARAMS, optimizer=optax.adam(1e-3))
         back = manager.restore(1, params=PARAMS, opt_state=optax.adam(1e-3).init(PARAMS), partial=True)
         assert_trees_equal(back.opt_state, optax.adam(1e-3).init(PARAMS))
+
+
+@pytest.mark.parametrize("number", [3, 0.1, True, 1 + 2j], ids=str)
+def test_a_python_number_comes_back_as_one_from_an_abstract_template(tmp_path, number):
+    """`jax.eval_shape` describes it as an array, and of fewer bits than it has."""
+    state = {"w": jnp.ones(2), "number": number}
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, state).result()
+        back = manager.restore(params=jax.eval_shape(lambda: state)).params
+        assert type(back["number"]) is type(number)
+        assert back["number"] == number
+        wrong = jax.ShapeDtypeStruct((), jnp.int32 if isinstance(number, float) else jnp.float16)
+        with pytest.raises(StructureMismatchError, match=r"params\['number'\]"):
+            manager.restore(params={"w": jnp.ones(2), "number": wrong})
+
+
+def test_what_is_no_optax_optimizer_is_refused_by_name(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"w": jnp.ones(2)}).result()
+        with pytest.raises(TypeError, match="not Optimizer: give opt_state="):
+            manager.restore(optimizer=example_libraries.adam(0.1))

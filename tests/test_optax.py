@@ -16,6 +16,9 @@ from conftest import counted
 
 import ckptmgr
 
+# One of optax is, and warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated, please use .*:DeprecationWarning")
+
 STOP, STEPS = 2, 5
 FOUND = transformations.transformations()
 WRAPPERS = transformations.wrappers()
@@ -101,14 +104,12 @@ def by_templates(state):
 
 def fits(start, stopped):
     """Whether what optax's `init` makes has the structure, the shapes and the dtypes that its updates keep."""
-    one, other = (
-        (
-            jax.tree.structure(tree),
-            [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in jax.tree.leaves(tree)],
-        )
-        for tree in (start, stopped)
-    )
-    return one == other
+    return form(start) == form(stopped)
+
+
+def form(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves]
 
 
 def compiled_times(step):
