@@ -17,7 +17,7 @@ from conftest import counted
 import ckptmgr
 
 # Some of optax are deprecated, and warn when they are built.
-pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated, .*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")
 
 STOP, STEPS = 2, 5
 FOUND = transformations.transformations()
@@ -196,7 +196,7 @@ OPTIONS = [(name, option) for name, make in FOUND.items() for option in transfor
 @pytest.mark.parametrize(("name", "option"), OPTIONS[:: counted(29, 1)])
 def test_every_option_that_a_rule_knows_another_value_for(save, name, option):
     value = transformations.options(FOUND[name])[option]
-    check(save, accepted(FOUND[name], **{option: value}), name)
+    check(save, accepted(FOUND[name], transformations.training(FOUND[name]), **{option: value}), name)
 
 
 RING = list(zip(WRAPPERS, [*WRAPPERS][1:] + [*WRAPPERS][:1], strict=True))  # each is once inside and once outside
@@ -205,13 +205,14 @@ RING = list(zip(WRAPPERS, [*WRAPPERS][1:] + [*WRAPPERS][:1], strict=True))  # ea
 @pytest.mark.soak
 @pytest.mark.parametrize(("outer", "inner"), counted(RING, list(itertools.product(WRAPPERS, WRAPPERS))))
 def test_wrappers_around_wrappers_of_adam(save, outer, inner):
-    check(save, accepted(WRAPPERS[outer], inner=WRAPPERS[inner]), outer, inner)
+    forms = map(transformations.training, (WRAPPERS[outer], WRAPPERS[inner]))
+    check(save, accepted(WRAPPERS[outer], *forms, inner=WRAPPERS[inner]), outer, inner)
 
 
-def accepted(make, **how):
+def accepted(make, *forms, **how):
     """Training with what optax may refuse: then there is no state to save."""
     try:
-        return transformations.training(make, **how)
+        return transformations.varied(make, *forms, **how)
     except Exception as refusal:
         pytest.skip(f"optax refuses it: {refusal}")
 

@@ -4,6 +4,7 @@ No transformation is named here: one that a new release brings is found, built a
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import itertools
@@ -261,6 +262,7 @@ def parameters(dtype):
             optax.LookaheadParams.init_synced(various)]  # fmt: skip
 
 
+FLOAT32 = jnp.dtype("float32")
 EXTRA = [
     ("value", "grad", "value_fn", "obj_fn", "grad_fn"),
     ("value", "grad", "value_fn"),  # a line search takes no name that it does not know
@@ -269,21 +271,38 @@ EXTRA = [
 """What may be given to an `update` that takes `**extra_args`."""
 
 
-def training(make, dtype=jnp.float32, inner=optax.adam, **given):
+@functools.cache
+def training(make, dtype=FLOAT32):
     """The first form of training that optax itself accepts; raises the refusal of the first if there is none."""
     refusals = []
     for with_optional, applied, by_example, extra, params in itertools.product(
         (False, True), (True, False), (False, True), EXTRA, parameters(dtype)
     ):
         try:
-            made = build(make, params, inner, with_optional=with_optional, **given)
-            made = Training(params, made, by_example, applied, extra)
-            jax.eval_shape(made.step, *jax.eval_shape(made.init), 0)
+            made = build(make, params, with_optional=with_optional)
+            return checked(Training(params, made, by_example, applied, extra))
         except Exception as refusal:
             refusals.append(refusal)
-        else:
-            return made
     raise refusals[0]
+
+
+def varied(make, *forms, **how):
+    """`make` built in another way, in a form of training like those that are known; or the refusal of the first."""
+    trees = [*(form.params for form in forms), *parameters(FLOAT32)[2:3]]
+    refusals = []
+    for form, params, extra in itertools.product(forms, trees, (True, False)):
+        try:
+            made = dataclasses.replace(form, params=params, optimizer=build(make, params, **how))
+            return checked(made if extra else dataclasses.replace(made, extra=()))
+        except Exception as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+def checked(training):
+    """The same, once optax has traced a step of it."""
+    jax.eval_shape(training.step, *jax.eval_shape(training.init), 0)
+    return training
 
 
 def shapes(params):
