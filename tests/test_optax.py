@@ -168,7 +168,7 @@ def test_every_transformation_comes_back_exactly_and_goes_on(save, name):
 
 MODES = itertools.product(("compiled", "eager"), ("float32", "bfloat16", "float64"))
 CASES = list(itertools.product(FOUND, MODES))
-EVERY = counted(47, 1)  # coprime to the number of modes: the sample of `make test` has all of them
+EVERY = counted(71, 1)  # coprime to the number of modes: the sample of `make test` has all of them
 
 
 @contextlib.contextmanager
