@@ -140,11 +140,12 @@ def _same_values(saved: LeafSpec, template: LeafSpec) -> bool:
     return False
 
 
-def raise_if_different(diff: StructureDiff, what: str) -> None:
+def raise_if_different(diff: StructureDiff, what: str, advice: str = "") -> None:
     if diff:
         raise StructureMismatchError(
             f"the checkpoint does not fit the template of {what}, {len(diff.leaves)} "
-            f"{'leaf differs' if len(diff.leaves) == 1 else 'leaves differ'}:\n{diff}",
+            f"{'leaf differs' if len(diff.leaves) == 1 else 'leaves differ'}:\n{diff}"
+            + (advice and f"\n{advice}"),
             diff=diff,
         )
 

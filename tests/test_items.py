@@ -161,3 +161,17 @@ def test_what_is_no_optimizer_of_optax_is_refused_by_name(tmp_path, kind):
         pytest.raises(TypeError, match=rf"not {kind}: give its state as opt"),
     ):
         manager.restore_or(params=nnx.state(net), optimizer=WRONG_OPTIMIZERS[kind](net))
+
+
+@pytest.mark.parametrize("number", [3, 0.1, True, 1 + 2j], ids=str)
+def test_a_python_number_comes_back_as_one_from_an_abstract_template(tmp_path, number):
+    """`jax.eval_shape` describes it as an array, and of fewer bits than it has."""
+    state = {"w": jnp.ones(2), "number": number}
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, state).result()
+        back = manager.restore(params=jax.eval_shape(lambda: state)).params
+        assert type(back["number"]) is type(number)
+        assert back["number"] == number
+        wrong = jax.ShapeDtypeStruct((), jnp.int32 if isinstance(number, float) else jnp.float16)
+        with pytest.raises(StructureMismatchError, match=r"params\['number'\]"):
+            manager.restore(params={"w": jnp.ones(2), "number": wrong})
