@@ -22,6 +22,7 @@ import numpy as np
 
 from ckptmgr import difference, structure
 from ckptmgr.difference import LeafDiff, StructureDiff
+from ckptmgr.errors import UnsupportedLeafError
 from ckptmgr.manifest import Item, Manifest
 from ckptmgr.structure import LeafSpec, Row, TreeSpec, is_weak, numpy_dtype
 
@@ -208,7 +209,7 @@ class Request:
         if self.optimizer is not None:
             asked = {PARAMS: self.params, OPT_STATE: _state_template(manifest, self.optimizer, self.params)}
         asked |= self.extras
-        return asked or {name: None for name in manifest.items if name not in (STEP, METRICS)}
+        return asked or _everything(manifest)
 
     def allowed(self, item: str) -> list[str]:
         """The differences that this item may have."""
@@ -236,6 +237,14 @@ class Request:
                 raise ValueError(f"{option} names {sorted(unknown)}, which is no item; known are {sorted(known)}")
 
 
+def _everything(manifest: Manifest) -> dict[str, None]:
+    """What comes back when no template is given; what is not read is said."""
+    unread = {name: item.why for name, item in manifest.items.items() if item.kind == "unread"}
+    for name, why in unread.items():
+        _log.warning("step %d: %s is not restored: %s", manifest.step, name, why)
+    return {name: None for name in manifest.items if name not in (STEP, METRICS, *unread)}
+
+
 def _check_choice(option: str, chosen: Any) -> None:
     is_names = isinstance(chosen, Collection) and not isinstance(chosen, str | bytes | Mapping)
     if not isinstance(chosen, bool) and not (is_names and all(isinstance(name, str) for name in chosen)):
@@ -259,6 +268,8 @@ def match(
     refused, passed, matched = StructureDiff(), StructureDiff(), []
     for name, template in templates.items():
         item, allowed = manifest.items.get(name), request.allowed(name)
+        if item is not None and item.kind == "unread":
+            raise UnsupportedLeafError(f"step {manifest.step}: {name} is not restored: {item.why}", leaf=name)
         if item is not None and item.kind != "arrays":
             continue
         if item is not None or (name in _RESERVED and (template is None or "missing" in allowed)):
@@ -270,7 +281,8 @@ def match(
             differs = StructureDiff((LeafDiff(name, None, None, "missing"),))
         refused += differs.without(*allowed) + _without_value(name, template, differs, request)
         passed += differs.only(*allowed)
-    difference.raise_if_different(refused, " and ".join(templates), request.advice(refused))
+    advice = "\n".join(filter(None, (request.advice(refused), _where_else(manifest, templates))))
+    difference.raise_if_different(refused, " and ".join(templates), advice)
     if unused := [rule.pattern for rule in rules if rule not in used]:
         raise ValueError(f"rename: {unused[0]!r} matches no leaf of {' or '.join(templates)}")
     return matched, passed
@@ -319,6 +331,17 @@ def _alike(leaf: LeafDiff) -> bool:
     saved, wants = (numpy_dtype(each.dtype) for each in (leaf.saved, leaf.template) if each is not None)
     families = (jnp.floating, jnp.complexfloating, jnp.integer)
     return any(jnp.issubdtype(saved, family) and jnp.issubdtype(wants, family) for family in families)
+
+
+def _where_else(manifest: Manifest, templates: Mapping[str, Any]) -> str:
+    """What to do if params or opt_state are asked for in a checkpoint that others wrote under other names."""
+    absent = [name for name in (PARAMS, OPT_STATE) if name in templates and name not in manifest.items]
+    others = [name for name, item in manifest.items.items() if item.kind == "arrays" and name not in _RESERVED]
+    if not absent or not others:
+        return ""
+    return (
+        f"it has no {' and no '.join(absent)}; give a template to what it has: extras={{{others[0]!r}: template}}"
+    )
 
 
 def params_of(manifest: Manifest, matched: Sequence[Matched]) -> Matched:

@@ -19,7 +19,7 @@ from etils.epath import backend
 
 from ckptmgr import catalog, history, lifecycle, paths, policy
 from ckptmgr import manifest as manifests
-from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.storage import files, orbax, verifying
 
 _log = logging.getLogger("ckptmgr")
@@ -156,6 +156,8 @@ class Mirror:
             there = self.catalog.manifest(step)
         except (CheckpointNotFoundError, CorruptCheckpointError):
             return True
+        except NewerFormatError:
+            return False  # what a later ckptmgr wrote is left alone
         return (here.time, here.files) != (there.time, there.files)
 
     def _copy(self, step: int) -> None:

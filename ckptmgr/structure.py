@@ -38,7 +38,10 @@ class LeafSpec(NamedTuple):
     path: str
     keys: Keys
     kind: str
-    """"jax", "numpy", "key" (typed PRNG keys), "scalar" (numpy) or "int", "float", "bool", "complex"."""
+    """"jax", "numpy", "key" (typed PRNG keys), "scalar" (numpy), or "int", "float", "bool", "complex", "str".
+
+    Only stock Orbax writes a str into a tree; ckptmgr reads it.
+    """
     shape: tuple[int, ...]
     dtype: str
     weak: bool = False
@@ -55,7 +58,7 @@ class LeafSpec(NamedTuple):
         return ".".join(map(str, self.keys))
 
     def __str__(self) -> str:
-        if self.kind in _SCALARS.values():
+        if self.kind in (*_SCALARS.values(), "str"):
             return f"Python {self.kind}"
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
@@ -209,6 +212,8 @@ def describe_leaf(leaf: Any, path: str, keys: Keys, *, is_template: bool = False
         return spec(*_array_facts(leaf), is_weak(leaf))
     if type(leaf) in _SCALARS:
         return spec(_SCALARS[type(leaf)], (), dtype_name(_scalar_dtype(leaf)))
+    if is_template and type(leaf) is str:
+        return spec("str", (), "object")
     if isinstance(leaf, np.generic):
         return spec("scalar", (), dtype_name(_storable(leaf.dtype)))
     if type(leaf) in (np.ndarray, np.memmap):

@@ -46,7 +46,7 @@ class Shared:
         load: collections.Counter[int] = collections.Counter()
         for place, (each, target) in enumerate(zip(wanted, targets, strict=True)):
             pieces = _pieces(each, target, load)
-            if any(len(piece.team) > 1 for piece in pieces):
+            if each.spec.kind != "str" and any(len(piece.team) > 1 for piece in pieces):
                 self._pieces[place] = pieces
 
     @property

@@ -196,7 +196,9 @@ def _moves(read: Sequence[Values], shape: tuple[int, ...], target: Target) -> li
     ]
 
 
-_PYTHON: Mapping[str, Callable[[Any], Any]] = {"int": int, "float": float, "bool": bool, "complex": complex}
+_PYTHON: Mapping[str, Callable[[Any], Any]] = {
+    "int": int, "float": float, "bool": bool, "complex": complex, "str": str,
+}  # fmt: skip
 
 
 def _finish(arrived: Sequence[jax.Array], read: Sequence[Values], shape: tuple[int, ...], target: Target) -> Any:
