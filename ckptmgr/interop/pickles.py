@@ -22,14 +22,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from ckptmgr import structure
 from ckptmgr.errors import UnsafePickleError
 from ckptmgr.interop import opcodes
+from ckptmgr.interop.names import DEEPEST
 from ckptmgr.interop.opcodes import Call, Name
 
 _ML_TYPES = {name for name in dir(ml_dtypes) if isinstance(getattr(ml_dtypes, name), type)}
 _ML_DTYPES = frozenset(_ML_TYPES - {"finfo", "iinfo"})
 _DTYPE = re.compile(r"[<>=|]?[A-Za-z?][A-Za-z0-9_]{0,31}")
-_DEEPEST = 100
 _LARGEST = 16
 """A tree may be so many times larger than its file: an array that is named twice is in the file once."""
 
@@ -139,8 +140,8 @@ class _Maker:
             _, value, amount = self._made[id(node)]
             self.spend(amount)
             return value
-        if self._depth >= _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+        if self._depth >= DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
         before = self._spent
         self._depth += 1
         self.spend(1)
@@ -213,14 +214,15 @@ def _dtype(node: Any) -> np.dtype[Any]:
         raise ValueError("an array without its dtype")
     what = node.arguments[0]
     if type(what) is Name and what.full.startswith("ml_dtypes."):
-        return np.dtype(getattr(ml_dtypes, what.full.rpartition(".")[2]))
+        return structure.numpy_dtype(what.full.removeprefix("ml_dtypes."))
     if type(what) is not str or not _DTYPE.fullmatch(what):
         raise ValueError("a dtype without its name")
     found: np.dtype[Any] = np.dtype(what)
     if found.hasobject or found.kind not in "biufcVSU" or found.names:
         raise ValueError(f"arrays of {found} are no numbers")
     order = node.state[1] if type(node.state) is tuple else "="
-    return found.newbyteorder(">") if type(order) is str and order == ">" else found
+    is_swapped = type(order) is str and order == ">"
+    return found.newbyteorder(">") if is_swapped else found
 
 
 def _bytes(make: _Maker, call: Call) -> bytes:
@@ -309,8 +311,8 @@ def _treedef(make: _Maker, call: Call) -> Any:
             raise ValueError("a tree definition of no known kind")
         below = [stack.pop() for _ in range(arity)][::-1]
         depth = 1 + max((depth for _, depth in below), default=0)
-        if depth > _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
         stack.append((_node(kind, [child for child, _ in below], data), depth))
     ((tree, _),) = stack
     return jax.tree_util.tree_structure(tree)
