@@ -187,8 +187,12 @@ class _Maker:
             made[key] = self.real(value)
         return made
 
-    def array(self, raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray[Any, Any]:
+    def array(self, raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
+        """An array of its bytes; the order is "C" or "F", or whether it is that of Fortran."""
         data, kind = self.raw(raw), _dtype(dtype)
+        order = {False: "C", True: "F"}[order] if type(order) is bool else order
+        if type(order) is not str or order not in ("C", "F"):
+            raise ValueError("an array of no known order")
         if type(shape) is not tuple or any(type(size) is not int or not 0 <= size < 2**63 for size in shape):
             raise ValueError("an array of no shape")
         if len(data) != math.prod(shape[:64]) * kind.itemsize:
@@ -220,9 +224,10 @@ def _dtype(node: Any) -> np.dtype[Any]:
     found: np.dtype[Any] = np.dtype(what)
     if found.hasobject or found.kind not in "biufcVSU" or found.names:
         raise ValueError(f"arrays of {found} are no numbers")
-    order = node.state[1] if type(node.state) is tuple else "="
-    is_swapped = type(order) is str and order == ">"
-    return found.newbyteorder(">") if is_swapped else found
+    order = "=" if node.state is None else node.state[1]
+    if type(order) is not str or order not in "<>=|":
+        raise ValueError("a dtype of no known byte order")
+    return found.newbyteorder(">") if order == ">" else found
 
 
 def _bytes(make: _Maker, call: Call) -> bytes:
@@ -237,12 +242,12 @@ def _bytes(make: _Maker, call: Call) -> bytes:
 
 def _numpy(make: _Maker, call: Call) -> np.ndarray[Any, Any]:
     _, shape, dtype, is_fortran, raw = call.state
-    return make.array(raw, dtype, shape, "F" if is_fortran is True else "C")
+    return make.array(raw, dtype, shape, is_fortran)
 
 
 def _from_buffer(make: _Maker, call: Call) -> np.ndarray[Any, Any]:
     raw, dtype, shape, order = call.arguments
-    return make.array(raw, dtype, shape, "F" if type(order) is str and order == "F" else "C")
+    return make.array(raw, dtype, shape, order)
 
 
 def _scalar(make: _Maker, call: Call) -> Any:
@@ -252,7 +257,7 @@ def _scalar(make: _Maker, call: Call) -> Any:
 
 def _jax(make: _Maker, call: Call) -> jax.Array:
     _, _, (_, shape, dtype, is_fortran, raw), aval = call.arguments
-    values = make.array(raw, dtype, shape, "F" if is_fortran is True else "C")
+    values = make.array(raw, dtype, shape, is_fortran)
     if values.dtype.kind in "VSU" and values.dtype.name not in _ML_DTYPES:
         raise ValueError(f"a jax array of {values.dtype}")
     if jax.dtypes.canonicalize_dtype(values.dtype) != values.dtype:

@@ -181,14 +181,14 @@ def _of_index(index: pathlib.Path) -> dict[str, Any]:
     there: dict[tuple[str, str], Any] = {}
     for file in sorted(set(promised.values())):
         if not (index.parent / file).exists():
-            raise ValueError(f"{index} names {file}, which is not beside it")
+            raise ValueError(f"{index.name} names {file}, which is not beside it")
         there |= {(name, file): array for name, array in _read(index.parent / file)}
     for name, file in promised.items():
         if (name, file) not in there:
-            raise ValueError(f"{index} promises {name!r} in {file}, which does not have it")
+            raise ValueError(f"{index.name} promises {name!r} in {file}, which does not have it")
     for name, file in there:
         if promised.get(name) != file:
-            raise ValueError(f"{file} has {name!r}, which {index} does not name; they are of two exports")
+            raise ValueError(f"{file} has {name!r}, which {index.name} does not name; they are of two exports")
     return {name: array for (name, _), array in there.items()}
 
 
@@ -196,9 +196,9 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     try:
         found = json.loads(index.read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{index} is no index of safetensors files") from None
+        raise ValueError(f"{index.name} is no index of safetensors files") from None
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise ValueError(f"{index} is no index of safetensors files: its weight_map is no dict of file names")
+        raise ValueError(f"{index.name} is no index of safetensors files: its weight_map is no dict of file names")
     for file in found.values():
         if pathlib.PurePath(file).name != file or file == ".." or "\0" in file:
             raise ValueError(f"the index names {file!r}, which is not a file beside it")
@@ -207,10 +207,10 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 
 def _read(path: pathlib.Path) -> Iterable[tuple[str, np.ndarray[Any, Any]]]:
     if not path.is_file():
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path.name} is no file")
     for name, found in _library().deserialize(path.read_bytes()):
         if found["dtype"] not in _NUMPY:
-            raise ValueError(f"{path}: {name[:100]!r} is {found['dtype']}, which numpy has no type for")
+            raise ValueError(f"{name[:100]!r} is {found['dtype']}, which numpy has no type for")
         yield name, np.frombuffer(found["data"], _NUMPY[found["dtype"]]).reshape(found["shape"])
 
 

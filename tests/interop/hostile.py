@@ -26,7 +26,8 @@ from ckptmgr.interop import pickles
 ROOM_BYTES = 2 << 30
 CASE_S = 30
 MODULUS = sys.hash_info.modulus
-DEEP = 300_000
+DEEP = 300_000  # so many nested tuples overflow the C stack when they are hashed
+NESTED = 20_000
 ARRAY = b"cnumpy._core.numeric\n_frombuffer\n"
 FLOAT = b"cnumpy\ndtype\n(S'f4'\nI00\nI01\ntR"
 U1 = b"cnumpy\ndtype\n(S'u1'\nI00\nI01\ntR"
@@ -84,17 +85,17 @@ RAW = b"\x8e" + struct.pack("<Q", 4 << 20) + bytes(4 << 20)
 TEXT = b"X" + struct.pack("<I", 4 << 20) + b"x" * (4 << 20)
 PICKLES = {
     "a key of nested tuples": lambda: whole(b"}" + tuples(DEEP) + b"K\x01s"),
-    "nested tuples": lambda: whole(tuples(DEEP)),
-    "nested lists": lambda: whole(b"]" * DEEP + b"a" * (DEEP - 1)),
-    "nested dicts": lambda: whole(b"}K\x01" * DEEP + b"}" + b"s" * DEEP),
+    "nested tuples": lambda: whole(tuples(NESTED)),
+    "nested lists": lambda: whole(b"]" * NESTED + b"a" * (NESTED - 1)),
+    "nested dicts": lambda: whole(b"}K\x01" * NESTED + b"}" + b"s" * NESTED),
     "a list in itself": lambda: whole(b"]\x94h\x00a"),
-    "a nested shape": lambda: shape_of(tuples(DEEP)),
-    "a nested order": lambda: whole(ARRAY + b"(C\x01a" + U1 + b"(K\x01t" + tuples(DEEP) + b"tR"),
+    "a nested shape": lambda: shape_of(tuples(NESTED)),
+    "a nested order": lambda: whole(ARRAY + b"(C\x01a" + U1 + b"(K\x01t" + tuples(NESTED) + b"tR"),
     "a nested state of a dtype": lambda: whole(
-        ARRAY + b"(C\x01a" + U1 + b"(K\x03" + tuples(DEEP) + b"tb(K\x01tS'C'\ntR"
+        ARRAY + b"(C\x01a" + U1 + b"(K\x03" + tuples(NESTED) + b"tb(K\x01tS'C'\ntR"
     ),
     "a nested kind of a tree": lambda: tree_of(b"(" + tuples(DEEP) + b"K\x00Nt"),
-    "a nested tree": lambda: tree_of(b"(K\x02K\x00Nt" + b"(K\x02K\x01Nt" * 200_000),
+    "a nested tree": lambda: tree_of(b"(K\x02K\x00Nt" + b"(K\x02K\x01Nt" * NESTED),
     "a tree that takes more than there is": lambda: tree_of(b"(K\x02J\xff\xff\xff\x7fNt"),
     "an array of one raw 1,000 times": lambda: named_again(
         1000, RAW, ARRAY + b"(h\x00" + U1 + b"(J" + struct.pack("<i", 4 << 20) + b"tS'C'\ntR"
@@ -127,7 +128,7 @@ PICKLES = {
     "a persistent name of 10 MB": lambda: whole(b"P" + b"x" * (10 << 20) + b"\n"),
 }  # fmt: skip
 PICKLES |= {
-    f"nested arguments of {full}": lambda full=full: whole(name(full) + tuples(DEEP) + b"R")
+    f"nested arguments of {full}": lambda full=full: whole(name(full) + tuples(NESTED) + b"R")
     for full in ("numpy._core.numeric._frombuffer", "collections.OrderedDict", "flax.core.frozen_dict.FrozenDict",
                  "jax._src.array._reconstruct_array", "numpy.dtype", "builtins.complex", "copyreg._reconstructor",
                  "optax._src.base.EmptyState")
@@ -148,7 +149,7 @@ SAFETENSORS = {
     "a header of 2**62 bytes": lambda: tensors({}, length=1 << 62),
     "a header longer than the file": lambda: tensors({}, length=50 << 20),
     "a header that is no text": lambda: tensors(b"\xff" * 100),
-    "a nested header": lambda: tensors(b"[" * DEEP),
+    "a nested header": lambda: tensors(b"[" * NESTED),
     "tensors that overlap": lambda: tensors({"a": tensor(0, 8, (2,)), "b": tensor(4, 12, (2,))}, bytes(12)),
     "a tensor outside of the file": lambda: tensors({"a": tensor(0, 1 << 40, (1 << 38,))}, bytes(4)),
     "a tensor that ends before it begins": lambda: tensors({"a": tensor(4, 0)}, bytes(4)),
@@ -159,7 +160,7 @@ SAFETENSORS = {
     "a size below zero": lambda: tensors(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', bytes(4)),
     "a dtype that is not known": lambda: tensors({"a": tensor(dtype="F31")}, bytes(4)),
     "bytes that no tensor has": lambda: tensors({"a": tensor()}, bytes(1 << 20)),
-    "a nested name": lambda: tensors({"a/" * DEEP: tensor()}, bytes(4)),
+    "a nested name": lambda: tensors({"a/" * NESTED: tensor()}, bytes(4)),
 }  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def index(file, name="w"):
 
 
 INDEXES = {
-    "nested": lambda: b"[" * DEEP,
+    "nested": lambda: b"[" * NESTED,
     "no dict": lambda: b"[]",
     "a list of files": lambda: b'{"weight_map": ["x"]}',
     "a file that is a number": lambda: b'{"weight_map": {"w": 3}}',
@@ -178,7 +179,7 @@ INDEXES = {
     "this folder": lambda: index("."),
     "no name": lambda: index(""),
     "a name that ends early": lambda: index("x\0.safetensors"),
-    "a file that is not there": lambda: index("nothing.safetensors"),
+    "a file that is not there": lambda: index("missing.safetensors"),
     "a file without an end": lambda: index("endless"),
     "a queue": lambda: index("queue"),
 }  # fmt: skip
@@ -242,8 +243,8 @@ def chunked(shape, chunks):
 
 MSGPACKS = {
     "nothing": lambda: b"",
-    "nested lists": lambda: b"\x91" * DEEP,
-    "nested dicts": lambda: b"\x81\xa1a" * DEEP + b"\xc0",
+    "nested lists": lambda: b"\x91" * NESTED,
+    "nested dicts": lambda: b"\x81\xa1a" * NESTED + b"\xc0",
     "dicts 900 deep": lambda: b"\x81\xa1a" * 900 + b"\xc0",
     "a list of 2**32": lambda: b"\xdd\xff\xff\xff\xff",
     "500 lists of 4 million each": lambda: b"\x81\xa1a" + lists(500),
@@ -259,7 +260,7 @@ MSGPACKS = {
     "chunks without an array": lambda: chunked({"0": 1}, b"\x80"),
     "more than one value": lambda: b"\x80\x80",
     "a dict as a key": lambda: b"\x81\x80\xc0",
-    "a nested key": lambda: b"\x81" + b"\x91" * DEEP + b"\xc0\xc0",
+    "a nested key": lambda: b"\x81" + b"\x91" * NESTED + b"\xc0\xc0",
 }  # fmt: skip
 FILES = {
     **{f"{case}.pkl": make for case, make in PICKLES.items()},
