@@ -1,7 +1,6 @@
-"""No symlink is followed to write: a link under each name that ckptmgr writes to, and what it leads to afterwards."""
+"""No symlink is followed to write: a link under each name that ckptmgr writes to leaves its target as it was."""
 
 import contextlib
-import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,12 +48,6 @@ def copy(folder):
         manager.wait()
 
 
-def adopt(folder):
-    with ocp.CheckpointManager(folder / "stock") as stock:
-        stock.save(1, args=ocp.args.Composite(params=ocp.args.StandardSave(PARAMS)))
-    interop.adopt(folder / "stock")
-
-
 def export(name, **how):
     return lambda folder: interop.write(PARAMS, folder / name, **how)
 
@@ -63,7 +56,7 @@ SHARDS = {"max_shard_bytes": 30}
 NAMES = {
     "run/.writer": save,
     "run/.journal.jsonl": save,
-    "run/1.orbax-checkpoint-tmp": save,
+    "run/2.orbax-checkpoint-tmp": copy,
     "run/1.replaced": replace,
     "run/1/PINNED": pin,
     "mirror/.writer": copy,
@@ -71,7 +64,6 @@ NAMES = {
     "mirror/2.orbax-checkpoint-tmp": copy,
     "mirror/2.orbax-checkpoint-tmp/manifest.json": copy,
     "mirror/2.orbax-checkpoint-tmp/params": copy,
-    "stock/1.orbax-checkpoint-tmp": adopt,
     "stock/1/.manifest.json.part": interop.adopt,
     "stock/1/manifest.json": interop.adopt,
     "x.npz": export("x.npz"),
@@ -82,7 +74,7 @@ NAMES = {
     "x.safetensors.index.json.part": export("x.safetensors", **SHARDS),
     "x-00001-of-00002.safetensors": export("x.safetensors", **SHARDS),
     "x-00001-of-00002.safetensors.part": export("x.safetensors", **SHARDS),
-    "model.safetensors": export("", **SHARDS),
+    "model.safetensors": lambda folder: interop.safetensors.save(PARAMS, folder, **SHARDS),
     "out": export("out"),
     "out.orbax-checkpoint-tmp": export("out"),
 }
@@ -96,13 +88,40 @@ def test_what_a_symlink_leads_to_is_not_written_to(name, leads_to, others, tmp_p
     if name.startswith("stock/1/"):
         with ocp.CheckpointManager(tmp_path / "stock") as stock:
             stock.save(1, args=ocp.args.Composite(params=ocp.args.StandardSave(PARAMS)))
-    if name == "run/1.orbax-checkpoint-tmp":
-        name = "run/2.orbax-checkpoint-tmp"
     link, before = tmp_path / name, content(others)
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(others / leads_to)
-    work = NAMES.get(name, copy)
+    work = NAMES[name]
     with contextlib.suppress(OSError, ckptmgr.CheckpointError, ValueError):
         work(tmp_path / "stock" if work is interop.adopt else tmp_path)
     assert content(others) == before
     assert not (others / "nothing").exists()
+
+
+def test_the_error_names_the_link_and_says_what_to_do(others, tmp_path, caplog):
+    save(tmp_path)
+    run = tmp_path / "run"
+    (run / ".writer").symlink_to(others / "file")
+    with pytest.raises(OSError, match=r"\.writer is a symlink.*Remove the symlink"):
+        save(tmp_path)
+    (run / ".writer").unlink()
+    (run / "1" / "PINNED").symlink_to(others / "file")
+    with pytest.raises(OSError, match=r"PINNED is a symlink"):
+        pin(tmp_path)
+    (run / ".journal.jsonl").rename(others / "journal")
+    (run / ".journal.jsonl").symlink_to(others / "journal")
+    copy(tmp_path)
+    assert next(r.message for r in caplog.records if "journal" in r.message).endswith("Remove the symlink")
+
+
+def test_a_step_that_is_a_symlink_is_read_but_not_pinned(others, tmp_path):
+    save(tmp_path)
+    (tmp_path / "run" / "1").rename(others / "1")
+    (tmp_path / "run" / "1").symlink_to(others / "1")
+    before = content(others)
+    with pytest.raises(OSError, match=r"1 is a symlink; ckptmgr writes only to the directory itself, .*others/1"):
+        pin(tmp_path)
+    with ckptmgr.CheckpointManager(tmp_path / "run") as manager:
+        assert np.array_equal(manager.restore(1, params=PARAMS).params["w"], PARAMS["w"])
+        manager.delete(1)
+    assert content(others) == before
