@@ -133,4 +133,16 @@ MUTATIONS = [
         "manifest.py", "    return bool(name) and not any(", "    return True or not any(",
         "tests/test_manifest.py::test_names_that_lead_outside_of_the_checkpoint_are_refused",
     ),
+    Mutation(
+        9, "symlinks are followed to write",
+        "paths.py", 'getattr(os, "O_NOFOLLOW", 0)', "0",
+        "tests/test_links.py",
+    ),
+    Mutation(
+        9, "a pickle may set attributes on what it names",
+        "interop/opcodes.py", "        if type(made) is not Call or made.state is not None:\n",
+        "        if type(made) is Name:\n            [setattr(made.meaning, *pair) for pair in state[1].items()]\n"
+        "        elif False:\n",
+        "tests/interop/test_pickles.py::test_nothing_that_a_pickle_does_to_a_type_lasts",
+    ),
 ]  # fmt: skip
