@@ -136,7 +136,7 @@ MUTATIONS = [
     Mutation(
         9, "symlinks are followed to write",
         "paths.py", 'getattr(os, "O_NOFOLLOW", 0)', "0",
-        "tests/test_links.py",
+        "tests/test_links.py::test_the_error_names_the_link_and_says_what_to_do",
     ),
     Mutation(
         9, "a pickle may set attributes on what it names",
