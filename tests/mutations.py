@@ -135,7 +135,7 @@ MUTATIONS = [
     ),
     Mutation(
         9, "symlinks are followed to write",
-        "paths.py", 'getattr(os, "O_NOFOLLOW", 0)', "0",
+        "paths.py", 'getattr(os, "O_NOFOLLOW", 0)', '(0 if "PINNED" in str(path) else os.O_NOFOLLOW)',
         "tests/test_links.py::test_the_error_names_the_link_and_says_what_to_do",
     ),
     Mutation(
