@@ -26,7 +26,7 @@ from typing import Any
 from etils import epath
 
 from ckptmgr import manifest as manifests
-from ckptmgr import names
+from ckptmgr import names, paths
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, SaveError
 
 PIN = "PINNED"
@@ -230,10 +230,18 @@ class Catalog:
         return {step for step in self.steps() if (self.path(step) / PIN).exists()}
 
     def pin(self, step: int) -> None:
-        (self.require(step) / PIN).write_text("kept by ckptmgr whatever the retention policy says\n")
+        path = self.require(step) / PIN
+        said = b"kept by ckptmgr whatever the retention policy says\n"
+        if not paths.is_local(path):
+            path.write_bytes(said)
+            return
+        paths.refuse_link(path.parent)
+        with open(path, "wb", opener=paths.open_to_write) as file:
+            file.write(said)
 
     def unpin(self, step: int) -> None:
-        (self.require(step) / PIN).unlink(missing_ok=True)
+        paths.refuse_link(self.require(step))
+        (self.path(step) / PIN).unlink(missing_ok=True)
 
     # ------------------------------------------------------------ a step that is copied here
 
@@ -314,6 +322,9 @@ def is_checkpoint(directory: str) -> bool:
 def remove(leftover: epath.Path) -> None:
     """Removes what is in no listing any more; what cannot be removed now is tried again at the next start."""
     try:
+        if paths.is_local(leftover) and os.path.islink(leftover):
+            os.unlink(leftover)
+            return
         leftover.rmtree()
     except Exception as problem:  # of a disk or of a client: the run goes on beside it
         _log.warning("%s could not be removed, and is tried again at the next start: %s", leftover, problem)

@@ -188,6 +188,9 @@ class Request:
     def __post_init__(self) -> None:
         if self.optimizer is not None and self.opt_state is not None:
             raise ValueError("restore takes opt_state or optimizer, not both: each stands for the other")
+        if self.optimizer is not None and not callable(getattr(self.optimizer, "init", None)):
+            kind = f"{type(self.optimizer).__module__}.{type(self.optimizer).__qualname__}"
+            raise TypeError(f"optimizer takes an optimizer of optax, not {kind}: give its state as opt_state=")
         for option in ("cast", "partial"):
             _check_choice(option, getattr(self, option))
         if self.rename and not self._has_template():
@@ -212,6 +215,18 @@ class Request:
         """The differences that this item may have."""
         allowed = ["dtype"] * _chooses(self.cast, item)
         return allowed + ["missing", "unexpected"] * _chooses(self.partial, item)
+
+    def advice(self, refused: StructureDiff) -> str:
+        """What to give when `optimizer.init` does not describe the opt_state that was saved."""
+        if self.optimizer is None or not any(leaf.path.startswith(OPT_STATE) for leaf in refused.leaves):
+            return ""
+        types = " If init needs the types of params, give params= too: without it they are plain dicts and lists."
+        return (
+            "The template of opt_state is optimizer.init of params."
+            + types * (self.params is None)
+            + " If an update changes the structure, give opt_state= in its place: a state that was updated, or "
+            "jax.eval_shape of the training step."
+        )
 
     def check_names(self, known: Collection[str]) -> None:
         """Refuses items that neither the checkpoint nor a template has."""
@@ -266,7 +281,8 @@ def match(
             differs = StructureDiff((LeafDiff(name, None, None, "missing"),))
         refused += differs.without(*allowed) + _without_value(name, template, differs, request)
         passed += differs.only(*allowed)
-    difference.raise_if_different(refused, " and ".join(templates), _where_else(manifest, templates))
+    advice = "\n".join(filter(None, (request.advice(refused), _where_else(manifest, templates))))
+    difference.raise_if_different(refused, " and ".join(templates), advice)
     if unused := [rule.pattern for rule in rules if rule not in used]:
         raise ValueError(f"rename: {unused[0]!r} matches no leaf of {' or '.join(templates)}")
     return matched, passed
@@ -349,6 +365,7 @@ def _match_tree(
     template = state_of(template)
     wants = structure.describe(template, item=name, is_template=True)
     known = difference.renamed(saved, rules, wants, set() if used is None else used)
+    wants = _with_python_numbers(known, wants, template)
     rows = _rows(saved, known, wants, template, knows_weak)
     return Matched(name, template, rows), difference.compare(known, wants, name)
 
@@ -369,6 +386,23 @@ def _rows(saved: TreeSpec, known: TreeSpec, wants: TreeSpec, template: Any, know
         Row(found := there.get(leaf.keys), _as_saved(found, leaf) if knows_weak else leaf, own)
         for leaf, own in zip(wants.leaves, given, strict=True)
     ]
+
+
+def _with_python_numbers(known: TreeSpec, wants: TreeSpec, template: Any) -> TreeSpec:
+    """Where a Python number was saved, one is wanted: `jax.eval_shape` makes an abstract array of it."""
+    numbers = {leaf.keys: leaf for leaf in known.leaves if leaf.kind in ("int", "float", "bool", "complex")}
+    if not numbers:
+        return wants
+
+    def number(wanted: LeafSpec, given: Any) -> LeafSpec:
+        saved = numbers.get(wanted.keys)
+        if saved is None or not isinstance(given, jax.ShapeDtypeStruct) or wanted.shape or wanted.kind != "jax":
+            return wanted
+        same_kind = numpy_dtype(wanted.dtype).kind == numpy_dtype(saved.dtype).kind
+        return wanted._replace(kind=saved.kind, dtype=saved.dtype, weak=False) if same_kind else wanted
+
+    leaves = map(number, wants.leaves, jax.tree_util.tree_leaves(template))
+    return dataclasses.replace(wants, leaves=tuple(leaves))
 
 
 def _as_saved(saved: LeafSpec | None, wants: LeafSpec) -> LeafSpec:

@@ -144,6 +144,16 @@ MUTATIONS = [
         "tests/test_manifest.py::test_names_that_lead_outside_of_the_checkpoint_are_refused",
     ),
     Mutation(
+        9, "symlinks are followed to write",
+        "paths.py", 'getattr(os, "O_NOFOLLOW", 0)', '(0 if "PINNED" in str(path) else os.O_NOFOLLOW)',
+        "tests/test_links.py::test_the_error_names_the_link_and_says_what_to_do",
+    ),
+    Mutation(
+        9, "a pickle may set attributes on what it names",
+        "interop/opcodes.py", "        if type(made) is not Call or made.state is not None:\n",
+        "        if type(made) is Name:\n            [setattr(made.meaning, *pair) for pair in state[1].items()]\n"
+        "        elif False:\n",
+        "tests/interop/test_pickles.py::test_nothing_that_a_pickle_does_to_a_type_lasts",
         10, "the template decides about weak types",
         "items.py", "return wants._replace(kind=\"jax\", dtype=saved.dtype, weak=saved.weak)",
         "return wants._replace(kind=\"jax\", dtype=saved.dtype)",

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckptmgr import bucket, interop, journal, policy, report, structure
+from ckptmgr import bucket, journal, policy, report, structure
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import CheckpointInfo, VerifyReport
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, NewerFormatError
@@ -257,22 +257,3 @@ def verified(found: VerifyReport) -> Facts:
         "damages": [damage._asdict() for damage in found.damages],
         "unchecked": list(found.unchecked),
     }
-
-
-def incoming(
-    state: str | None, params: str | None, opt_state: str | None, step: int | None, allow: Sequence[str]
-) -> tuple[int, dict[str, Any]]:
-    """What is to be saved, and as which step."""
-    given = {"params": params, "opt_state": opt_state}
-    found = {name: interop.read(path, allow=allow) for name, path in given.items() if path is not None}
-    if state is not None:
-        whole = interop.read(state, allow=allow)
-        if not isinstance(whole, Mapping) or not {"params", "opt_state"} & set(whole):
-            raise ValueError(
-                f"{state} is no dict with params or opt_state; name its part: --params or --opt-state"
-            )
-        found = {name: whole[name] for name in given if whole.get(name) is not None} | found
-        step = int(whole["step"]) if step is None and "step" in whole else step
-    if step is None:
-        raise ValueError("which step is it? --step says")
-    return step, found
