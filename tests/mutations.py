@@ -154,6 +154,8 @@ MUTATIONS = [
         "        if type(made) is Name:\n            [setattr(made.meaning, *pair) for pair in state[1].items()]\n"
         "        elif False:\n",
         "tests/interop/test_pickles.py::test_nothing_that_a_pickle_does_to_a_type_lasts",
+    ),
+    Mutation(
         10, "the template decides about weak types",
         "items.py", "return wants._replace(kind=\"jax\", dtype=saved.dtype, weak=saved.weak)",
         "return wants._replace(kind=\"jax\", dtype=saved.dtype)",
