@@ -24,6 +24,8 @@ from data import make
 
 import ckptmgr
 from ckptmgr import HOST, CheckpointManager, interop, names
+from ckptmgr.cli import facts, tables
+from ckptmgr.cli.app import app
 from ckptmgr.testing import assert_trees_equal
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -283,6 +285,18 @@ def test_it_is_refused_by_a_sentence_and_never_taken_for_an_empty_run(row, run):
     manager.close()
 
 
+def test_the_command_that_the_sentence_names_imports_it(tmp_path, monkeypatch, capsys):
+    run = unpack("flax_msgpack", tmp_path / "run")
+    with pytest.raises(ckptmgr.CheckpointNotFoundError) as caught:
+        CheckpointManager(run, read_only=True).steps()
+    command = str(caught.value).rpartition("ckptmgr ")[2].replace("NEW_RUN", str(tmp_path / "new")).split()
+    monkeypatch.chdir(run)
+    app(command, standalone_mode=False)
+    assert capsys.readouterr().out.startswith("step 10 saved")
+    found = CheckpointManager(tmp_path / "new", read_only=True).restore(10).params
+    assert_trees_equal(found, jax.tree.map(np.asarray, make.params(10)))
+
+
 @by_file("row", TABLE)
 def test_a_training_that_goes_on_adds_a_step_or_is_told_why_not(row, run):
     before = visible(run)
@@ -304,8 +318,6 @@ def test_a_training_that_goes_on_adds_a_step_or_is_told_why_not(row, run):
 
 @by_file("row", TABLE)
 def test_the_command_line_shows_it(row, run, capsys):
-    from ckptmgr.cli import facts, tables
-
     if row.refused:
         with pytest.raises(ckptmgr.CheckpointNotFoundError, match=row.refused):
             facts.reader(run)

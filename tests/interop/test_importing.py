@@ -185,8 +185,9 @@ def test_a_directory_of_flax_and_orbax_is_read(tmp_path):
               "rng": state.rng}  # fmt: skip
     interop.write(target, tmp_path / "flax" / "checkpoint_3")
     for path in (tmp_path / "flax", tmp_path / "flax" / "checkpoint_3"):
-        saved(tmp_path / path.name, interop.incoming(path))
-        check(tmp_path / path.name, state, "clip and adam by schedule")
+        run = tmp_path / f"run of {path.name}"
+        saved(run, interop.incoming(path))
+        check(run, state, "clip and adam by schedule")
 
 
 @pytest.mark.parametrize(
