@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.extend.core.primitives import convert_element_type_p
 
 from ckptmgr.errors import UnsupportedLeafError
 
@@ -257,6 +258,15 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def is_weak(leaf: Any) -> bool:
     """Whether JAX lets other types win over this array's; keys do not take part."""
     return bool(getattr(leaf, "weak_type", False))
+
+
+@jax.jit
+def weaken(arrays: list[jax.Array]) -> list[jax.Array]:
+    """The same arrays with JAX's weak type; `jax.lax.convert_element_type` gives strong types only."""
+    return [
+        convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
+        for array in arrays
+    ]
 
 
 def _scalar_dtype(value: complex) -> np.dtype[Any]:

@@ -262,9 +262,8 @@ def _jax(make: _Maker, call: Call) -> jax.Array:
         raise ValueError(f"a jax array of {values.dtype}")
     if jax.dtypes.canonicalize_dtype(values.dtype) != values.dtype:
         raise ValueError(f"an array of {values.dtype}, which takes JAX_ENABLE_X64=1")
-    if type(aval) is dict and aval.get("weak_type") is True and values.ndim == 0:
-        return jnp.asarray(values.item())
-    return jnp.asarray(values)
+    is_weak = type(aval) is dict and aval.get("weak_type") is True
+    return structure.weaken([jnp.asarray(values)])[0] if is_weak else jnp.asarray(values)
 
 
 def _complex(make: _Maker, call: Call) -> complex:

@@ -27,6 +27,7 @@ from ckptmgr.testing import assert_trees_equal
 SQUARE = jnp.arange(6.0).reshape(2, 3)
 TREES = {
     "jax": {"w": SQUARE, "half": jnp.ones(3, jnp.bfloat16), "four": jnp.arange(4).astype(jnp.int4)},
+    "weak": {"w": jnp.full((3, 2), 0.3), "n": jnp.full((2,), 7), "one": jnp.asarray(0.5)},
     "numpy": [np.arange(5), np.asfortranarray(SQUARE), np.arange(3, dtype=">i4"), np.float32(2)],
     "odd": (np.zeros((0, 3)), np.ones(3, ml_dtypes.float8_e4m3fn), np.array(-0.0), True, 1 + 2j, None, "", b"raw"),
     "containers": collections.OrderedDict(a=[1, (2, {})], b={3: jnp.ones(())}),
@@ -129,7 +130,7 @@ def names():
     states = ["jax.example_libraries.optimizers.OptimizerState", "optax._src.base.EmptyState"]
     return [
         *pickles.MAKES,
-        *pickles.ARGUMENTS,
+        *sorted(pickles.ARGUMENTS),
         *states,
         "optax._src.transform.ScaleByAdamState",
         "ml_dtypes.bfloat16",
