@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -23,33 +25,81 @@ _running: weakref.WeakSet[Background] = weakref.WeakSet()
 
 
 class Background:
-    """Runs one task at a time in a thread of its own; `timeout_s` bounds every wait for it."""
+    """Runs one task at a time beside its caller; `timeout_s` bounds every wait for it.
+
+    The callers wait for an event that the task's thread sets, never for the thread: in CPython 3.11 and 3.12
+    Ctrl-C in a `join` marks a thread as ended that is still running. A task is accepted at one point, `append`: an
+    interrupt comes before it or after it.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._thread: threading.Thread | None = None
-        self._what = ""
+        self._accepted: collections.deque[_Task] = collections.deque()
+        self._works = threading.Lock()
+        self._worker: int | None = None
         _running.add(self)
 
-    def start(self, what: str, task: Callable[[], None]) -> None:
-        """Starts `task` once the one before it is done; `what` names it in a timeout."""
+    def start(self, what: str, run: Callable[[], None]) -> None:
+        """Starts a task once the one before it is done; `what` names it in a timeout."""
         self.wait()
-        self._what = what
-        self._thread = threading.Thread(target=task, name=f"ckptmgr: {what}", daemon=True)
-        self._thread.start()
+        self._accepted.append(_Task(what, run))
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        what = next((task.what for task in self._accepted), "nothing")
+        threading.Thread(target=self._work, name=f"ckptmgr: {what}", daemon=True).start()
+
+    def _work(self) -> None:
+        with self._works:
+            self._worker = threading.get_ident()
+            try:
+                while self._accepted:
+                    self._run(self._accepted[0])
+            finally:
+                self._worker = None
+
+    def _run(self, task: _Task) -> None:
+        try:
+            task.run()
+        finally:
+            self._accepted.popleft()
+            task.done.set()
 
     def is_current(self) -> bool:
         """Whether the caller is the task itself (a callback of it, say), which must not wait for itself."""
-        return self._thread is threading.current_thread()
+        return bool(self._accepted) and self._worker == threading.get_ident()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until nothing runs."""
-        thread, timeout_s = self._thread, self._timeout_s if timeout_s is None else timeout_s
-        if thread is None or self.is_current():
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        if self.is_current():
             return
-        thread.join(timeout_s)
-        if thread.is_alive():
-            raise CheckpointTimeoutError(f"{self._what} took longer than {timeout_s} s", waiting_for=self._what)
+        for task in tuple(self._accepted):
+            if not self._works.locked():  # an interrupt came between `append` and the start of a thread
+                self._start_thread()
+            if not task.done.wait(timeout_s):
+                raise CheckpointTimeoutError(f"{task.what} took longer than {timeout_s} s", waiting_for=task.what)
+
+    def forget(self) -> None:
+        """In a forked child: its threads are the parent's alone."""
+        self._accepted.clear()
+        self._works = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Task:
+    what: str
+    run: Callable[[], None]
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+def _forget() -> None:
+    for background in list(_running):
+        background.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _drain() -> None:
