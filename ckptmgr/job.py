@@ -58,6 +58,14 @@ class Job:
         except jax.errors.JaxRuntimeError as problem:
             raise self._late(name, [0], self._timeout_s) from problem
 
+    def tell(self, name: str, problem: Exception | None = None) -> None:
+        """Process 0 says that it has come so far, or raises `problem` in all."""
+        said: Any = self.agree(name, problem and [type(problem).__name__, str(problem)])
+        if problem is not None:
+            raise problem
+        if said is not None:
+            raise OtherProcessError(f"process 0: {said[1]}", kind=said[0])
+
     def share(self, name: str, problem: Exception | None = None, *, timeout_s: float | None = None) -> None:
         """Waits for all processes; raises `problem`, or what another process has to tell.
 

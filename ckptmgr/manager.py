@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -121,7 +122,7 @@ class CheckpointManager:
             self._writer = self._job.together(self._job.name(f"opening {self._directory}"), self._claim)
             lifecycle.drain_on_sigterm()
             self._store = orbax.Store(
-                self._directory, compression=self._options.compression, timeout_s=self._options.timeout_s
+                self._directory, compression=self._options.compression, job=job.Job(self._options.timeout_s)
             )
             self._aftermath.update_mirror()  # what an earlier process has not copied
 
@@ -195,17 +196,9 @@ class CheckpointManager:
             return copied
 
         copied = self._job.together(self._job.name(f"the save of step {step}"), copy)
-        try:
-            store.start(step, copied.contents, copied.build_manifest)
-        except TimeoutError:
-            name = self._job.name(f"the start of step {step}")
-            self._job.share(name, timeout_s=store.patience_s)  # says who is not there any more
-            raise
-        except Exception as problem:  # the step's directory could not be made, or a bounded wave not be written
-            raise SaveError(f"step {step} could not be saved: {problem}", step=step) from problem
         self._last = CheckpointInfo(step=step, time=copied.manifest.time)
         reason = "forced" if force else "preempted" if self.preempted else "due"
-        return self._follow(step, store, reason, called)
+        return self._hand_over(copied, store, reason, called)
 
     def _make_room(self, step: int) -> None:
         """A damaged step of this number is kept under another name: the run walked back, and comes by again."""
@@ -248,21 +241,26 @@ class CheckpointManager:
             step=step,
         )
 
-    def _follow(self, step: int, store: orbax.Store, reason: str, called: float) -> SaveResult:
-        """Waits beside the caller until the step is durable, then does what follows from it."""
-        blocked_s = time.perf_counter() - called
+    def _hand_over(self, copied: writing.Copied, store: orbax.Store, reason: str, called: float) -> SaveResult:
+        """Has the step written beside the caller, then what follows from it done."""
+        step, blocked_s = copied.manifest.step, concurrent.futures.Future[float]()
 
         def commit() -> CheckpointInfo:
-            store.wait(step)
+            store.write(step, copied.contents, copied.build_manifest)
             durable_s = time.perf_counter() - called
             info = self._history.glance(self._catalog.manifest(step))
-            return dataclasses.replace(info, blocked_s=blocked_s, durable_s=durable_s)
+            return dataclasses.replace(info, blocked_s=blocked_s.result(), durable_s=durable_s)
 
         def failed(failure: SaveError) -> None:
             self._last = None
             self._journal.record("failed", step, why=str(failure.__cause__))
 
         told = self._pending.follow(step, commit, failed, self._aftermath.follow)
+        try:
+            if not copied.wait(self._options.timeout_s):
+                self._pending.join(0)  # says what takes so long
+        finally:
+            blocked_s.set_result(time.perf_counter() - called)
         if not self._options.asynchronous:
             self._pending.wait()
         return SaveResult(step, reason, told, self._pending.acknowledge)
@@ -287,7 +285,6 @@ class CheckpointManager:
         self._pending.join()
         store, self._store = self._store, None
         if store is not None:
-            store.close()
             self._aftermath.wait()
             self._writer.release()
         self._pending.raise_failure()

@@ -24,7 +24,7 @@ MUTATIONS = [
     ),
     Mutation(
         1, "names are not flushed before the rename",
-        "storage/orbax.py", "            files.sync(folders)", "            pass",
+        "storage/orbax.py", "    files.sync(folders)\n", "",
         "tests/storage/test_orbax.py::test_everything_is_flushed_before_the_step_has_its_name",
     ),
     Mutation(
@@ -94,7 +94,7 @@ MUTATIONS = [
     ),
     Mutation(
         6, "what a failed save has written stays",
-        "storage/orbax.py", "                unfinished.rmtree()", "                pass",
+        "storage/orbax.py", "            draft.rmtree()", "            pass",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(

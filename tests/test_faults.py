@@ -219,5 +219,5 @@ def test_saves_and_restores_reach_the_exporter_of_orbax(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("write_success", "read_start", "read_success"):
         assert f"jax_orbax_{name}_total 1.0" in done.stdout
-    assert "jax_checkpoint_write_async_commit_duration_sec" in done.stdout
+    assert "jax_orbax_write_finalize_duration_secs" in done.stdout
     assert 'jax_orbax_read_total_duration_secs_count{storage_type="other"} 1.0' in done.stdout

@@ -69,6 +69,8 @@ class Snapshot:
         self._waves = chunks.runs([each.nbytes for each in plan.stored], max_bytes)
         self.copied: list[tuple[int, list[Part]]] = []
         """The copies that wait to be written: the place of each leaf, and its parts."""
+        self.complete = threading.Event()
+        """Set once every leaf has been copied, or the save is over."""
 
     def start(self) -> None:
         """Starts the copies of the next wave; returns at once."""
@@ -80,10 +82,15 @@ class Snapshot:
         parts = devices.collect(self.plan, self._leaves, wave)
         self.copied = list(zip(wave, parts, strict=True))
         if not self._waves:
-            self._leaves = ()
+            self.release()
 
     def has_more(self) -> bool:
         return bool(self._waves)
+
+    def release(self) -> None:
+        """Lets go of the leaves: the caller of `save` may do with them what it likes."""
+        self._leaves = ()
+        self.complete.set()
 
 
 def own_part(directory: epath.Path) -> epath.Path:

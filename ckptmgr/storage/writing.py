@@ -22,6 +22,11 @@ class Copied:
     """A Snapshot for each item of arrays; for any other a function that gives its JSON value."""
     manifest: manifests.Manifest
 
+    def wait(self, timeout_s: float) -> bool:
+        """Waits until every leaf is copied: under `max_host_bytes` what is written makes room for the next."""
+        snapshots = [each for each in self.contents.values() if isinstance(each, arrays.Snapshot)]
+        return all(each.complete.wait(timeout_s) for each in snapshots)
+
     def build_manifest(self, files: Mapping[str, manifests.File]) -> bytes:
         """The manifest, once the files are written and the metrics have arrived."""
         metrics = self.contents[items.METRICS]()
