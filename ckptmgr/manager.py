@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -25,12 +26,12 @@ from ckptmgr import (
     job,
     journal,
     lifecycle,
+    opening,
     options,
     paths,
     pending,
     policy,
     restoring,
-    writer,
 )
 from ckptmgr import layout as layouts
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
@@ -39,6 +40,7 @@ from ckptmgr.errors import (
     CorruptCheckpointError,
     SaveError,
 )
+from ckptmgr.job import Call
 from ckptmgr.storage import orbax, reading, verifying, writing
 
 _log = logging.getLogger("ckptmgr")
@@ -105,34 +107,28 @@ class CheckpointManager:
         self._history = history.History(self._catalog, self._options.keep)
         self._composer = items.Composer()
         self._copier = writing.Copier(self._options)
-        self._pending = pending.Pending(self._options.timeout_s)
         self._last: CheckpointInfo | None = None
         self._store: orbax.Store | None = None
         self._preemption = lifecycle.Preemption()
-        self._job = job.Job(self._options.timeout_s)
+        timeout_s = self._options.timeout_s
+        if read_only:  # it may be opened in one process of a job alone
+            self._job = saving = job.Job("", timeout_s, alone=True)
+        else:
+            name, self._writer = opening.open_run(self._directory, self._catalog, timeout_s)
+            self._job, saving = job.Job(name, timeout_s), job.Job(f"{name}/saving", timeout_s)
+        self._pending = pending.Pending(timeout_s, saving)
         writes = not read_only and self._job.leads
         self._journal = journal.Journal(self._directory, self._options.clock, writes=writes)
         self._aftermath = aftermath.Aftermath(
             self._options, self._catalog, self._history, self._job, self._journal
         )
         self._restorer = restoring.Restorer(
-            self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, self._options.timeout_s
+            self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, timeout_s
         )
         if not read_only:
-            self._writer = self._job.together(self._job.name(f"opening {self._directory}"), self._claim)
             lifecycle.drain_on_sigterm()
-            self._store = orbax.Store(
-                self._directory, compression=self._options.compression, job=job.Job(self._options.timeout_s)
-            )
+            self._store = orbax.Store(self._directory, compression=self._options.compression, job=saving)
             self._aftermath.update_mirror()  # what an earlier process has not copied
-
-    def _claim(self) -> writer.Writer:
-        """Takes the right to write into the run."""
-        self._catalog.prepare()
-        claimed = writer.Writer(self._directory, speaks=self._job.leads)
-        if claimed.is_first:  # what lies about is nobody's any more
-            self._catalog.tidy()
-        return claimed
 
     @property
     def directory(self) -> epath.Path:
@@ -147,7 +143,7 @@ class CheckpointManager:
         now, last = self._options.clock(), self._last_save()
         due = any(each.should_save(step, now=now, last=last) for each in self._options.save_every)
         if not all(isinstance(each, policy.every_steps | policy.at_steps) for each in self._options.save_every):
-            due = self._job.agree(self._job.name("should_save"), due)  # clocks differ
+            due = self._job.decide(Call("the decision about a save", step), lambda: due)  # clocks differ
         return self._preemption.is_due(step, due)
 
     def save(
@@ -195,7 +191,7 @@ class CheckpointManager:
             self._make_room(step)
             return copied
 
-        copied = self._job.together(self._job.name(f"the save of step {step}"), copy)
+        copied = self._job.together(Call("the save", step), copy)
         self._last = CheckpointInfo(step=step, time=copied.manifest.time)
         reason = "forced" if force else "preempted" if self.preempted else "due"
         return self._hand_over(copied, store, reason, called)
@@ -214,7 +210,8 @@ class CheckpointManager:
 
     def _writable(self, step: int) -> orbax.Store:
         _check_step(step)
-        self._pending.raise_failure()
+        if self._job.count == 1:  # processes raise it together, in the next call that they make together
+            self._pending.raise_failure()
         if self._store is None:
             raise SaveError(f"step {step} cannot be saved: this manager is read-only or closed", step=step)
         return self._store
@@ -226,8 +223,11 @@ class CheckpointManager:
         due = self._preemption.is_due(step, True) if force else self.should_save(step)
         if not due:
             return "not due by save_every"
+        return self._job.decide(Call("the start of the save", step), lambda: self._exists(step, on_exists))
+
+    def _exists(self, step: int, on_exists: str) -> str | None:
+        """Why this step is not to be saved although it is due."""
         exists = step == self._pending.step or step in set(self._catalog.steps()) - self._catalog.damaged
-        exists = self._job.agree(self._job.name("save"), exists)
         if exists and on_exists == "replace" and not self._catalog.can_replace:
             raise ValueError(
                 f'on_exists="replace" takes a rename, which {self._directory} has not; delete({step}) first'
@@ -363,7 +363,7 @@ class CheckpointManager:
         """
         request = items.Request(
             params, opt_state, optimizer, extras or {}, layouts.check(layout), cast, partial, rename or {},
-            broadcast and self._job.count > 1,
+            broadcast and jax.process_count() > 1,
         )  # fmt: skip
         self._pending.wait()
         if step is None:

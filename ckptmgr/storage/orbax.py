@@ -21,9 +21,10 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckptmgr import catalog, job, paths, policy
+from ckptmgr import catalog, paths, policy
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CheckpointError
+from ckptmgr.job import Call, Job
 from ckptmgr.storage import arrays, files
 
 BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
@@ -56,7 +57,7 @@ class Store:
     write their arrays beside those of process 0.
     """
 
-    def __init__(self, directory: epath.Path, *, compression: str | None, job: job.Job) -> None:
+    def __init__(self, directory: epath.Path, *, compression: str | None, job: Job) -> None:
         self._directory = directory
         self._compression = compression
         self._job = job
@@ -141,7 +142,7 @@ class _Stages:
     "directories": process 0 has made them. "arrays": all have written theirs. "commit": the step has its name.
     """
 
-    def __init__(self, step: int, job: job.Job) -> None:
+    def __init__(self, step: int, job: Job) -> None:
         self._step, self._job = step, job
         self._ahead = ["directories", "arrays", "commit"]
 
@@ -158,12 +159,12 @@ class _Stages:
 
     def _pass(self, problem: Exception | None) -> None:
         stage = self._ahead.pop(0)
-        name = self._job.name(f"the {stage} of step {self._step}")
+        call = Call(f"the {stage}", self._step)
         try:
             if stage == "arrays":
-                self._job.share(name, problem)
+                self._job.share(call, problem)
             else:
-                self._job.tell(name, problem)
+                self._job.tell(call, problem)
         except Exception:
             self._ahead.clear()
             raise
