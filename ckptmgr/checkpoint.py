@@ -56,6 +56,10 @@ class Checkpoint:
     """False when nothing was saved yet and these are the values given to `restore_or`."""
     skipped: Mapping[int, str] = _empty()
     """Newer steps that were passed over as damaged, and why."""
+    missing: tuple[str, ...] = ()
+    """With `partial`: leaves that the checkpoint lacks; they have the template's own value, or the optimizer's."""
+    unused: tuple[str, ...] = ()
+    """With `partial`: leaves of the checkpoint that the template lacks; they were not read."""
 
 
 class Damage(NamedTuple):

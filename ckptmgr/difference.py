@@ -22,7 +22,8 @@ class LeafDiff:
     saved: LeafSpec | None
     template: LeafSpec | None
     problem: str
-    """"missing" (from the checkpoint), "unexpected" (by the template), "shape" or "dtype"."""
+    """"missing" (from the checkpoint), "unexpected" (by the template), "shape", "dtype", or "key": one side
+    holds typed PRNG keys that the other has not, which no cast makes of numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,10 @@ class StructureDiff:
         kept = tuple(leaf for leaf in self.leaves if leaf.problem not in problems)
         return StructureDiff(kept, self.containers)
 
+    def only(self, *problems: str) -> StructureDiff:
+        """Only the leaves that have one of these problems."""
+        return StructureDiff(tuple(leaf for leaf in self.leaves if leaf.problem in problems))
+
     def __str__(self) -> str:
         rows = [("leaf", "checkpoint", "template", "")]
         rows += [(d.path, _show(d.saved), _show(d.template), _ADVICE[d.problem]) for d in self.leaves]
@@ -79,9 +84,11 @@ class StructureDiff:
 
 _ADVICE = {
     "missing": "not in the checkpoint (partial=True keeps the template's own value)",
+    "no value": "not in the checkpoint, and the template is abstract: partial=True needs an array to keep",
     "unexpected": "not in the template (partial=True ignores it)",
     "shape": "another shape",
     "dtype": "another dtype (cast=True converts)",
+    "key": "PRNG keys are never cast; see jax.random.key_data and jax.random.wrap_key_data",
 }
 
 
@@ -116,6 +123,8 @@ def _problem(saved: LeafSpec | None, template: LeafSpec | None) -> str | None:
         return "missing"
     if template is None:
         return "unexpected"
+    if "key" in (saved.kind, template.kind) and saved.dtype != template.dtype:
+        return "key"
     if saved.shape != template.shape:
         return "shape"
     return None if _same_values(saved, template) else "dtype"
@@ -125,7 +134,7 @@ def _same_values(saved: LeafSpec, template: LeafSpec) -> bool:
     """Whether the saved values fit the template's leaf without a conversion that could change them."""
     if saved.dtype == template.dtype:
         return True
-    if template.kind in ("int", "float", "bool") and saved.kind != "key":  # a Python number holds any
+    if template.kind in ("int", "float", "bool"):  # a Python number holds any
         kind = np.dtype(getattr(ml_dtypes, saved.dtype, saved.dtype)).kind
         return kind in {"int": "iu", "float": "f", "bool": "b"}[template.kind]
     return False
@@ -140,17 +149,28 @@ def raise_if_different(diff: StructureDiff, what: str) -> None:
         )
 
 
-def renamed(saved: TreeSpec, rename: Mapping[str, str], template: TreeSpec) -> TreeSpec:
-    """`saved` with the leaves whose path matches a regex of `rename` under their new path."""
-    if not rename:
+def rename_rules(rename: Mapping[str, str]) -> dict[re.Pattern[str], str]:
+    """The rules of `rename`, compiled; raises ValueError for what is no regular expression."""
+    try:
+        return {re.compile(old): new for old, new in rename.items()}
+    except re.error as problem:
+        raise ValueError(f"rename: {problem.pattern!r} is no regular expression: {problem}") from None
+
+
+def renamed(
+    saved: TreeSpec, rules: Mapping[re.Pattern[str], str], template: TreeSpec, used: set[re.Pattern[str]]
+) -> TreeSpec:
+    """`saved` with the leaves whose path matches a rule under their new path. Adds the rules that did to `used`."""
+    if not rules:
         return saved
     by_path = {leaf.path: leaf.keys for leaf in template.leaves}
-    rules: list[tuple[re.Pattern[str], str]] = [(re.compile(old), new) for old, new in rename.items()]
 
     def apply(leaf: LeafSpec) -> LeafSpec:
         path = leaf.path
-        for old, new in rules:
-            path = old.sub(new, path)
+        for old, new in rules.items():
+            path, count = old.subn(new, path)
+            if count:
+                used.add(old)
         keys = leaf.keys if path == leaf.path else by_path.get(path, (path,))
         return leaf._replace(path=path, keys=keys)
 

@@ -10,8 +10,10 @@ import base64
 import dataclasses
 import functools
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -21,11 +23,20 @@ import numpy as np
 from ckptmgr import difference, structure
 from ckptmgr.difference import LeafDiff, StructureDiff
 from ckptmgr.manifest import Item, Manifest
-from ckptmgr.structure import LeafSpec, Row, TreeSpec, is_weak
+from ckptmgr.structure import LeafSpec, Row, TreeSpec, is_weak, numpy_dtype
+
+_log = logging.getLogger("ckptmgr")
 
 PARAMS, OPT_STATE, STEP, METRICS = "params", "opt_state", "step", "metrics"
 _RESERVED = frozenset({PARAMS, OPT_STATE, STEP, METRICS})
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_FILES = frozenset({
+    "manifest.json", "PINNED", "commit_success.txt", "checkpoint", "default", "descriptor", "AUTO",
+    "_CHECKPOINT_METADATA", "_CHECKPOINT_DELETION", "_METADATA", "_sharding", "_strings.json", "array_metadatas",
+    "manifest.ocdbt", "d", "orbax.checkpoint",
+})  # fmt: skip
+"""Names that mean something else in the directory of a step, to us or to Orbax (v0 and v1)."""
+_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +86,7 @@ class Composer:
         return Tree(known[1], leaves)
 
     def _extra(self, name: str, value: Any) -> Tree | Value:
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
-            raise ValueError(
-                f"{name!r} cannot name an entry of extras: letters, digits, '_', '.' and '-', and none of "
-                f"{', '.join(sorted(_RESERVED))}"
-            )
+        _check_name(name)
         if hasattr(value, "get_state") and hasattr(value, "set_state"):
             value = value.get_state()
         if isinstance(value, bytes):
@@ -87,6 +94,15 @@ class Composer:
         if _is_json(value):
             return Value(functools.partial(json.loads, json.dumps(value)))  # a copy: the caller goes on
         return self.tree(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot name an entry of extras: use letters, digits, '_', '.' and '-'")
+    if name in _RESERVED | _FILES or _UNFINISHED in name or name.startswith("ocdbt.process_"):
+        raise ValueError(
+            f"{name!r} cannot name an entry of extras: a checkpoint has a part or a file of that name"
+        )
 
 
 def _signature(leaf: Any) -> Any:
@@ -115,17 +131,15 @@ def _is_json(value: Any) -> bool:
 
 def _metrics(metrics: Mapping[str, Any]) -> Value:
     checked = {name: _metric(name, value) for name, value in metrics.items()}
-    for value in checked.values():
-        if isinstance(value, jax.Array):
-            value.copy_to_host_async()
-    return Value(lambda: {name: float(value) for name, value in checked.items()})
+    return Value(lambda: {name: float(value) for name, value in jax.device_get(checked).items()})
 
 
 def _metric(name: Any, value: Any) -> Any:
     if not isinstance(name, str):
         raise TypeError(f"metrics: the name {name!r} is not a str")
     if isinstance(value, jax.Array) and value.ndim == 0:
-        return jnp.copy(value)  # not waited for, and ours: the caller may donate its own
+        with jax.debug_nans(False), jax.debug_infs(False):  # a loss may be either: nothing is computed here
+            return jnp.copy(value)  # not waited for, and ours: the caller may donate its own
     if isinstance(value, int | float | np.number | np.ndarray) and np.ndim(value) == 0:
         return float(value)
     raise TypeError(f"metrics: {name!r} is {value!r}, not one number")
@@ -164,14 +178,25 @@ class Request:
     optimizer: Any = None
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layout: Any = None
-    cast: bool = False
-    partial: bool = False
+    cast: bool | Collection[str] = False
+    """True, or the items whose leaves may be cast; `partial` likewise."""
+    partial: bool | Collection[str] = False
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     broadcast: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer is not None and self.opt_state is not None:
             raise ValueError("restore takes opt_state or optimizer, not both: each stands for the other")
+        for option in ("cast", "partial"):
+            _check_choice(option, getattr(self, option))
+        if self.rename and not self._has_template():
+            raise ValueError(
+                "rename gives leaves the paths of a template: give params=, opt_state= or extras= too"
+            )
+        difference.rename_rules(self.rename)
+
+    def _has_template(self) -> bool:
+        return any(each is not None for each in (self.params, self.opt_state, self.optimizer)) or bool(self.extras)
 
     def templates(self, manifest: Manifest) -> dict[str, Any]:
         """The template of each item that is to be read; None where it is to come back as it was saved."""
@@ -182,38 +207,128 @@ class Request:
         asked |= self.extras
         return asked or {name: None for name in manifest.items if name not in (STEP, METRICS)}
 
+    def allowed(self, item: str) -> list[str]:
+        """The differences that this item may have."""
+        allowed = ["dtype"] * _chooses(self.cast, item)
+        return allowed + ["missing", "unexpected"] * _chooses(self.partial, item)
 
-def match(manifest: Manifest, templates: Mapping[str, Any], request: Request) -> list[Matched]:
-    """Pairs every template with its item; raises StructureMismatchError that names all that differs."""
-    allowed = ["dtype"] * request.cast + ["missing", "unexpected"] * request.partial
-    diff, matched = StructureDiff(), []
+    def check_names(self, known: Collection[str]) -> None:
+        """Refuses items that neither the checkpoint nor a template has."""
+        for option in ("cast", "partial"):
+            chosen = getattr(self, option)
+            unknown = set() if isinstance(chosen, bool) else set(chosen) - set(known)
+            if unknown:
+                raise ValueError(f"{option} names {sorted(unknown)}, which is no item; known are {sorted(known)}")
+
+
+def _check_choice(option: str, chosen: Any) -> None:
+    is_names = isinstance(chosen, Collection) and not isinstance(chosen, str | bytes | Mapping)
+    if not isinstance(chosen, bool) and not (is_names and all(isinstance(name, str) for name in chosen)):
+        raise TypeError(f'{option} takes True, False, or names of items, as {option}=("ema",), not {chosen!r}')
+
+
+def _chooses(chosen: bool | Collection[str], item: str) -> bool:
+    return chosen if isinstance(chosen, bool) else item in chosen
+
+
+def match(
+    manifest: Manifest, templates: Mapping[str, Any], request: Request
+) -> tuple[list[Matched], StructureDiff]:
+    """Pairs every template with its item. The second of the two is what `partial` and `cast` let pass.
+
+    Raises StructureMismatchError that names all that differs, ValueError for a rule of `rename` that matches
+    nothing.
+    """
+    request.check_names({*manifest.items, *templates})
+    rules, used = difference.rename_rules(request.rename), set[re.Pattern[str]]()
+    refused, passed, matched = StructureDiff(), StructureDiff(), []
     for name, template in templates.items():
-        item = manifest.items.get(name)
-        if item is None and name not in _RESERVED:
-            diff += StructureDiff((LeafDiff(name, None, None, "missing"),)).without(*allowed)
-        elif item is None or item.kind == "arrays":
-            pair, differs = _match_tree(name, item or Item("arrays"), template, request.rename)
+        item, allowed = manifest.items.get(name), request.allowed(name)
+        if item is not None and item.kind != "arrays":
+            continue
+        if item is not None or (name in _RESERVED and (template is None or "missing" in allowed)):
+            pair, differs = _match_tree(name, item or Item("arrays"), template, rules, used, manifest.written_here)
+            if name == OPT_STATE and request.optimizer is not None and "dtype" not in allowed:
+                pair, differs = _with_saved_dtypes(pair, differs)
             matched.append(pair)
-            diff += differs.without(*allowed)
-    difference.raise_if_different(diff, " and ".join(templates))
-    return matched
+        else:
+            differs = StructureDiff((LeafDiff(name, None, None, "missing"),))
+        refused += differs.without(*allowed) + _without_value(name, template, differs, request)
+        passed += differs.only(*allowed)
+    difference.raise_if_different(refused, " and ".join(templates))
+    if unused := [rule.pattern for rule in rules if rule not in used]:
+        raise ValueError(f"rename: {unused[0]!r} matches no leaf of {' or '.join(templates)}")
+    return matched, passed
+
+
+def _without_value(name: str, template: Any, differs: StructureDiff, request: Request) -> StructureDiff:
+    """The leaves that `partial` would keep from a template that has no values; an optimizer makes them."""
+    if "missing" not in request.allowed(name) or (name == OPT_STATE and request.optimizer is not None):
+        return StructureDiff()
+    leaves = jax.tree_util.tree_flatten_with_path(state_of(template))[0]
+    abstract = {
+        f"{name}{jax.tree_util.keystr(path)}" for path, leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)
+    }
+    without = [
+        dataclasses.replace(leaf, problem="no value")
+        for leaf in differs.missing
+        if leaf.path in abstract or (leaf.path == name and abstract)
+    ]
+    return StructureDiff(tuple(without))
+
+
+def _with_saved_dtypes(pair: Matched, differs: StructureDiff) -> tuple[Matched, StructureDiff]:
+    """The dtypes that were saved, where only the optimizer's `init` says otherwise.
+
+    An update may change them: with bfloat16 params and a float32 learning rate Adam's moments become float32.
+    """
+    changed = {leaf.path: leaf for leaf in differs.dtype if leaf.saved and leaf.template and _alike(leaf)}
+    rows = [
+        row._replace(wants=row.wants._replace(dtype=row.saved.dtype))
+        if row.saved and f"{pair.item}{row.wants.path}" in changed
+        else row
+        for row in pair.rows
+    ]
+    if changed:
+        path, leaf = next(iter(changed.items()))
+        _log.warning(
+            "%d leaves of %s keep the dtype that was saved, which is not that of optimizer.init; the first: %s is "
+            "%s, not %s", len(changed), pair.item, path, leaf.saved, leaf.template
+        )  # fmt: skip
+    kept = tuple(leaf for leaf in differs.leaves if leaf.path not in changed)
+    return dataclasses.replace(pair, rows=rows), dataclasses.replace(differs, leaves=kept)
+
+
+def _alike(leaf: LeafDiff) -> bool:
+    """Whether both sides are floating, complex or whole numbers of some width."""
+    saved, wants = (numpy_dtype(each.dtype) for each in (leaf.saved, leaf.template) if each is not None)
+    families = (jnp.floating, jnp.complexfloating, jnp.integer)
+    return any(jnp.issubdtype(saved, family) and jnp.issubdtype(wants, family) for family in families)
 
 
 def params_of(manifest: Manifest, matched: Sequence[Matched]) -> Matched:
     """The parameters among these items, or, if they are not to be restored, as they were saved."""
     known = next((each for each in matched if each.item == PARAMS), None)
-    return known or _match_tree(PARAMS, manifest.items.get(PARAMS, Item("arrays")), None, {})[0]
+    return known or _match_tree(PARAMS, manifest.items.get(PARAMS, Item("arrays")), None)[0]
 
 
-def _match_tree(name: str, item: Item, template: Any, rename: Mapping[str, str]) -> tuple[Matched, StructureDiff]:
+def _match_tree(
+    name: str,
+    item: Item,
+    template: Any,
+    rules: Mapping[re.Pattern[str], str] = MappingProxyType({}),
+    used: set[re.Pattern[str]] | None = None,
+    knows_weak: bool = True,
+) -> tuple[Matched, StructureDiff]:
     saved = item.tree
     if template is None:
         rows = [Row(leaf, leaf) for leaf in saved.leaves]
         return Matched(name, None, rows, saved.outline), StructureDiff()
     template = state_of(template)
     wants = structure.describe(template, item=name, is_template=True)
-    known = difference.renamed(saved, rename, wants)
-    return Matched(name, template, _rows(saved, known, wants, template)), difference.compare(known, wants, name)
+    known = difference.renamed(saved, rules, wants, set() if used is None else used)
+    rows = _rows(saved, known, wants, template, knows_weak)
+    return Matched(name, template, rows), difference.compare(known, wants, name)
 
 
 def compare(manifest: Manifest, params: Any, opt_state: Any) -> StructureDiff:
@@ -221,14 +336,30 @@ def compare(manifest: Manifest, params: Any, opt_state: Any) -> StructureDiff:
     given = {name: tree for name, tree in ((PARAMS, params), (OPT_STATE, opt_state)) if tree is not None}
     found = StructureDiff()
     for name, template in given.items():
-        found += _match_tree(name, manifest.items.get(name, Item("arrays")), template, {})[1]
+        found += _match_tree(name, manifest.items.get(name, Item("arrays")), template)[1]
     return found
 
 
-def _rows(saved: TreeSpec, known: TreeSpec, wants: TreeSpec, template: Any) -> list[Row]:
+def _rows(saved: TreeSpec, known: TreeSpec, wants: TreeSpec, template: Any, knows_weak: bool) -> list[Row]:
     there = {leaf.keys: original for leaf, original in zip(known.leaves, saved.leaves, strict=True)}
     given = jax.tree_util.tree_leaves(template)
-    return [Row(there.get(leaf.keys), leaf, own) for leaf, own in zip(wants.leaves, given, strict=True)]
+    return [
+        Row(found := there.get(leaf.keys), _as_saved(found, leaf) if knows_weak else leaf, own)
+        for leaf, own in zip(wants.leaves, given, strict=True)
+    ]
+
+
+def _as_saved(saved: LeafSpec | None, wants: LeafSpec) -> LeafSpec:
+    """What is to be made of a leaf: the template's, but as weak as it was saved, and an array if it was one.
+
+    A template that is made anew is weak, or a Python number, where an update has long made the leaf a strong
+    array; a weak leaf gives other dtypes, so other bits.
+    """
+    if saved is None or saved.kind != "jax":
+        return wants
+    if wants.kind in ("int", "float", "bool", "complex") or (wants.kind == "jax" and wants.dtype == saved.dtype):
+        return wants._replace(kind="jax", dtype=saved.dtype, weak=saved.weak)
+    return wants
 
 
 def _state_template(manifest: Manifest, optimizer: Any, params: Any) -> Any:

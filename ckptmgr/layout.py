@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import jax
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ckptmgr.errors import LayoutError
-from ckptmgr.structure import Keys, Row
+from ckptmgr.structure import Row
 
 _log = logging.getLogger("ckptmgr")
 
@@ -58,7 +57,7 @@ class Wanted(Protocol):
 
 def check(layout: Layout) -> Layout:
     """Refuses a value that is no layout, before anything is looked up on disk."""
-    if isinstance(layout, Mesh) or callable(layout):
+    if isinstance(layout, Mesh) or _is_function(layout):
         return layout
     for leaf in jax.tree.leaves(layout, is_leaf=_is_placement):
         if not _is_placement(leaf):
@@ -69,12 +68,17 @@ def check(layout: Layout) -> Layout:
     return layout
 
 
-def targets(layout: Layout, wanted: Sequence[Wanted], params: Wanted, optimizer: Any = None) -> list[list[Target]]:
+def _is_function(layout: Layout) -> bool:
+    """Whether a layout is to be called; a tree of shardings may have a `__call__` too, as Equinox's modules do."""
+    return callable(layout) and not any(map(_is_placement, jax.tree.leaves(layout)))
+
+
+def targets(layout: Layout, wanted: Sequence[Wanted], params: Wanted) -> list[list[Target]]:
     """The targets of the rows of each item that are read; raises LayoutError before anything is.
 
     `params` are the parameters as they are, or would be, restored: what a tree or a callable speaks of.
     """
-    places = _places(layout, wanted, params, optimizer)
+    places = _places(layout, wanted, params)
     return [
         [
             _target(f"{each.item}{row.wants.path}", row, place)
@@ -119,27 +123,94 @@ def _check_dtype(leaf: str, dtype: str) -> None:
 # ---------------------------------------------------------------- the forms of a layout
 
 
-def _places(layout: Layout, wanted: Sequence[Wanted], params: Wanted, optimizer: Any) -> list[list[Place]]:
+def _places(layout: Layout, wanted: Sequence[Wanted], params: Wanted) -> list[list[Place]]:
     """The place of every row of each item."""
     if layout is None:
-        return [[_own(row) for row in each.rows] for each in wanted]
-    if isinstance(layout, Sharding | jax.Device | _Host):
-        return [[_one(layout)] * len(each.rows) for each in wanted]
+        return _places_of_templates(wanted, params)
     if isinstance(layout, Mesh):
         return _carried(layout, wanted)
-    chosen = _by_callable(layout, params) if callable(layout) else _by_tree(layout, params)
-    return [chosen if each.item == params.item else _follow(each, params, chosen, optimizer) for each in wanted]
+    meshes = _Meshes([*wanted, params])
+    if isinstance(layout, Sharding | jax.Device | _Host):
+        place = _place("every leaf", layout, meshes)
+        return [[place] * len(each.rows) for each in wanted]
+    chosen = _by_function(layout, params, meshes) if _is_function(layout) else _by_tree(layout, params, meshes)
+    return [chosen if each.item == params.item else _follow(each, params, chosen) for each in wanted]
 
 
-def _own(row: Row) -> Place:
-    """Where the template's leaf is."""
+def _places_of_templates(wanted: Sequence[Wanted], params: Wanted) -> list[list[Place]]:
+    """Where each template's leaf is. A leaf that has no place of its own follows the parameter that it mirrors."""
+    meshes = _Meshes([*wanted, params])
+    chosen = [_own(row, meshes) or HERE for row in params.rows]
+    return [
+        chosen if each.item == params.item else _own_or_follow(each, params, chosen, meshes) for each in wanted
+    ]
+
+
+def _own_or_follow(wanted: Wanted, params: Wanted, places: Sequence[Place], meshes: _Meshes) -> list[Place]:
+    rest = _replicated(places) if wanted.item == "opt_state" else HERE
+    followed = _follow(wanted, params, places, rest)
+    return [
+        _same(_own(row, meshes), place, row.wants.shape) for row, place in zip(wanted.rows, followed, strict=True)
+    ]
+
+
+def _own(row: Row, meshes: _Meshes) -> Place | None:
+    """Where the template's leaf is; None for an abstract leaf that does not say."""
     if isinstance(row.given, jax.Array) and not row.given.committed:
         return HERE
-    return getattr(row.given, "sharding", None) or HERE
+    sharding = getattr(row.given, "sharding", None)
+    return meshes.concrete(sharding, row.wants.path) if isinstance(sharding, Sharding) else None
 
 
-def _one(place: Any) -> Place:
-    return SingleDeviceSharding(place) if isinstance(place, jax.Device) else place
+def _same(own: Place | None, followed: Place, shape: tuple[int, ...]) -> Place:
+    """A leaf's own place; where the leaf that it follows is in the same place, in the same words: P("x", None) is
+    P("x") for JAX's compiled programs, and not for a comparison."""
+    if own is None:
+        return followed
+    both = isinstance(own, Sharding) and isinstance(followed, Sharding)
+    return followed if both and own.is_equivalent_to(followed, len(shape)) else own
+
+
+class _Meshes:
+    """Finds the devices of a sharding that names only the axes of its mesh, as those of `jax.eval_shape` do."""
+
+    def __init__(self, wanted: Iterable[Wanted]) -> None:
+        self._wanted = tuple(wanted)
+
+    @functools.cached_property
+    def _known(self) -> list[Mesh]:
+        """The mesh of `jax.set_mesh`, then those that the templates' arrays are on."""
+        shardings = (getattr(row.given, "sharding", None) for each in self._wanted for row in each.rows)
+        named = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
+        return [mesh for mesh in (jax.sharding.get_mesh(), *dict.fromkeys(named)) if isinstance(mesh, Mesh)]
+
+    def concrete(self, sharding: Sharding, leaf: str) -> Sharding | None:
+        """The same on devices; None if it names no axis of any mesh."""
+        mesh = getattr(sharding, "mesh", None)
+        if not isinstance(sharding, NamedSharding) or not isinstance(mesh, AbstractMesh):
+            return sharding
+        if mesh.empty:
+            return None
+        mesh = self._find(mesh, leaf)
+        return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+
+    def _find(self, abstract: AbstractMesh, leaf: str) -> Mesh:
+        for mesh in self._known:
+            if (mesh.axis_names, mesh.axis_sizes) == (abstract.axis_names, abstract.axis_sizes):
+                return mesh
+        if abstract.size != jax.device_count():
+            raise LayoutError(
+                f"the template's {leaf} is on a mesh of {abstract.size} devices that are not named, and there are "
+                f"{jax.device_count()}: give layout=, or restore inside `with jax.set_mesh(mesh)`",
+                leaf=leaf,
+            )
+        made = jax.make_mesh(abstract.axis_sizes, abstract.axis_names, axis_types=abstract.axis_types)
+        _log.warning(
+            "the template names a mesh %s and no devices: restored onto jax.make_mesh of all of them. Give layout=, "
+            "or restore inside `with jax.set_mesh(mesh)`, to choose another", dict(abstract.shape)
+        )  # fmt: skip
+        self._known.append(made)
+        return made
 
 
 def _carried(mesh: Mesh, wanted: Sequence[Wanted]) -> list[list[Place]]:
@@ -182,36 +253,45 @@ def _names(partition: Iterable[Any]) -> list[tuple[str, ...]]:
     return found
 
 
-def _by_callable(layout: Callable[[str, jax.ShapeDtypeStruct], Any], params: Wanted) -> list[Place]:
+def _by_function(
+    layout: Callable[[str, jax.ShapeDtypeStruct], Any], params: Wanted, meshes: _Meshes
+) -> list[Place]:
     def place(row: Row) -> Place:
         wants = row.wants
-        if wants.kind != "jax":
-            return _own(row)
-        leaf = jax.ShapeDtypeStruct(wants.shape, wants.dtype)
-        answer = layout(wants.path, leaf)
-        return _own(row) if answer is None else _sharding(f"{params.item}{wants.path}", answer)
+        answer = (
+            layout(wants.path, jax.ShapeDtypeStruct(wants.shape, wants.dtype)) if wants.kind == "jax" else None
+        )
+        return _answered(params, row, answer, meshes)
 
     return [place(row) for row in params.rows]
 
 
-def _by_tree(layout: Any, params: Wanted) -> list[Place]:
+def _by_tree(layout: Any, params: Wanted, meshes: _Meshes) -> list[Place]:
     """A pytree like the params, or a prefix of one; None where the template's leaf is."""
+    answers: list[Any] = []
+
+    def spread(answer: Any, below: Any) -> None:
+        answers.extend([answer] * len(jax.tree.leaves(below)))
+
     try:
-        spread = jax.tree.broadcast(layout, params.tree, is_leaf=_is_placement)
+        jax.tree.map(spread, layout, params.tree, is_leaf=_is_placement)
     except ValueError as problem:
         raise LayoutError(f"layout is no prefix of {params.item}: {problem}") from None
-    answers = jax.tree.leaves(spread, is_leaf=_is_placement)
-    return [
-        _own(row) if answer is None else _sharding(f"{params.item}{row.wants.path}", answer)
-        for row, answer in zip(params.rows, answers, strict=True)
-    ]
+    return [_answered(params, row, answer, meshes) for row, answer in zip(params.rows, answers, strict=True)]
+
+
+def _answered(params: Wanted, row: Row, answer: Any, meshes: _Meshes) -> Place:
+    """The place that a tree or a function gives for a parameter; None leaves it where the template's leaf is."""
+    if answer is None:
+        return _own(row, meshes) or HERE
+    return _place(f"{params.item}{row.wants.path}", answer, meshes)
 
 
 def _is_placement(node: Any) -> bool:
     return node is None or isinstance(node, Sharding | PartitionSpec | jax.Device | _Host)
 
 
-def _sharding(leaf: str, answer: Any) -> Place:
+def _place(leaf: str, answer: Any, meshes: _Meshes) -> Place:
     if isinstance(answer, PartitionSpec):
         mesh = jax.sharding.get_mesh()
         if mesh.empty:
@@ -223,51 +303,28 @@ def _sharding(leaf: str, answer: Any) -> Place:
         return NamedSharding(mesh, answer)
     if not _is_placement(answer):
         raise LayoutError(f"layout has {answer!r} for {leaf}, which is no Sharding or PartitionSpec", leaf=leaf)
-    return _one(answer)
+    if isinstance(answer, jax.Device):
+        return SingleDeviceSharding(answer)
+    return meshes.concrete(answer, leaf) or HERE if isinstance(answer, Sharding) else answer
 
 
 # ---------------------------------------------------------------- what follows the params
 
 
-@dataclasses.dataclass(frozen=True)
-class _Param:  # to JAX a leaf, as a tuple would not be
-    shape: tuple[int, ...]
-    place: Place
+def _follow(wanted: Wanted, params: Wanted, places: Sequence[Place], rest: Place | None = None) -> list[Place]:
+    """Leaves that mirror a parameter (Adam's mu and nu) go where it goes, others to `rest` (default: replicated).
 
+    A leaf mirrors the parameter that has its shape and whose whole path its own path ends with.
+    """
+    rest = _replicated(places) if rest is None else rest
+    known = {(row.wants.keys, row.wants.shape): place for row, place in zip(params.rows, places, strict=True)}
 
-_NO_PARAM: Final = _Param((), None)
+    def place(row: Row) -> Place:
+        keys, shape = row.wants.keys, row.wants.shape
+        endings = ((keys[first:], shape) for first in range(len(keys) + 1))
+        return next((known[ending] for ending in endings if ending in known), rest)
 
-
-def _follow(wanted: Wanted, params: Wanted, places: Sequence[Place], optimizer: Any) -> list[Place]:
-    """Leaves that mirror a parameter (Adam's mu and nu) go where it goes, the rest is replicated."""
-    followed = [_Param(row.wants.shape, place) for row, place in zip(params.rows, places, strict=True)]
-    knows = optimizer is not None and wanted.item == "opt_state"
-    mirrored = _by_optax(wanted, params, followed, optimizer) if knows else _by_path(wanted, params, followed)
-    rest = _replicated(places)
-    return [
-        param.place if param is not _NO_PARAM and param.shape == row.wants.shape else rest
-        for row, param in zip(wanted.rows, mirrored, strict=True)
-    ]
-
-
-def _by_optax(wanted: Wanted, params: Wanted, followed: Sequence[_Param], optimizer: Any) -> list[_Param]:
-    """What optax knows of its own state."""
-    tree = jax.tree.unflatten(jax.tree.structure(params.tree), followed)
-    found = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, param: param, wanted.tree, tree, transform_non_params=lambda _: _NO_PARAM
-    )
-    return list(jax.tree.leaves(found))
-
-
-def _by_path(wanted: Wanted, params: Wanted, followed: Sequence[_Param]) -> list[_Param]:
-    """A leaf mirrors the parameter whose whole path its own path ends with."""
-    known = {row.wants.keys: param for row, param in zip(params.rows, followed, strict=True)}
-
-    def mirrored(keys: Keys) -> _Param:
-        endings = (keys[first:] for first in range(len(keys) + 1))
-        return next((known[ending] for ending in endings if ending in known), _NO_PARAM)
-
-    return [mirrored(row.wants.keys) for row in wanted.rows]
+    return [place(row) for row in wanted.rows]
 
 
 def _replicated(places: Iterable[Place]) -> Place:
@@ -276,3 +333,18 @@ def _replicated(places: Iterable[Place]) -> Place:
         if isinstance(place, NamedSharding):
             return NamedSharding(place.mesh, PartitionSpec(), memory_kind=place.memory_kind)
     return next(iter(places), HERE)
+
+
+def spans_processes(place: Any) -> bool:
+    """Whether a place for arrays has devices of other processes."""
+    if isinstance(place, NamedSharding):
+        place = place.mesh
+    if isinstance(place, AbstractMesh):  # stands for the mesh of `jax.set_mesh`
+        place = jax.sharding.get_mesh()
+    if isinstance(place, Mesh):
+        devices = list(place.devices.flat)
+    elif isinstance(place, Sharding):
+        devices = list(place.device_set)
+    else:
+        devices = [place] if isinstance(place, jax.Device) else []
+    return any(device.process_index != jax.process_index() for device in devices)

@@ -9,12 +9,11 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import jax
-import numpy as np
 from etils import epath
 
 from ckptmgr import (
@@ -139,7 +138,7 @@ class CheckpointManager:
 
     def should_save(self, step: int) -> bool:
         """Whether `save(step, ...)` would save now: by `save_every`, or because the run is to stop."""
-        _check_step(step)
+        step = policy.step_number(step)
         now, last = self._options.clock(), self._last_save()
         due = any(each.should_save(step, now=now, last=last) for each in self._options.save_every)
         if not all(isinstance(each, policy.every_steps | policy.at_steps) for each in self._options.save_every):
@@ -177,6 +176,7 @@ class CheckpointManager:
           SaveError: the save before this one failed, or this one did.
         """
         called = time.perf_counter()
+        step = policy.step_number(step)
         store = self._writable(step)
         refusal = self._refuse(step, force, on_exists)
         if refusal:
@@ -209,7 +209,6 @@ class CheckpointManager:
         return self._last
 
     def _writable(self, step: int) -> orbax.Store:
-        _check_step(step)
         if self._job.count == 1:  # processes raise it together, in the next call that they make together
             self._pending.raise_failure()
         if self._store is None:
@@ -330,8 +329,8 @@ class CheckpointManager:
         optimizer: Any = None,
         extras: Mapping[str, Any] | None = None,
         layout: Any = None,
-        cast: bool = False,
-        partial: bool = False,
+        cast: bool | Collection[str] = False,
+        partial: bool | Collection[str] = False,
         rename: Mapping[str, str] | None = None,
         broadcast: bool = False,
     ) -> Checkpoint:
@@ -344,11 +343,12 @@ class CheckpointManager:
           extras: by name: a template, or an object whose `set_state` is given what was saved.
           layout: None (where the template's leaf is; else the default device), a Sharding, a Device,
             `ckptmgr.HOST`, a Mesh (the saved PartitionSpecs on it), a pytree of shardings like the params or
-            a prefix of one, or a callable `(path, ShapeDtypeStruct) -> Sharding`; what mirrors a parameter
-            follows it.
-          cast: allows dtypes to differ, and converts to the template's.
+            a prefix of one, or a callable `(path, ShapeDtypeStruct) -> Sharding`. What mirrors a parameter
+            (Adam's moments) follows it, also where an abstract template or an optimizer names no place.
+          cast: allows dtypes to differ, and converts to the template's; True, or the items that may.
           partial: keeps the template's own value for leaves that the checkpoint lacks, and ignores
-            leaves that the template lacks.
+            leaves that the template lacks; True, or the items that may. `Checkpoint.missing` and `.unused`
+            name the leaves.
           rename: {regex of an old path: new path}, as `re.sub` takes them.
           broadcast: what several processes hold is read by one of them and sent to the others over the
             devices' own network; for storage that is slower than that. Without it each reads for itself.
@@ -360,17 +360,19 @@ class CheckpointManager:
           CorruptCheckpointError: the step asked for is damaged, or every step is.
           StructureMismatchError: a template does not fit; nothing was read.
           LayoutError: a leaf cannot go where `layout` wants it; nothing was read.
+          ValueError: a rule of `rename` matches no leaf, or `cast` or `partial` names no item.
         """
-        request = items.Request(
-            params, opt_state, optimizer, extras or {}, layouts.check(layout), cast, partial, rename or {},
-            broadcast and jax.process_count() > 1,
+        request = self._request(
+            params=params, opt_state=opt_state, optimizer=optimizer, extras=extras, layout=layout, cast=cast,
+            partial=partial, rename=rename, broadcast=broadcast,
         )  # fmt: skip
         self._pending.wait()
+        restorer = self._restorer.among(request)
         if step is None:
-            return self._restorer.newest(request)
+            return restorer.newest(request)
         if step == "best":
-            return self._restorer.best(request)
-        return self._restorer.one(_check_step(step), request)
+            return restorer.best(request)
+        return restorer.one(policy.step_number(step), request)
 
     def restore_or(
         self,
@@ -378,18 +380,48 @@ class CheckpointManager:
         step: int = 0,
         params: Any = None,
         opt_state: Any = None,
+        optimizer: Any = None,
         extras: Mapping[str, Any] | None = None,
-        **how: Any,
+        layout: Any = None,
+        cast: bool | Collection[str] = False,
+        partial: bool | Collection[str] = False,
+        rename: Mapping[str, str] | None = None,
+        broadcast: bool = False,
     ) -> Checkpoint:
         """Resumes from the newest good step, or starts: the values given come back if nothing is saved yet.
 
-        Takes what `restore` takes; `Checkpoint.resumed` tells which of the two it was.
+        Takes what `restore` takes; `step` is that of the start, and `optimizer` also gives the opt_state of the
+        start, `optimizer.init(params)`. `Checkpoint.resumed` tells which of the two it was.
         """
+        request = self._request(
+            params=params, opt_state=opt_state, optimizer=optimizer, extras=extras, layout=layout, cast=cast,
+            partial=partial, rename=rename, broadcast=broadcast,
+        )  # fmt: skip
+        step = policy.step_number(step)
         self._pending.wait()
-        if self._restorer.has_steps():
-            return self.restore(params=params, opt_state=opt_state, extras=extras, **how)
-        start = Checkpoint(step=step, params=params, opt_state=opt_state, extras=dict(extras or {}))
-        return dataclasses.replace(start, resumed=False)
+        restorer = self._restorer.among(request)
+        if restorer.has_steps():
+            return restorer.newest(request)
+        return Checkpoint(
+            step=step,
+            params=params,
+            opt_state=restoring.first_state(optimizer, params) if optimizer is not None else opt_state,
+            extras=dict(extras or {}),
+            resumed=False,
+        )
+
+    def _request(
+        self, *, extras: Mapping[str, Any] | None, layout: Any, rename: Mapping[str, str] | None,
+        broadcast: bool, **templates: Any,
+    ) -> items.Request:  # fmt: skip
+        """Checks what is asked for before anything is looked up."""
+        return items.Request(
+            extras=extras or {},
+            layout=layouts.check(layout),
+            rename=rename or {},
+            broadcast=broadcast and jax.process_count() > 1,
+            **templates,
+        )
 
     # ------------------------------------------------------------ looking
 
@@ -422,8 +454,9 @@ class CheckpointManager:
 
     def info(self, step: int) -> CheckpointInfo:
         """What is known of a step without reading an array."""
+        step = policy.step_number(step)
         self._pending.settle(step)
-        return self._history.info(_check_step(step))
+        return self._history.info(step)
 
     def infos(self) -> list[CheckpointInfo]:
         """What is known of every readable step, in order, from one look at all."""
@@ -431,7 +464,8 @@ class CheckpointManager:
 
     def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> difference.StructureDiff:
         """How the templates differ from a step; falsy if they do not."""
-        self._catalog.require(_check_step(step))
+        step = policy.step_number(step)
+        self._catalog.require(step)
         return items.compare(self._catalog.manifest(step), params, opt_state)
 
     def verify(
@@ -443,7 +477,7 @@ class CheckpointManager:
           step: its number.
           on_progress: called with the bytes of arrays read so far, and in all.
         """
-        number = self.latest() if step is None else _check_step(step)
+        number = self.latest() if step is None else policy.step_number(step)
         if number is None:
             raise self._catalog.nothing_good({})
         self._pending.settle(number)
@@ -455,6 +489,7 @@ class CheckpointManager:
 
     def delete(self, step: int) -> None:
         """Deletes a step, pinned or not."""
+        step = policy.step_number(step)
         self._writable(step)
         self._pending.wait()
         if self._job.leads:
@@ -463,6 +498,7 @@ class CheckpointManager:
 
     def pin(self, step: int) -> None:
         """Keeps a step whatever retention says, until `unpin`."""
+        step = policy.step_number(step)
         self._writable(step)
         self._pending.settle(step)
         if self._job.leads:
@@ -471,14 +507,9 @@ class CheckpointManager:
 
     def unpin(self, step: int) -> None:
         """Gives a step back to retention."""
+        step = policy.step_number(step)
         self._writable(step)
         self._pending.settle(step)
         if self._job.leads:
             self._catalog.unpin(step)
             self._aftermath.update_mirror()
-
-
-def _check_step(step: Any) -> int:
-    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-        raise ValueError(f"a step is a whole number of 0 or more, not {step!r}")
-    return int(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -80,10 +81,10 @@ def _policies(name: str, value: Any, number: Callable[[int], Any], kind: Any, ad
 
 
 def _policy(name: str, value: Any, number: Callable[[int], Any], kind: Any, adapt: Adapt) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value < 1:
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        if operator.index(value) < 1:
             raise ValueError(f"{name}={value} must be 1 or more")
-        return number(value)
+        return number(operator.index(value))
     adapted = adapt(value)
     if isinstance(value, type) or not isinstance(adapted, kind):
         raise TypeError(f"{name} takes a whole number, a policy, or a list of policies, not {value!r}")

@@ -8,6 +8,7 @@ manager's clock. Orbax's own policies are accepted beside these (`ckptmgr/storag
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -45,7 +46,7 @@ class every_steps:  # noqa: N801 - reads as a word of the options it is passed t
     n: int
 
     def __post_init__(self) -> None:
-        _positive_int("every_steps", self.n)
+        object.__setattr__(self, "n", positive_int("every_steps", self.n))
 
     def should_save(self, step: int, *, now: float, last: Record | None) -> bool:
         return step % self.n == 0
@@ -84,9 +85,9 @@ class at_steps:  # noqa: N801
     steps: frozenset[int]
 
     def __init__(self, *steps: int) -> None:
-        if not steps or not all(isinstance(step, int) and step >= 0 for step in steps):
-            raise ValueError(f"at_steps takes one or more step numbers, not {steps!r}")
-        object.__setattr__(self, "steps", frozenset(steps))
+        if not steps:
+            raise ValueError("at_steps takes one or more step numbers")
+        object.__setattr__(self, "steps", frozenset(step_number(step, "a step of at_steps") for step in steps))
 
     def should_save(self, step: int, *, now: float, last: Record | None) -> bool:
         return step in self.steps
@@ -99,7 +100,7 @@ class latest:  # noqa: N801
     n: int = 1
 
     def __post_init__(self) -> None:
-        _positive_int("latest", self.n)
+        object.__setattr__(self, "n", positive_int("latest", self.n))
 
     def keep(self, history: Sequence[Record]) -> set[int]:
         return set(sorted(record.step for record in history)[-self.n :])
@@ -114,7 +115,7 @@ class best:  # noqa: N801
     mode: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
-        _positive_int("best", self.n)
+        object.__setattr__(self, "n", positive_int("best", self.n))
         if not isinstance(self.metric, str):
             raise TypeError(f"best takes the name of a metric, not {self.metric!r}")
         if self.mode not in ("min", "max"):
@@ -185,6 +186,18 @@ def _spell(policy: Any) -> str:
     return type(policy).__name__ if text.startswith("<") else text
 
 
-def _positive_int(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def step_number(step: Any, what: str = "a step") -> int:
+    """A step as an int: anything that `operator.index` takes, numpy's integers among them."""
+    hint = ""
+    if hasattr(step, "block_until_ready"):
+        hint = "; it is a jax array, which has to come from its device first: pass int(step)"
+    elif not isinstance(step, bool) and hasattr(step, "__index__") and (number := operator.index(step)) >= 0:
+        return number
+    raise ValueError(f"{what} is a whole number of 0 or more, not {step!r}{hint}")
+
+
+def positive_int(name: str, value: Any) -> int:
+    """A whole number of 1 or more, as an int; `name` is the option that takes it."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or (number := operator.index(value)) < 1:
         raise ValueError(f"{name} takes a positive whole number, not {value!r}")
+    return number

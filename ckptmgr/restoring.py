@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from ckptmgr import items, journal
+import jax
+
+from ckptmgr import items, job, journal
 from ckptmgr import layout as layouts
 from ckptmgr import manifest as manifests
 from ckptmgr.catalog import Catalog
 from ckptmgr.checkpoint import Checkpoint
+from ckptmgr.difference import StructureDiff
 from ckptmgr.errors import CheckpointNotFoundError, CheckpointTimeoutError, CorruptCheckpointError
 from ckptmgr.history import History
 from ckptmgr.job import Call, Job
 from ckptmgr.mirror import Mirror
 from ckptmgr.storage import reading
+from ckptmgr.structure import numpy_dtype
 
 _log = logging.getLogger("ckptmgr")
 _PATIENCE_S, _PAUSE_S = 30.0, 0.02  # a network's file system may show a new step late
@@ -39,6 +44,35 @@ class Restorer:
         self._home, self._history, self._mirror = home, history, mirror
         self._of_run, self._journal, self._timeout_s = job, journal, timeout_s
         self._job = job
+
+    def among(self, request: items.Request) -> Restorer:
+        """The same, agreeing with the processes that have to restore the same step.
+
+        A run opened for writing is open in all processes, and they agree on every restore. A reader may be open
+        in one alone; it agrees with the others if what it restores is spread over several processes.
+        """
+        if self._of_run.count == jax.process_count() or not (request.broadcast or self._spans_processes(request)):
+            return self
+        joined = copy.copy(self)
+        joined._job = job.shared("readers", self._timeout_s)
+        return joined
+
+    def _spans_processes(self, request: items.Request) -> bool:
+        given = (request.params, request.opt_state, list(request.extras.values()), request.layout)
+        places = [getattr(leaf, "sharding", leaf) for leaf in jax.tree_util.tree_leaves(given)]
+        if callable(request.layout) and (step := max(self._steps(), default=None)) is not None:
+            places += self._places_by(request.layout, step)
+        return any(map(layouts.spans_processes, places))
+
+    def _places_by(self, layout: Any, step: int) -> list[Any]:
+        """Where a callable puts the parameters of a step."""
+        try:
+            params = self._home.manifest(step).items[items.PARAMS].tree.leaves
+            return [
+                layout(leaf.path, jax.ShapeDtypeStruct(leaf.shape, numpy_dtype(leaf.dtype))) for leaf in params
+            ]
+        except Exception:  # whatever it is, restoring meets it too, and says so
+            return []
 
     # ------------------------------------------------------------ which step
 
@@ -144,23 +178,27 @@ class Restorer:
     def _read(self, home: Catalog, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
         directory = home.path(step)
 
-        def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], reading.Trees]:
+        def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], StructureDiff, reading.Trees]:
             manifest = home.manifest(step, fresh=True)
             templates = request.templates(manifest)
-            matched = items.match(manifest, templates, request)
+            matched, passed = items.match(manifest, templates, request)
             params = items.params_of(manifest, matched)
-            targets = layouts.targets(request.layout, matched, params, request.optimizer)
+            targets = layouts.targets(request.layout, matched, params)
             manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
             trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast)
             trees.fetch()
-            return manifest, templates, trees
+            return manifest, templates, passed, trees
 
         with reading.reported(directory):
             if request.broadcast:  # nothing is sent before all have read their part
-                manifest, templates, trees = self._job.together(Call(f"the reading from step {step}"), open_trees)
+                call = Call(f"the reading from step {step}")
+                manifest, templates, passed, trees = self._job.together(call, open_trees)
             else:
-                manifest, templates, trees = open_trees()
+                manifest, templates, passed, trees = open_trees()
             values = trees.place() | reading.read_values(manifest, directory, templates)
+        if request.optimizer is not None and passed.missing:
+            values[items.OPT_STATE] = _with_new_state(request.optimizer, values)
+        _warn_of_partial(step, passed)
         absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
         _log.info("step %d restored from %s", step, directory)
         self._journal.record("restored", step, source=str(directory))
@@ -172,4 +210,32 @@ class Restorer:
             metrics=manifest.metrics,
             info=self._history.glance(manifest),
             skipped=skipped,
+            missing=tuple(leaf.path for leaf in passed.missing),
+            unused=tuple(leaf.path for leaf in passed.unexpected),
         )
+
+
+def _with_new_state(optimizer: Any, values: Mapping[str, Any]) -> Any:
+    """The opt_state, where the checkpoint lacks a leaf with that of a new state of these params."""
+    new = first_state(optimizer, values[items.PARAMS])
+    return jax.tree.map(
+        lambda kept, made: made if isinstance(kept, jax.ShapeDtypeStruct) else kept, values[items.OPT_STATE], new
+    )
+
+
+def first_state(optimizer: Any, params: Any) -> Any:
+    """The opt_state that a run starts with; of an abstract params template an abstract one."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return jax.eval_shape(optimizer.init, params)
+    with jax.transfer_guard("allow"):  # it makes arrays of numbers, which a training step does not
+        return optimizer.init(params)
+
+
+def _warn_of_partial(step: int, passed: StructureDiff) -> None:
+    """Says what `partial` kept and what it did not read: a wrong name in a template looks the same."""
+    for what, leaves in (("lacks, and the template's values are kept", passed.missing),
+                         ("has and no template asks for", passed.unexpected)):  # fmt: skip
+        if leaves:
+            shown = ", ".join(leaf.path for leaf in leaves[:3])
+            more = ", ..." if len(leaves) > 3 else ""
+            _log.warning("partial=True: %d leaves that step %d %s: %s%s", len(leaves), step, what, shown, more)

@@ -26,6 +26,9 @@ def assert_resume_exact(
 ) -> None:
     """Runs `train_step` straight through and with a stop, a save and a restore; compares bit for bit.
 
+    As in a program that is started again, the templates of the restore are the values that the run starts from,
+    not those that were saved. Weak types are compared too: they change what later steps compute.
+
     Args:
       train_step: `(params, opt_state, step) -> (params, opt_state)`, called with steps 1, 2, ...; what is
         random in it must follow from its arguments.
@@ -43,7 +46,7 @@ def assert_resume_exact(
         with CheckpointManager(directory or scratch) as manager:
             manager.save(stop_at, *stopped, force=True)
         with CheckpointManager(directory or scratch, read_only=True) as manager:
-            back = manager.restore(stop_at, params=stopped[0], opt_state=stopped[1])
+            back = manager.restore(stop_at, params=params, opt_state=opt_state)
     resumed = _run(train_step, back.params, back.opt_state, stop_at + 1, steps)
     assert_trees_equal({"params": resumed[0], "opt_state": resumed[1]},
                        {"params": straight[0], "opt_state": straight[1]})  # fmt: skip

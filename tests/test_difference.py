@@ -83,10 +83,13 @@ def test_a_python_number_takes_any_number_that_it_holds_exactly(saved, template,
 def test_rename_moves_leaves_and_refuses_to_merge_two():
     saved = describe_params({"encoder": {"w": 1}, "head": {"w": 2}})
     template = describe_params({"backbone": {"w": 1}, "head": {"w": 2}})
-    moved = difference.renamed(saved, {r"^\['encoder'\]": "['backbone']"}, template)
+    rules = difference.rename_rules({r"^\['encoder'\]": "['backbone']", "decoder": "x"})
+    used = set()
+    moved = difference.renamed(saved, rules, template, used)
     assert not difference.compare(moved, template, "params")
+    assert [rule.pattern for rule in rules if rule not in used] == ["decoder"]
     with pytest.raises(ValueError, match="rename gives two leaves"):
-        difference.renamed(saved, {r"encoder": "head"}, template)
+        difference.renamed(saved, difference.rename_rules({r"encoder": "head"}), template, set())
 
 
 def test_an_empty_difference_is_falsy_and_differences_add_up():

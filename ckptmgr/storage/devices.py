@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.extend.core.primitives import convert_element_type_p
 
 from ckptmgr.layout import HERE, Target
 from ckptmgr.storage import chunks, stock
@@ -97,9 +97,15 @@ def _stored(array: Any, chunk_bytes: int) -> Stored:
 
 def start_copies(plan: Plan, leaves: Sequence[Any], places: range) -> None:
     """Starts the copies of these leaves to the host; returns at once."""
-    for place in plan.starts:
-        if place in places:
-            leaves[place].copy_to_host_async()
+    with _asked_for():
+        for place in plan.starts:
+            if place in places:
+                leaves[place].copy_to_host_async()
+
+
+def _asked_for() -> Any:
+    """A save asks for its copies, as `jax.device_get` does; jax_transfer_guard="disallow" is about others."""
+    return jax.transfer_guard_device_to_host("allow")
 
 
 def collect(plan: Plan, leaves: Sequence[Any], places: range) -> list[list[Part]]:
@@ -109,7 +115,8 @@ def collect(plan: Plan, leaves: Sequence[Any], places: range) -> list[list[Part]
     arrays are copied, and of a jax array a reference is held, so that one that is donated is copied
     by JAX instead of overwritten.
     """
-    return [_parts(leaves[place], plan.shardings[place]) for place in places]
+    with _asked_for():
+        return [_parts(leaves[place], plan.shardings[place]) for place in places]
 
 
 def _parts(leaf: Any, sharding: Any) -> list[Part]:
@@ -162,10 +169,11 @@ def place(
     bound = [move for moves in moving for move in moves if move[1] is not HERE]
     here = iter(jax.device_put(free))
     there = iter(jax.device_put([array for array, _ in bound], [where for _, where in bound]))
-    return [
+    leaves = [
         _finish([next(here if where is HERE else there) for _, where in moves], *row)
         for moves, row in zip(moving, rows, strict=True)
     ]
+    return _weakly_typed(leaves, targets)
 
 
 def _cast(piece: Values, target: Target) -> Values:
@@ -202,10 +210,9 @@ def _finish(arrived: Sequence[jax.Array], read: Sequence[Values], shape: tuple[i
         return value if value.flags.writeable else value.copy()
     if target.kind == "key":
         return _keys(arrived[0], read[0], target)
-    array = arrived[0]
     if is_sharded(target):
-        array = jax.make_array_from_single_device_arrays(shape, target.place, list(arrived))
-    return _weakly_typed(array) if target.weak else array
+        return jax.make_array_from_single_device_arrays(shape, target.place, list(arrived))
+    return arrived[0]
 
 
 def _keys(here: jax.Array, words: Values, target: Target) -> Any:
@@ -220,7 +227,33 @@ def _keys(here: jax.Array, words: Values, target: Target) -> Any:
     return jax.device_put(keys, place) if isinstance(place, jax.sharding.Sharding) else keys
 
 
-def _weakly_typed(array: jax.Array) -> jax.Array:
-    """The same bits with JAX's weak type, which an update in place takes over from its operand."""
-    weak = jnp.broadcast_to(jnp.asarray(array.dtype.type(0).item()), array.shape)
-    return weak.at[...].set(array) if weak.dtype == array.dtype else array
+def _weakly_typed(leaves: list[Any], targets: Sequence[Target]) -> list[Any]:
+    """The same bits, with JAX's weak type where it was saved: one program for the leaves of each mesh."""
+    groups: dict[Any, list[int]] = {}
+    for place, target in enumerate(targets):
+        if target.weak and target.kind == "jax":
+            sharding = leaves[place].sharding
+            groups.setdefault(getattr(sharding, "mesh", sharding), []).append(place)
+    with jax.debug_nans(False), jax.debug_infs(False):  # a leaf may hold them: nothing is computed here
+        for places in groups.values():
+            strong = [leaves[place] for place in places]
+            weakened = _weaken([_in_default_memory(array) for array in strong])
+            for place, array, weak in zip(places, strong, weakened, strict=True):
+                leaves[place] = jax.device_put(weak, array.sharding) if array.committed else weak
+    return leaves
+
+
+def _in_default_memory(array: jax.Array) -> jax.Array:
+    """Programs do not compute on arrays that are kept in the memory of the host."""
+    kind = next(iter(array.devices())).default_memory().kind
+    sharding = array.sharding
+    return array if sharding.memory_kind == kind else jax.device_put(array, sharding.with_memory_kind(kind))
+
+
+@jax.jit
+def _weaken(arrays: list[jax.Array]) -> list[jax.Array]:
+    """JAX has no function for this: `jax.lax.convert_element_type` gives strong types only."""
+    return [
+        convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
+        for array in arrays
+    ]

@@ -1,0 +1,46 @@
+"""jax_transfer_guard="disallow", as training loops set it, around every call of ckptmgr and in its threads.
+
+It cannot be set for whole tests: JAX's own `jnp.zeros(3)` is an implicit transfer, which a jitted training step
+does not make and a test does.
+"""
+
+import contextlib
+import functools
+import inspect
+import threading
+
+import jax
+
+import ckptmgr
+
+
+def install():
+    """From now on an implicit transfer in ckptmgr raises. A test that makes some in a callback says `allowed`."""
+    for kind in (ckptmgr.CheckpointManager, ckptmgr.SaveResult):
+        for name, method in vars(kind).items():
+            if inspect.isfunction(method) and (not name.startswith("_") or name in ("__init__", "__exit__")):
+                setattr(kind, name, _guarded(method))
+    threading.Thread.run = _guarded_in_ours(threading.Thread.run)
+
+
+def allowed():
+    return jax.transfer_guard("allow")
+
+
+def _guarded(method):
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        with jax.transfer_guard("disallow"):
+            return method(*args, **kwargs)
+
+    return call
+
+
+def _guarded_in_ours(run):
+    @functools.wraps(run)
+    def call(self):
+        is_ours = self.name.startswith("ckptmgr")
+        with jax.transfer_guard("disallow") if is_ours else contextlib.nullcontext():
+            run(self)
+
+    return call
