@@ -139,8 +139,8 @@ class Restorer:
             mirror = self._mirror
             if mirror is None or not self._job.decide(_CHOICE, lambda: step in mirror.steps(needed=False)):
                 raise
-            _log.warning("step %d is taken from %s: %s", step, self._mirror.catalog.directory, problem)
-            found = self._together(self._mirror.catalog, step, request, skipped or {})
+            _log.warning("step %d is taken from %s: %s", step, mirror.catalog.directory, problem)
+            found = self._together(mirror.catalog, step, request, skipped or {})
             if isinstance(problem, CorruptCheckpointError):
                 self._home.damaged.add(step)
             return found

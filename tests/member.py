@@ -5,6 +5,8 @@ load [STEP]         restores one onto all devices of all processes, and checks e
 shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says how many bytes it read
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
 clock               asks a clock of its own whether to save
+attempt STEP...     saves steps, and says what came of each; `2:0` is saved by process 0 alone
+reader              each process in turn reads alone beside the others, then all do
 """
 
 import os
@@ -93,6 +95,40 @@ def load(directory, mesh, *step):
 
 
 BITS = np.array([0x80000000, 0x7FC00001, 0xFF800001, 0], np.uint32).view(np.float32)  # -0.0 and NaNs
+
+
+def attempt(directory, mesh, *steps):
+    own = directory.replace("INDEX", str(jax.process_index()))
+    manager = ckptmgr.CheckpointManager(own, timeout_s=TIMEOUT_S)
+    for each in steps:
+        step, _, only = each.partition(":")
+        if only in ("", str(jax.process_index())):
+            try:
+                came_of_it = bool(manager.save(int(step), spread(mesh, int(step))))
+            except ckptmgr.CheckpointError as problem:
+                came_of_it = f"{type(problem).__name__} {problem}"
+            say(step, came_of_it)
+    manager.close()
+    say("steps", *manager.steps())
+
+
+def reader(directory, mesh):
+    def read(layout):
+        found = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S).restore(layout=layout)
+        assert found.params["number"] == found.step
+        return found.step
+
+    with ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S) as manager:
+        for step in (1, 2):
+            manager.save(step, spread(mesh, step)).result()
+            if jax.process_index() == step - 1:
+                assert read(ckptmgr.HOST) == step
+                assert read(jax.local_devices()[0]) == step
+        with ckptmgr.CheckpointManager(f"{directory}-beside", timeout_s=TIMEOUT_S) as beside:
+            beside.save(1, spread(mesh, 1)).result()
+        assert read(mesh) == read(lambda path, leaf: NamedSharding(mesh, P())) == 2
+        assert manager.restore(layout=ckptmgr.HOST).step == 2
+    say("read")
 
 
 def odds():
@@ -202,7 +238,7 @@ if __name__ == "__main__":
     everything = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     say("joined")
     try:
-        known = {each.__name__: each for each in (save, load, shared, train, clock)}
+        known = {each.__name__: each for each in (save, load, shared, train, clock, attempt, reader)}
         known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:
         say("failed", type(problem).__name__, problem)

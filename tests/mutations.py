@@ -99,7 +99,7 @@ MUTATIONS = [
     ),
     Mutation(
         6, "a process that was waited for in vain is waited for again",
-        "job.py", "if problem is not None and absent(problem):", "if False:",
+        "job.py", "is_late=isinstance(problem, CheckpointTimeoutError)", "is_late=False",
         "tests/test_job.py::test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time",
     ),
     Mutation(

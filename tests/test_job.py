@@ -36,14 +36,19 @@ def start(count, directory, *what, devices=2, faults=None, timeout_s=60.0):
 
 
 def finish(processes, timeout_s=100):
-    """What each of them said; fails if one did."""
+    """The last line of each of them; fails if one did."""
+    return [said[-1] for said in lines(processes, timeout_s)]
+
+
+def lines(processes, timeout_s=100):
+    """All that each of them said."""
     try:
         answers = [process.communicate(timeout=timeout_s) for process in processes]
     finally:
         end(processes)
     for process, (out, err) in zip(processes, answers, strict=True):
         assert process.returncode == 0, out + err[-3000:]
-    return [out.splitlines()[-1] for out, _ in answers]
+    return [out.splitlines()[1:] for out, _ in answers]
 
 
 def end(processes):
@@ -109,7 +114,8 @@ def test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time(fault, t
     finally:
         end(processes)
     if victim == 1:  # the coordinator of jax.distributed is alive to tell
-        assert "failed SaveError step 2 could not be saved: process 1 did not come in 4.0 s" in out, err[-2000:]
+        why = "process 1 of 2 at the arrays of step 2 did not come in 8.0 s"
+        assert f"failed SaveError step 2 could not be saved: {why}" in out, err[-2000:]
     with ckptmgr.CheckpointManager(tmp_path) as manager:
         assert manager.steps() == ([1, 2] if "publish" in fault else [1])
         assert manager.restore(layout=ckptmgr.HOST).params["number"] == manager.latest()
@@ -125,6 +131,54 @@ def test_a_process_that_never_comes_is_named(tmp_path):
         assert re.search(r"process 1 .*did not come in 5\.0 s", out), out + err[-2000:]
     finally:
         end(processes)
+
+
+def test_a_call_that_one_process_leaves_out_is_told_by_its_step_and_the_job_goes_on(tmp_path):
+    said = lines(start(2, tmp_path, "attempt", "1", "2:0", "3", "4:1", "5"))
+    for who, step in ((0, 2), (1, 4)):
+        (told,) = [line for line in said[who] if line.startswith(f"{step} ")]
+        assert told.startswith(f"{step} CheckpointError process {1 - who} did not make the ")
+        assert f"save of step {step}: it is at " in told
+        said[who].remove(told)
+        assert f"of step {step + 1}." in told
+    assert said == [["1 True", "3 True", "5 True", "steps 1 3 5"]] * 2
+
+
+def test_a_failure_that_one_process_knows_is_raised_in_all_and_the_next_save_works(tmp_path):
+    faults = {0: "fail publish 2", 1: "full arrays 3"}  # at step 2 and at step 4
+    said = lines(start(2, tmp_path, "attempt", "1", "1", "2", "3", "4", "5", "6", faults=faults))
+    for index, one in enumerate(said):
+        other = "" if index == 0 else "process 0: "
+        assert one[1] == (
+            f'1 CheckpointExistsError {other}step 1 is already in {tmp_path}; on_exists="replace" replaces it, '
+            '"skip" keeps it'
+        )
+        assert re.fullmatch("3 SaveError step 2 could not be saved: .*Input/output error", one[3])
+        assert re.fullmatch("5 SaveError step 4 could not be saved: .*No space left.*", one[5])
+        assert [one[at] for at in (0, 2, 4, 6, 7)] == ["1 True", "2 True", "4 True", "6 True", "steps 1 6"]
+    assert visible(tmp_path) == ["1", "6"]
+
+
+def test_a_reader_in_one_process_alone_holds_up_nobody(tmp_path):
+    assert finish(start(2, tmp_path, "reader")) == ["read"] * 2
+
+
+def test_directories_that_are_not_shared_are_refused_in_all(tmp_path):
+    timeout_s, began = 8, time.monotonic()
+    processes = start(2, tmp_path / "INDEX", "attempt", "1", timeout_s=timeout_s)
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "joined\n"
+        joined = time.monotonic()
+        said = [process.communicate(timeout=60)[0] for process in processes]
+        assert time.monotonic() - joined < timeout_s, joined - began
+    finally:
+        end(processes)
+    for one in said:
+        assert re.search(
+            f"failed SaveError .*the directory is not shared: process 1 does not find in {tmp_path}/1", one
+        )
+    assert visible(tmp_path) == ["0"]
 
 
 def test_sigterm_stops_every_process_at_the_same_saved_step(tmp_path):
