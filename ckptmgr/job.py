@@ -27,7 +27,7 @@ import jax
 from jax._src import distributed  # as Orbax does: JAX has no public name for the coordinator's client
 
 from ckptmgr import errors
-from ckptmgr.errors import CheckpointError, CheckpointTimeoutError
+from ckptmgr.errors import CheckpointError, CheckpointTimeoutError, SaveError
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
@@ -56,13 +56,22 @@ class Report(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a process is about to save, as all are to have it: a line for each leaf."""
+    """What a process is about to save. All processes must be about to save the same."""
 
-    lines: Sequence[str]
+    digest: str
+    lines: Callable[[], Sequence[str]]
+    """A line for each leaf: its path, a tab, and what it is."""
+    owners: Sequence[int]
+    """For each leaf the process that holds it, as this process sees it; -1 if every process has one."""
+    settle: Callable[[Sequence[int]], None]
+    """Given the owners as process 0 sees them, where the processes see them differently."""
 
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
+    def summary(self) -> list[str]:
+        return [self.digest, digest(json.dumps(self.owners))]
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class Job:
@@ -121,16 +130,17 @@ class Job:
     ) -> Result:
         """Does something in every process; what fails in one fails in all.
 
-        With `spec` all must have found the same, or all raise a ValueError that names the first difference.
+        With `spec` all must have found the same, or all raise a SaveError that names the first difference.
         """
         try:
             result = action()
-            report = Report(found=spec(result).digest if spec and self._client else None)
+            report = Report(found=spec(result).summary() if spec and self._client else None)
         except Exception as problem:
             self.share(call, problem)
             raise
-        if self._share(call, report) and spec:
-            self._explain(call, spec(result))
+        differs = self._share(call, report)
+        if spec is not None and any(differs):
+            self._reconcile(call, spec(result), *differs)
         return result
 
     def share(self, call: Call, problem: Exception | None = None) -> None:
@@ -158,31 +168,35 @@ class Job:
             self._say(call)
             return [report.found for report in reports]
 
-    def _share(self, call: Call, report: Report, *, is_late: bool = False) -> list[int]:
-        """The processes whose `found` is not that of process 0."""
+    def _share(self, call: Call, report: Report, *, is_late: bool = False) -> list[bool]:
+        """For each part of `found` whether it differs in any process."""
         if self._client is None:
             return []
         with self._turn:
             if not self.leads:
-                told: list[int] = self._listen(call, report, is_late=is_late)
-                return told
+                told: list[bool] | None = self._listen(call, report, is_late=is_late)
+                return told or []
             reports = [report] if is_late else self._gather_or_say(call, report)
             failed = next((each.error for each in reports if each.error is not None), None)
-            others = [index for index, each in enumerate(reports) if each.found != report.found]
-            self._say(call, error=failed, found=others)
+            differs = (
+                [] if failed else [len(set(part)) > 1 for part in zip(*(each.found or () for each in reports))]
+            )
+            self._say(call, error=failed, found=differs)
             if failed is not None:
                 raise _unpack(failed, self.index)
-            return others
+            return differs
 
-    def _explain(self, call: Call, spec: Spec) -> None:
-        """Raises what differs; every process sends its lines, which happens once and not at every save."""
-        detail = Call(f"{call.what} in detail", call.step)
-        found = self.collect(detail, _squeeze(spec.lines))
+    def _reconcile(self, call: Call, spec: Spec, is_other: bool, has_other_owners: bool) -> None:
+        """Raises what differs; all lines are sent for that, so it is not done unless something differs."""
+        if is_other:
+            found = self.collect(Call(f"what differs in {call.what}", call.step), _squeeze(spec.lines()))
 
-        def differ() -> None:
-            raise ValueError(_difference(call, [_expand(each) for each in found]))
+            def refuse() -> None:
+                raise SaveError(_difference(call, [_expand(each) for each in found]), step=call.step)
 
-        self.decide(detail, differ)
+            self.decide(call, refuse)
+        if has_other_owners:
+            spec.settle(self.decide(Call(f"who writes what in {call.what}", call.step), lambda: list(spec.owners)))
 
     # ------------------------------------------------------------ process 0
 
@@ -338,7 +352,8 @@ def _difference(call: Call, found: Sequence[Sequence[str]]) -> str:
     """The first line that differs, and in which processes; a line begins with the path of a leaf and a tab."""
     others = [index for index, lines in enumerate(found) if lines != found[0]]
     ours, theirs = (dict(line.split("\t", 1) for line in found[index] if line) for index in (0, others[0]))
-    path = next(path for path in [*ours, *theirs] if ours.get(path) != theirs.get(path))
+    differing = [path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path)]
+    path = min(differing, key=lambda path: " " in path.partition("[")[0], default="the order of the leaves")
     return (
         f"{call} is refused, in all processes: what they give differs. The first difference is {path}: "
         f"{ours.get(path, 'missing')} in process 0, {theirs.get(path, 'missing')} in {spell(others)}"

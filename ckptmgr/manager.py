@@ -191,7 +191,7 @@ class CheckpointManager:
             self._make_room(step)
             return copied
 
-        copied = self._job.together(Call("the save", step), copy)
+        copied = self._job.together(Call("the save", step), copy, writing.Copied.spec)
         self._last = CheckpointInfo(step=step, time=copied.manifest.time)
         reason = "forced" if force else "preempted" if self.preempted else "due"
         return self._hand_over(copied, store, reason, called)

@@ -6,6 +6,8 @@ shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says ho
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
 clock               asks a clock of its own whether to save
 attempt STEP...     saves steps, and says what came of each; `2:0` is saved by process 0 alone
+differs             process 1 gives something else, in every way; says what came of it
+stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
 reader              each process in turn reads alone beside the others, then all do
 """
 
@@ -110,6 +112,69 @@ def attempt(directory, mesh, *steps):
             say(step, came_of_it)
     manager.close()
     say("steps", *manager.steps())
+
+
+OTHERS = {
+    "tree": lambda tree: tree | {"more": np.zeros(2)},
+    "missing": lambda tree: {name: leaf for name, leaf in tree.items() if name != "odd"},
+    "dtype": lambda tree: tree | {"odd": tree["odd"].astype(np.float16)},
+    "shape": lambda tree: tree | {"odd": tree["odd"][:3]},
+    "kind": lambda tree: tree | {"number": float(tree["number"])},
+    "weak": lambda tree: tree | {"one": jax.lax.full((8,), 1.0) * 1.0},
+    "sharding": lambda tree: tree | {"w": whole_everywhere(tree["w"].shape, tree["b"].sharding)},
+    "container": lambda tree: tree | {"list": list(tree["list"])},
+}
+
+
+def whole_everywhere(shape, sharding):
+    return jax.make_array_from_callback(shape, sharding, lambda index: state(0)["w"][index])
+
+
+def differs(directory, mesh):
+    is_other = jax.process_index() == 1
+    with ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S) as manager:
+
+        def attempt(step, params, **given):
+            try:
+                return bool(manager.save(step, params, **given))
+            except ckptmgr.SaveError as problem:
+                return problem
+
+        for step, (name, change) in enumerate(OTHERS.items(), start=1):
+            tree = spread(mesh, step) | {"list": (np.zeros(1), np.ones(1))}
+            say(name, attempt(step, change(tree) if is_other else tree))
+        say("extra", attempt(100, spread(mesh, 1), extras={"mine": [1]} if is_other else None))
+        say("same", attempt(101, spread(mesh, 101)))
+    say("steps", *manager.steps())
+
+
+def stages(directory, mesh):
+    """One array on the devices of each process, one of its own in each, and one that all share."""
+
+    def array(shape, where, values):
+        return jax.make_array_from_callback(shape, where, lambda index: values[index], dtype=values.dtype)
+
+    def tree(fill):
+        found = {"all": array((8,), NamedSharding(mesh, P("data")), np.arange(8, dtype=np.float32) + fill)}
+        for process in range(jax.process_count()):
+            own = [device for device in jax.devices() if device.process_index == process]
+            grid = jax.sharding.Mesh(np.array(own), ("stage",))
+            values = np.arange(8, dtype=np.float32) * (process + 1) + fill
+            found[f"split {process}"] = array((8,), NamedSharding(grid, P("stage")), values)
+            found[f"whole {process}"] = array((8,), jax.sharding.SingleDeviceSharding(own[0]), values)
+        return found | {
+            "mine": jax.device_put(np.full(3, jax.process_index() + fill, np.float32), jax.local_devices()[0])
+        }
+
+    manager = ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S)
+    manager.save(1, tree(7.0)).result()
+    back = manager.restore(params=tree(0.0)).params
+    for name, expected in tree(7.0).items():
+        assert back[name].sharding == expected.sharding, name
+        for got, shard in zip(back[name].addressable_shards, expected.addressable_shards, strict=True):
+            assert np.array_equal(got.data, np.full(3, 7.0) if name == "mine" else shard.data), name
+    manager.close()
+    say("stages")
 
 
 def reader(directory, mesh):
@@ -238,7 +303,9 @@ if __name__ == "__main__":
     everything = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     say("joined")
     try:
-        known = {each.__name__: each for each in (save, load, shared, train, clock, attempt, reader)}
+        known = {
+            each.__name__: each for each in (save, load, shared, train, clock, attempt, differs, stages, reader)
+        }
         known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:
         say("failed", type(problem).__name__, problem)

@@ -48,7 +48,7 @@ def lines(processes, timeout_s=100):
         end(processes)
     for process, (out, err) in zip(processes, answers, strict=True):
         assert process.returncode == 0, out + err[-3000:]
-    return [out.splitlines()[1:] for out, _ in answers]
+    return [[line for line in out.splitlines()[1:] if not line.startswith("[Gloo]")] for out, _ in answers]
 
 
 def end(processes):
@@ -157,6 +157,40 @@ def test_a_failure_that_one_process_knows_is_raised_in_all_and_the_next_save_wor
         assert re.fullmatch("5 SaveError step 4 could not be saved: .*No space left.*", one[5])
         assert [one[at] for at in (0, 2, 4, 6, 7)] == ["1 True", "2 True", "4 True", "6 True", "steps 1 6"]
     assert visible(tmp_path) == ["1", "6"]
+
+
+def test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_written(tmp_path):
+    first = {
+        "tree": "params['more']: missing in process 0, numpy float64[2] in process 1",
+        "missing": "params['odd']: numpy int8[7] in process 0, missing in process 1",
+        "dtype": "params['odd']: numpy int8[7] in process 0, numpy float16[7] in process 1",
+        "shape": "params['odd']: numpy int8[7] in process 0, numpy int8[3] in process 1",
+        "kind": "params['number']: int Python int in process 0, float Python float in process 1",
+        "weak": "params['one']: jax float32[8] in process 0, jax float32[8] weak in process 1",
+        "sharding": "params['w']: jax float32[64,256]",
+        "container": "the containers of params",
+        "extra": "mine: missing in process 0, json in process 1",
+    }
+    for index, said in enumerate(lines(start(2, tmp_path, "differs"))):
+        for line, (name, why) in zip(said, first.items(), strict=False):
+            assert line.startswith(f"{name} {'process 0: ' if index else ''}the save of step ")
+            assert why in line, line
+        assert said[len(first) :] == ["same True", "steps 101"]
+    assert visible(tmp_path) == ["101"]
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+def test_the_stages_of_a_pipeline_come_back_to_their_processes(count, devices, tmp_path):
+    assert finish(start(count, tmp_path, "stages", devices=devices)) == ["stages"] * count
+    found = ckptmgr.CheckpointManager(tmp_path, read_only=True).restore(layout=ckptmgr.HOST).params
+    for process in range(count):
+        for name in ("split", "whole"):
+            assert np.array_equal(found[f"{name} {process}"], np.arange(8, dtype=np.float32) * (process + 1) + 7)
+    assert np.array_equal(found["mine"], np.full(3, 7.0))
+    with ocp.CheckpointManager(tmp_path) as stock:
+        template = {name: np.zeros_like(values) for name, values in found.items()}
+        back = stock.restore(1, args=ocp.args.Composite(params=ocp.args.StandardRestore(template))).params
+    assert all(np.array_equal(back[name], values) for name, values in found.items())
 
 
 def test_a_reader_in_one_process_alone_holds_up_nobody(tmp_path):

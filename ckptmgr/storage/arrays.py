@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +66,7 @@ class Snapshot:
     def __init__(self, plan: Plan, leaves: Sequence[Any], max_bytes: int | None) -> None:
         self.plan = plan
         self._leaves = leaves
+        self._left_out: frozenset[int] = frozenset()
         self._waves = chunks.runs([each.nbytes for each in plan.stored], max_bytes)
         self.copied: list[tuple[int, list[Part]]] = []
         """The copies that wait to be written: the place of each leaf, and its parts."""
@@ -80,12 +81,20 @@ class Snapshot:
         """Waits for the copies of the next wave."""
         wave = self._waves.pop(0)
         parts = devices.collect(self.plan, self._leaves, wave)
-        self.copied = list(zip(wave, parts, strict=True))
+        self.copied = self._without(list(zip(wave, parts, strict=True)))
         if not self._waves:
             self.release()
 
     def has_more(self) -> bool:
         return bool(self._waves)
+
+    def leave_out(self, places: Collection[int]) -> None:
+        """Leaves that another process writes."""
+        self._left_out = frozenset(places)
+        self.copied = self._without(self.copied)
+
+    def _without(self, copied: list[tuple[int, list[Part]]]) -> list[tuple[int, list[Part]]]:
+        return [(place, [] if place in self._left_out else parts) for place, parts in copied]
 
     def release(self) -> None:
         """Lets go of the leaves: the caller of `save` may do with them what it likes."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckptmgr import items
+import jax
+
+from ckptmgr import items, job
 from ckptmgr import manifest as manifests
 from ckptmgr.options import Options
 from ckptmgr.storage import arrays, devices, orbax
@@ -22,10 +25,40 @@ class Copied:
     """A Snapshot for each item of arrays; for any other a function that gives its JSON value."""
     manifest: manifests.Manifest
 
+    @property
+    def _snapshots(self) -> dict[str, arrays.Snapshot]:
+        return {name: each for name, each in sorted(self.contents.items()) if isinstance(each, arrays.Snapshot)}
+
+    def spec(self) -> job.Spec:
+        """What the processes of a job must agree on before any of it is written."""
+        kinds = [
+            f"{name}\t{item.kind}{f' with {item.compression}' if item.compression else ''}"
+            for name, item in sorted(self.manifest.items.items())
+        ]
+        plans = {name: snapshot.plan for name, snapshot in self._snapshots.items()}
+
+        def lines() -> list[str]:
+            leaves = [f"{name}{line}" for name, plan in plans.items() for line in plan.lines]
+            return kinds + leaves + [f"the containers of {name}\t{plan.digest}" for name, plan in plans.items()]
+
+        return job.Spec(
+            job.digest(json.dumps([kinds, [plan.digest for plan in plans.values()]])),
+            lines,
+            [owner for plan in plans.values() for owner in plan.owners],
+            self._leave_to_owners,
+        )
+
+    def _leave_to_owners(self, owners: Sequence[int]) -> None:
+        """Of a leaf that several processes have each for themselves, the one that process 0 sees is written."""
+        here, by_leaf = jax.process_index(), iter(owners)
+        for snapshot in self._snapshots.values():
+            settled = [next(by_leaf) for _ in snapshot.plan.owners]
+            own = [place for place, owner in enumerate(snapshot.plan.owners) if owner == here]
+            snapshot.leave_out([place for place in own if settled[place] != here])
+
     def wait(self, timeout_s: float) -> bool:
         """Waits until every leaf is copied: under `max_host_bytes` what is written makes room for the next."""
-        snapshots = [each for each in self.contents.values() if isinstance(each, arrays.Snapshot)]
-        return all(each.complete.wait(timeout_s) for each in snapshots)
+        return all(snapshot.complete.wait(timeout_s) for snapshot in self._snapshots.values())
 
     def build_manifest(self, files: Mapping[str, manifests.File]) -> bytes:
         """The manifest, once the files are written and the metrics have arrived."""
