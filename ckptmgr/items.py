@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import re
@@ -87,7 +88,7 @@ class Composer:
 
     def _extra(self, name: str, value: Any) -> Tree | Value:
         _check_name(name)
-        if hasattr(value, "get_state") and hasattr(value, "set_state"):
+        if is_iterator(value):
             value = value.get_state()
         if isinstance(value, bytes):
             return Value(functools.partial(_to_base64, value), "bytes")
@@ -381,14 +382,25 @@ def from_json(item: Item, value: Any) -> Any:
     return base64.b64decode(value) if item.kind == "bytes" else value
 
 
+def is_iterator(value: Any) -> bool:
+    """Whether an extra is asked for its state: it has the methods, and is no pytree.
+
+    `__getattr__` is not asked: `nnx.Rngs` answers every name, and draws a key for it.
+    """
+    is_tree = not jax.tree_util.all_leaves([value])
+    return not is_tree and all(
+        callable(inspect.getattr_static(value, name, None)) for name in ("get_state", "set_state")
+    )
+
+
 def state_of(template: Any) -> Any:
     """The template of an extra's arrays: that of an iterator is the state it has now."""
-    return template.get_state() if hasattr(template, "set_state") else template
+    return template.get_state() if is_iterator(template) else template
 
 
 def handed_over(template: Any, value: Any) -> Any:
     """A restored extra: the value, or the caller's own iterator once it has been set to it."""
-    if not hasattr(template, "set_state"):
+    if not is_iterator(template):
         return value
     template.set_state(value)
     return template

@@ -178,9 +178,8 @@ class Job:
                 return told or []
             reports = [report] if is_late else self._gather_or_say(call, report)
             failed = next((each.error for each in reports if each.error is not None), None)
-            differs = (
-                [] if failed else [len(set(part)) > 1 for part in zip(*(each.found or () for each in reports))]
-            )
+            found = [] if failed else [each.found or () for each in reports]
+            differs = [len(set(part)) > 1 for part in zip(*found, strict=False)]
             self._say(call, error=failed, found=differs)
             if failed is not None:
                 raise _unpack(failed, self.index)
