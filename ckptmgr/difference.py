@@ -160,7 +160,7 @@ def rename_rules(rename: Mapping[str, str]) -> dict[re.Pattern[str], str]:
 def renamed(
     saved: TreeSpec, rules: Mapping[re.Pattern[str], str], template: TreeSpec, used: set[re.Pattern[str]]
 ) -> TreeSpec:
-    """`saved` with the leaves whose path matches a rule under their new path. Adds the rules that did to `used`."""
+    """`saved` with the leaves whose path matches a rule under their new path. Adds these rules to `used`."""
     if not rules:
         return saved
     by_path = {leaf.path: leaf.keys for leaf in template.leaves}

@@ -206,8 +206,8 @@ class _Meshes:
             )
         made = jax.make_mesh(abstract.axis_sizes, abstract.axis_names, axis_types=abstract.axis_types)
         _log.warning(
-            "the template names a mesh %s and no devices: restored onto jax.make_mesh of all of them. Give layout=, "
-            "or restore inside `with jax.set_mesh(mesh)`, to choose another", dict(abstract.shape)
+            "the template names a mesh %s and no devices: restored onto jax.make_mesh of all of them. To choose, "
+            "give layout=, or restore inside `with jax.set_mesh(mesh)`", dict(abstract.shape)
         )  # fmt: skip
         self._known.append(made)
         return made

@@ -1,5 +1,6 @@
 """Every test runs with eight CPU devices, and with what one process saves read by the next."""
 
+import math
 import os
 import socket
 import subprocess
@@ -14,8 +15,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 import guard
+import jax
 import pytest
 from hypothesis import HealthCheck, settings
+from jax.sharding import AxisType
 
 guard.install()
 
@@ -33,6 +36,18 @@ def counted(few: int, full: int) -> int:
 def visible(directory):
     """What is in a directory, but for what a manager hides there while it is open."""
     return sorted(name for name in os.listdir(directory) if not name.startswith("."))
+
+
+@pytest.fixture(scope="session", params=["default axes", "auto axes"])
+def make_mesh(request):
+    """Makes meshes as users do: with the axes that `jax.make_mesh` gives (explicit), and with automatic ones."""
+
+    def make(**axes):
+        devices = jax.devices()[: math.prod(axes.values())]
+        kinds = {} if request.param == "default axes" else {"axis_types": (AxisType.Auto,) * len(axes)}
+        return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=devices, **kinds)
+
+    return make
 
 
 def free_port():

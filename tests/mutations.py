@@ -133,4 +133,31 @@ MUTATIONS = [
         "manifest.py", "    return bool(name) and not any(", "    return True or not any(",
         "tests/test_manifest.py::test_names_that_lead_outside_of_the_checkpoint_are_refused",
     ),
+    Mutation(
+        10, "the template decides about weak types",
+        "items.py", "return wants._replace(kind=\"jax\", dtype=saved.dtype, weak=saved.weak)",
+        "return wants._replace(kind=\"jax\", dtype=saved.dtype)",
+        "tests/test_exactness.py::test_what_was_saved_decides_about_weak_types",
+    ),
+    Mutation(
+        10, "a copy of a save is an implicit transfer",
+        "storage/devices.py", "return jax.transfer_guard_device_to_host(\"allow\")",
+        "return jax.transfer_guard_host_to_device(\"allow\")",
+        "tests/test_exactness.py::test_a_save_and_a_restore_make_no_implicit_transfer",
+    ),
+    Mutation(
+        10, "opt_state without a place of its own goes to the default device",
+        "layout.py", "if own is None:\n        return followed\n", "if own is None:\n        return HERE\n",
+        "tests/test_exactness.py::test_bits_types_and_places_are_those_of_the_run",
+    ),
+    Mutation(
+        16, "nothing is said of what `partial` kept",
+        "restoring.py", "        _warn_of_partial(step, passed)\n", "",
+        "tests/test_exactness.py::test_partial_says_what_it_kept_and_what_it_did_not_read",
+    ),
+    Mutation(
+        16, "a rename that matches nothing is accepted",
+        "items.py", "if rule not in used]", "if False]",
+        "tests/test_exactness.py::test_a_rename_that_matches_nothing_is_refused",
+    ),
 ]  # fmt: skip

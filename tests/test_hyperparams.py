@@ -42,8 +42,8 @@ def test_changed_before_a_save_after_a_restore_and_kept_by_the_next(tmp_path):
         assert get_hyperparams(again)["learning_rate"] == 0.125
 
 
-def test_dtype_and_sharding_are_kept():
-    mesh = jax.make_mesh((8,), ("data",))
+def test_dtype_and_sharding_are_kept(make_mesh):
+    mesh = make_mesh(data=8)
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.inject_hyperparams(optax.adam, hyperparam_dtype=jnp.bfloat16)(learning_rate=1e-2).init(
         PARAMS

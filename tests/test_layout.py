@@ -19,8 +19,8 @@ from ckptmgr.testing import assert_trees_equal
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return jax.make_mesh((4, 2), ("data", "model"))
+def mesh(make_mesh):
+    return make_mesh(data=4, model=2)
 
 
 @pytest.fixture(scope="module")
@@ -133,17 +133,9 @@ def test_a_dtype_that_jax_would_change_on_a_device_is_refused(tmp_path):
 # ---------------------------------------------------------------- a mesh, a tree, a callable
 
 
-def auto(**axes):
-    """A mesh of the first devices whose shardings JAX propagates by itself, as most training does."""
-    devices = jax.devices()[: math.prod(axes.values())]
-    return jax.make_mesh(
-        tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes), devices=devices
-    )
-
-
 @pytest.fixture(scope="module")
-def grid():
-    return auto(data=4, model=2)
+def grid(make_mesh):
+    return make_mesh(data=4, model=2)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +153,8 @@ def trained(grid, tmp_path_factory):
         spread, shapes, is_leaf=lambda node: isinstance(node, PartitionSpec),
     )  # fmt: skip
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    _, opt_state = optimizer.update(params, optimizer.init(params), params)
+    with jax.set_mesh(grid):
+        _, opt_state = optimizer.update(params, optimizer.init(params), params)
     with CheckpointManager(directory) as manager:
         manager.save(1, params, opt_state, extras={"ema": jax.tree.map(lambda x: x / 2, params)})
     return directory, params, opt_state, optimizer
@@ -171,9 +164,9 @@ def shardings(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def test_a_mesh_carries_the_saved_partition_specs_over(trained, caplog):
+def test_a_mesh_carries_the_saved_partition_specs_over(make_mesh, trained, caplog):
     directory, params, opt_state, optimizer = trained
-    other = auto(data=2, model=4)
+    other = make_mesh(data=2, model=4)
     back = CheckpointManager(directory, read_only=True).restore(params=params, optimizer=optimizer, layout=other)
     wants = jax.tree.map(lambda leaf: NamedSharding(other, leaf.sharding.spec), params)
     assert shardings(back.params) == wants
@@ -185,9 +178,9 @@ def test_a_mesh_carries_the_saved_partition_specs_over(trained, caplog):
     assert not caplog.records
 
 
-def test_what_a_mesh_lacks_or_does_not_divide_is_replicated_and_said_once(trained, caplog):
+def test_what_a_mesh_lacks_or_does_not_divide_is_replicated_and_said_once(make_mesh, trained, caplog):
     directory, params, _, optimizer = trained
-    flat = auto(data=8)
+    flat = make_mesh(data=8)
     back = CheckpointManager(directory, read_only=True).restore(params=params, optimizer=optimizer, layout=flat)
     assert back.params["dense"]["w"].sharding == NamedSharding(flat, PartitionSpec("data"))
     assert back.params["dense"]["b"].sharding == NamedSharding(flat, PartitionSpec())
@@ -253,7 +246,8 @@ def test_a_callable_is_asked_for_each_parameter(trained, grid):
 def test_state_that_is_like_no_parameter_is_replicated(grid, tmp_path):
     params = {"w": jax.device_put(jnp.ones((256, 128)), NamedSharding(grid, PartitionSpec("data", "model")))}
     optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=64)
-    opt_state = optimizer.init(params)
+    with jax.set_mesh(grid):
+        opt_state = optimizer.init(params)
     with CheckpointManager(tmp_path) as manager:
         manager.save(1, params, opt_state)
         layout = shardings(params)
@@ -341,15 +335,15 @@ def test_the_state_follows_its_parameter_into_another_memory(offloaded, grid, kn
     assert_trees_equal(back.opt_state, opt_state)
 
 
-def test_the_memory_it_was_saved_from_is_not_used_by_itself(offloaded):
+def test_the_memory_it_was_saved_from_is_not_used_by_itself(make_mesh, offloaded):
     directory, params, opt_state, _ = offloaded
     manager = CheckpointManager(directory, read_only=True)
     usual = jax.devices()[0].default_memory().kind
     bare = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
     assert usual != PINNED
     for how in (
-        {"params": params, "opt_state": opt_state, "layout": auto(data=2)},
-        {"layout": auto(data=2)},
+        {"params": params, "opt_state": opt_state, "layout": make_mesh(data=2)},
+        {"layout": make_mesh(data=2)},
         {"params": bare},
         {},
     ):
@@ -381,11 +375,11 @@ def arrays_on_a_mesh(draw):
 @settings(max_examples=counted(20, full=300))
 @pytest.mark.soak
 @given(case=arrays_on_a_mesh(), chunk_bytes=st.sampled_from([16, 100, 2**20]), seed=st.integers(0, 99))
-def test_saved_on_one_mesh_and_restored_on_another_every_bit_is_the_same(case, chunk_bytes, seed):
+def test_saved_on_one_mesh_and_restored_on_another_every_bit_is_the_same(make_mesh, case, chunk_bytes, seed):
     shape, dtype, placed = case
     values = np.random.default_rng(seed).integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8)
     values = (values & 1).astype(bool)[..., 0] if dtype == "bool" else values.view(jnp.dtype(dtype))[..., 0]
-    meshes = [auto(**mesh) for mesh, _ in placed]
+    meshes = [make_mesh(**mesh) for mesh, _ in placed]
     first, second = (NamedSharding(mesh, spec) for mesh, (_, spec) in zip(meshes, placed, strict=True))
     with (
         tempfile.TemporaryDirectory() as directory,

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import counted
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import ckptmgr
 from benchmarks import distributed
@@ -33,7 +33,8 @@ import jax, numpy as np, optax, ckptmgr, test_reshard
 from jax.sharding import AxisType, NamedSharding
 from ckptmgr.layout import carry
 assert jax.device_count() == devices
-mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+kinds = {"axis_types": (AxisType.Auto,) * len(axes)} if sys.argv[6] == "auto" else {}
+mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), **kinds)
 layout = ckptmgr.HOST if where == "host" else mesh
 template = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in test_reshard.SHAPES.items()}
 found = ckptmgr.CheckpointManager(sys.argv[1], read_only=True).restore(
@@ -55,7 +56,7 @@ print("equal")
 
 @pytest.mark.parametrize("saved_on", [{"a": 8}, {"a": 4, "b": 2}, {"a": 2, "b": 2, "c": 2}], ids=str)
 def test_saved_on_one_mesh_restored_on_others_by_other_processes(saved_on, tmp_path):
-    mesh = jax.make_mesh(tuple(saved_on.values()), tuple(saved_on), axis_types=(AxisType.Auto,) * len(saved_on))
+    mesh = jax.make_mesh(tuple(saved_on.values()), tuple(saved_on))
 
     def spread(name):
         known = [tuple(a for a in (axes if isinstance(axes, tuple) else (axes,)) if a in saved_on) or None
@@ -68,10 +69,10 @@ def test_saved_on_one_mesh_restored_on_others_by_other_processes(saved_on, tmp_p
     with ckptmgr.CheckpointManager(tmp_path) as manager:
         manager.save(1, params, state)
     here = os.path.dirname(__file__)
-    restored_on = [(1, {"a": 1}, "mesh"), (2, {"a": 2}, "mesh"), (4, {"a": 4, "b": 1}, "mesh"),
-                   (8, {"a": 2, "b": 4}, "mesh"), (1, {"a": 1}, "host")]  # fmt: skip
-    for devices, axes, where in restored_on:
-        command = [sys.executable, "-c", RESTORE, tmp_path, str(devices), str(axes), where, here]
+    restored_on = [(1, {"a": 1}, "mesh", "default"), (2, {"a": 2}, "mesh", "auto"), (1, {"a": 1}, "host", "auto"),
+                   (4, {"a": 4, "b": 1}, "mesh", "default"), (8, {"a": 2, "b": 4}, "mesh", "auto")]  # fmt: skip
+    for devices, axes, where, kinds in restored_on:
+        command = [sys.executable, "-c", RESTORE, tmp_path, str(devices), str(axes), where, here, kinds]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.stdout == "equal\n", done.stderr[-3000:]
 

@@ -26,11 +26,11 @@ def train(directory, address, count, index, total_steps=20):
     import jax.numpy as jnp
     import numpy as np
     import optax
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding, PartitionSpec
 
     import ckptmgr
 
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     optimizer = optax.adam(0.1)
     goal = np.arange(64, dtype=np.float32).reshape(16, 4)

@@ -82,8 +82,8 @@ def test_scalars_keep_their_types(tmp_path):
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_typed_keys_of_any_generator_draw_the_same_numbers(tmp_path, impl):
-    mesh = jax.make_mesh((8,), ("data",))
+def test_typed_keys_of_any_generator_draw_the_same_numbers(make_mesh, tmp_path, impl):
+    mesh = make_mesh(data=8)
     tree = {"one": jax.random.key(3, impl=impl), "many": jax.random.split(jax.random.key(4, impl=impl), (2, 3))}
     tree["spread"] = jax.device_put(
         jax.random.split(jax.random.key(5, impl=impl), 8), NamedSharding(mesh, PartitionSpec("data"))
@@ -109,8 +109,8 @@ def test_odd_layouts_in_memory(tmp_path):
         assert back[name].flags.writeable
 
 
-def test_many_chunks_and_shards(tmp_path):
-    mesh = jax.make_mesh((4, 2), ("data", "model"))
+def test_many_chunks_and_shards(make_mesh, tmp_path):
+    mesh = make_mesh(data=4, model=2)
     values = jnp.arange(40 * 24, dtype=jnp.float32).reshape(40, 24)
     specs = [("data", "model"), (("data", "model"),), (None, "model"), (), ("model", "data")]
     tree = [jax.device_put(values, NamedSharding(mesh, PartitionSpec(*spec))) for spec in specs]
@@ -190,8 +190,8 @@ def test_max_host_bytes_bounds_the_copies_that_wait_to_be_written(tmp_path):
     assert peaks[24 * 2**20] < 25 * 2**20
 
 
-def test_leaves_larger_than_the_bound_are_copied_one_by_one(tmp_path):
-    mesh = jax.make_mesh((8,), ("data",))
+def test_leaves_larger_than_the_bound_are_copied_one_by_one(make_mesh, tmp_path):
+    mesh = make_mesh(data=8)
     params = {f"w{n}": jnp.full((64, 64), float(n)) for n in range(5)}
     params["spread"] = jax.device_put(jnp.ones((64, 8)), NamedSharding(mesh, PartitionSpec("data")))
     assert_trees_equal(through_disk(tmp_path, params, max_host_bytes=1), params)
