@@ -23,6 +23,8 @@ import numpy as np
 
 from ckptmgr import difference, structure
 from ckptmgr.difference import LeafDiff, StructureDiff
+from ckptmgr.errors import LayoutError
+from ckptmgr.layout import HOST
 from ckptmgr.manifest import Item, Manifest
 from ckptmgr.structure import LeafSpec, Row, TreeSpec, is_weak, numpy_dtype
 
@@ -46,6 +48,8 @@ class Tree:
 
     spec: TreeSpec
     leaves: Sequence[Any]
+    is_own: bool = False
+    """Whether each process of a job may have its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Value:
 
     get: Callable[[], Any]
     kind: Literal["json", "bytes"] = "json"
+    is_own: bool = False
+    """Whether each process of a job may have its own."""
 
 
 # ---------------------------------------------------------------- going in
@@ -88,13 +94,14 @@ class Composer:
 
     def _extra(self, name: str, value: Any) -> Tree | Value:
         _check_name(name)
+        is_own = not is_global(value)
         if is_iterator(value):
             value = value.get_state()
         if isinstance(value, bytes):
-            return Value(functools.partial(_to_base64, value), "bytes")
-        if _is_json(value):
-            return Value(functools.partial(json.loads, json.dumps(value)))  # a copy: the caller goes on
-        return self.tree(name, value)
+            return Value(functools.partial(_to_base64, value), "bytes", is_own)
+        if _is_json(value):  # a copy: the caller goes on
+            return Value(functools.partial(json.loads, json.dumps(value)), "json", is_own)
+        return dataclasses.replace(self.tree(name, value), is_own=is_own)
 
 
 def _check_name(name: Any) -> None:
@@ -390,6 +397,26 @@ def is_iterator(value: Any) -> bool:
     is_tree = not jax.tree_util.all_leaves([value])
     return not is_tree and all(
         callable(inspect.getattr_static(value, name, None)) for name in ("get_state", "set_state")
+    )
+
+
+def is_global(value: Any) -> bool:
+    """Whether an iterator says that its state is the same for all processes."""
+    return is_iterator(value) and getattr(value, "is_global", False) is True
+
+
+def source(name: str, item: Item, template: Any, layout: Any) -> int | None:
+    """The process whose state of an item is restored; None for those of all, as a list."""
+    if item.processes == 1 or is_global(template):
+        return 0
+    if layout is HOST and not is_iterator(template):
+        return None
+    if item.processes == jax.process_count():
+        return jax.process_index()
+    raise LayoutError(
+        f"{name} was saved by {item.processes} processes, each with its own, and this job has "
+        f"{jax.process_count()}: give an object with `is_global = True`, or take all with layout=ckptmgr.HOST",
+        leaf=name,
     )
 
 

@@ -63,11 +63,13 @@ class Spec:
     """A line for each leaf: its path, a tab, and what it is."""
     owners: Sequence[int]
     """For each leaf the process that holds it, as this process sees it; -1 if every process has one."""
-    settle: Callable[[Sequence[int]], None]
-    """Given the owners as process 0 sees them, where the processes see them differently."""
+    own: Sequence[str]
+    """Digests of the values of which each process may have its own."""
+    settle: Callable[[Sequence[int], Sequence[bool]], None]
+    """Given the owners as process 0 sees them, and which values differ."""
 
     def summary(self) -> list[str]:
-        return [self.digest, digest(json.dumps(self.owners))]
+        return [self.digest, digest(json.dumps(self.owners)), *self.own]
 
 
 def digest(text: str) -> str:
@@ -134,13 +136,14 @@ class Job:
         """
         try:
             result = action()
-            report = Report(found=spec(result).summary() if spec and self._client else None)
+            mine = spec(result) if spec and self._client else None
+            report = Report(found=mine and mine.summary())
         except Exception as problem:
             self.share(call, problem)
             raise
         differs = self._share(call, report)
-        if spec is not None and any(differs):
-            self._reconcile(call, spec(result), *differs)
+        if mine is not None:
+            self._reconcile(call, mine, *differs)
         return result
 
     def share(self, call: Call, problem: Exception | None = None) -> None:
@@ -185,7 +188,7 @@ class Job:
                 raise _unpack(failed, self.index)
             return differs
 
-    def _reconcile(self, call: Call, spec: Spec, is_other: bool, has_other_owners: bool) -> None:
+    def _reconcile(self, call: Call, spec: Spec, is_other: bool, has_other_owners: bool, *is_own: bool) -> None:
         """Raises what differs; all lines are sent for that, so it is not done unless something differs."""
         if is_other:
             found = self.collect(Call(f"what differs in {call.what}", call.step), _squeeze(spec.lines()))
@@ -194,8 +197,10 @@ class Job:
                 raise SaveError(_difference(call, [_expand(each) for each in found]), step=call.step)
 
             self.decide(call, refuse)
+        owners = spec.owners
         if has_other_owners:
-            spec.settle(self.decide(Call(f"who writes what in {call.what}", call.step), lambda: list(spec.owners)))
+            owners = self.decide(Call(f"who writes what in {call.what}", call.step), lambda: list(spec.owners))
+        spec.settle(owners, is_own)
 
     # ------------------------------------------------------------ process 0
 

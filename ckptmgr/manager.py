@@ -245,7 +245,7 @@ class CheckpointManager:
         step, blocked_s = copied.manifest.step, concurrent.futures.Future[float]()
 
         def commit() -> CheckpointInfo:
-            store.write(step, copied.contents, copied.build_manifest)
+            store.write(step, copied.contents, copied.build_manifest, copied.own)
             durable_s = time.perf_counter() - called
             info = self._history.glance(self._catalog.manifest(step))
             return dataclasses.replace(info, blocked_s=blocked_s.result(), durable_s=durable_s)

@@ -23,7 +23,8 @@ from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.structure import LeafSpec, TreeSpec, numpy_dtype
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""1, or 2 where an item has a state for each process: a reader of format 1 would give all of them the first."""
 
 _BLOCK_BYTES = 16 << 20
 _LIBRARIES = ("ckptmgr", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
@@ -43,6 +44,8 @@ class Item:
     ocdbt: bool = True
     """How the arrays lie on disk; stock Orbax also writes zarr2, and arrays without a database."""
     compression: str | None = None
+    processes: int = 1
+    """How many processes have each saved their own of it; the first is where stock Orbax looks."""
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +102,7 @@ def versions() -> Mapping[str, str]:
 
 def encode(manifest: Manifest) -> bytes:
     body = {
-        "format": FORMAT,
+        "format": FORMAT if any(item.processes > 1 for item in manifest.items.values()) else 1,
         "step": manifest.step,
         "time": manifest.time,
         "metrics": manifest.metrics,
@@ -156,17 +159,22 @@ def _stays_inside(name: str) -> bool:
 
 
 def _item_to_json(item: Item) -> dict[str, Any]:
+    each = {"processes": item.processes} if item.processes > 1 else {}
     if item.kind != "arrays":
-        return {"kind": item.kind, "file": item.file}
+        return {"kind": item.kind, "file": item.file} | each
     leaves = [_leaf_to_json(leaf) for leaf in item.tree.leaves]
     stock = {name: False for name in ("zarr3", "ocdbt") if not getattr(item, name)}
-    return {
-        "kind": "arrays",
-        "nbytes": item.nbytes,
-        "compression": item.compression,
-        "leaves": leaves,
-        "outline": item.tree.outline,
-    } | stock
+    return (
+        {
+            "kind": "arrays",
+            "nbytes": item.nbytes,
+            "compression": item.compression,
+            "leaves": leaves,
+            "outline": item.tree.outline,
+        }
+        | stock
+        | each
+    )
 
 
 def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
@@ -176,11 +184,12 @@ def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
 
 
 def _item_from_json(item: Mapping[str, Any]) -> Item:
+    processes = item.get("processes", 1)
     if item["kind"] != "arrays":
-        return Item(item["kind"], file=item["file"])
+        return Item(item["kind"], file=item["file"], processes=processes)
     leaves = tuple(map(_leaf_from_json, item["leaves"]))
     zarr3, ocdbt = item.get("zarr3", True), item.get("ocdbt", True)
-    return Item("arrays", TreeSpec(leaves, item["outline"]), "", zarr3, ocdbt, item["compression"])
+    return Item("arrays", TreeSpec(leaves, item["outline"]), "", zarr3, ocdbt, item["compression"], processes)
 
 
 def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:

@@ -185,7 +185,12 @@ class Restorer:
             params = items.params_of(manifest, matched)
             targets = layouts.targets(request.layout, matched, params)
             manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
-            trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast)
+            sources = {
+                name: items.source(name, manifest.items[name], template, request.layout)
+                for name, template in templates.items()
+                if name in manifest.items
+            }
+            trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast, sources=sources)
             trees.fetch()
             return manifest, templates, passed, trees
 
@@ -195,7 +200,7 @@ class Restorer:
                 manifest, templates, passed, trees = self._job.together(call, open_trees)
             else:
                 manifest, templates, passed, trees = open_trees()
-            values = trees.place() | reading.read_values(manifest, directory, templates)
+            values = trees.place() | reading.read_values(manifest, directory, trees.sources)
         if request.optimizer is not None and passed.missing:
             values[items.OPT_STATE] = _with_new_state(request.optimizer, values)
         _warn_of_partial(step, passed)

@@ -8,6 +8,7 @@ clock               asks a clock of its own whether to save
 attempt STEP...     saves steps, and says what came of each; `2:0` is saved by process 0 alone
 differs             process 1 gives something else, in every way; says what came of it
 stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
+own save|load       each process has iterators of its own
 reader              each process in turn reads alone beside the others, then all do
 """
 
@@ -177,6 +178,60 @@ def stages(directory, mesh):
     say("stages")
 
 
+class Iterator:
+    """A data iterator; `state` is JSON, bytes or numpy arrays."""
+
+    def __init__(self, state, is_global=False):
+        self.state, self.is_global = state, is_global
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+
+def states(process):
+    return {
+        "json": Iterator({"at": process, "files": ["a", "b"]}),
+        "bytes": Iterator(bytes([process, 255])),
+        "arrays": Iterator({"at": np.array([process, 7]), "rng": np.full(5, process + 0.5)}),
+        "all": Iterator({"at": process}, is_global=True),
+        "equal": Iterator({"at": np.arange(3)}),
+        "plain": {"host": process},
+    }
+
+
+def own(directory, mesh, what):
+    here, count = jax.process_index(), jax.process_count()
+    same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))  # noqa: E731
+    state_of = lambda extra: extra.state if isinstance(extra, Iterator) else extra  # noqa: E731
+    with ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S) as manager:
+        if what == "save":
+            manager.save(count, spread(mesh, 1), extras=states(here)).result()
+            manager.save(100 + count, spread(mesh, 1), extras=states(0)).result()
+        step = max(each for each in manager.steps() if each < 100)
+        for at, saved_by in (
+            (step, lambda name: 0 if name in ("all", "equal") else here),
+            (100 + step, lambda _: 0),
+        ):
+            for name in states(0):
+                template = states(50 + here)[name]
+                if at == step != count and name not in ("all", "equal"):
+                    with pytest.raises(ckptmgr.LayoutError, match=rf"{name} was saved by {step} processes"):
+                        manager.restore(at, extras={name: template})
+                    template, saved = Iterator(state_of(template), is_global=True), states(0)[name]
+                else:
+                    saved = states(saved_by(name))[name]
+                found = manager.restore(at, extras={name: template}).extras[name]
+                assert same(state_of(found), state_of(saved)), name
+        every = manager.restore(step, layout=ckptmgr.HOST).extras
+        for name in ("json", "bytes", "arrays", "plain"):
+            assert same(every[name], [state_of(states(process)[name]) for process in range(step)]), name
+        assert manager.verify(step)
+    say("own")
+
+
 def reader(directory, mesh):
     def read(layout):
         found = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S).restore(layout=layout)
@@ -288,6 +343,7 @@ if __name__ == "__main__":
     import jax
     import ml_dtypes
     import optax
+    import pytest
     import tensorstore as ts
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -304,7 +360,8 @@ if __name__ == "__main__":
     say("joined")
     try:
         known = {
-            each.__name__: each for each in (save, load, shared, train, clock, attempt, differs, stages, reader)
+            each.__name__: each
+            for each in (save, load, shared, train, clock, attempt, differs, stages, own, reader)
         }
         known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:

@@ -1,5 +1,6 @@
 """Several processes on one machine, under jax.distributed with gloo: all do the same, or none does."""
 
+import json
 import os
 import random
 import re
@@ -191,6 +192,24 @@ def test_the_stages_of_a_pipeline_come_back_to_their_processes(count, devices, t
         template = {name: np.zeros_like(values) for name, values in found.items()}
         back = stock.restore(1, args=ocp.args.Composite(params=ocp.args.StandardRestore(template))).params
     assert all(np.array_equal(back[name], values) for name, values in found.items())
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+def test_each_process_gets_its_own_iterator_back_and_another_number_is_told(count, devices, tmp_path):
+    assert finish(start(count, tmp_path, "own", "save", devices=devices)) == ["own"] * count
+    other = {2: 1, 4: 2}[count]
+    assert finish(start(other, tmp_path, "own", "load", devices=count * devices // other)) == ["own"] * other
+    for step, format_number in ((count, 2), (100 + count, 1)):
+        assert json.loads((tmp_path / str(step) / "manifest.json").read_bytes())["format"] == format_number
+    wanted = {
+        "json": ocp.args.JsonRestore(),
+        "plain": ocp.args.JsonRestore(),
+        "arrays": ocp.args.StandardRestore(),
+    }
+    with ocp.CheckpointManager(tmp_path) as stock:
+        back = stock.restore(count, args=ocp.args.Composite(**wanted))
+    assert (back.json, back.plain) == ({"at": 0, "files": ["a", "b"]}, {"host": 0})
+    assert np.array_equal(back.arrays["rng"], np.full(5, 0.5))
 
 
 def test_a_reader_in_one_process_alone_holds_up_nobody(tmp_path):

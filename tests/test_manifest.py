@@ -61,8 +61,9 @@ def test_every_single_flipped_bit_and_every_truncation_is_found():
 def test_a_manifest_of_another_step_or_of_a_later_format_is_refused(monkeypatch):
     with pytest.raises(CorruptCheckpointError, match="belongs to step 12"):
         manifest.decode(manifest.encode(sample()), step=13, path="manifest.json")
-    monkeypatch.setattr(manifest, "FORMAT", 2)
-    later = manifest.encode(sample())
+    monkeypatch.setattr(manifest, "FORMAT", 3)
+    own = {name: dataclasses.replace(item, processes=2) for name, item in sample().items.items()}
+    later = manifest.encode(dataclasses.replace(sample(), items=own))
     monkeypatch.undo()
     with pytest.raises(CorruptCheckpointError, match="upgrade ckptmgr"):
         manifest.decode(later, step=12, path="manifest.json")

@@ -10,6 +10,7 @@ stored inside a node (`max_inline_value_bytes`), so that it is covered too.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -63,8 +64,10 @@ def _base(path: str) -> Any:
 class Snapshot:
     """The host copies of one item on their way to disk: all of them, or one wave of `max_bytes` after another."""
 
-    def __init__(self, plan: Plan, leaves: Sequence[Any], max_bytes: int | None) -> None:
+    def __init__(self, plan: Plan, leaves: Sequence[Any], max_bytes: int | None, *, is_own: bool = False) -> None:
         self.plan = plan
+        self.is_own = is_own
+        """Whether each process may have its own: then it is copied in all."""
         self._leaves = leaves
         self._left_out: frozenset[int] = frozenset()
         self._waves = chunks.runs([each.nbytes for each in plan.stored], max_bytes)
@@ -80,13 +83,21 @@ class Snapshot:
     def collect(self) -> None:
         """Waits for the copies of the next wave."""
         wave = self._waves.pop(0)
-        parts = devices.collect(self.plan, self._leaves, wave)
+        parts = devices.collect(self.plan, self._leaves, wave, is_own=self.is_own)
         self.copied = self._without(list(zip(wave, parts, strict=True)))
         if not self._waves:
             self.release()
 
     def has_more(self) -> bool:
         return bool(self._waves)
+
+    def digest(self) -> str:
+        """Equal for equal values."""
+        found = hashlib.sha256()
+        for _, parts in self.copied:
+            for _, part in parts:
+                found.update(part.tobytes())
+        return found.hexdigest()[:32]
 
     def leave_out(self, places: Collection[int]) -> None:
         """Leaves that another process writes."""
@@ -102,9 +113,9 @@ class Snapshot:
         self.complete.set()
 
 
-def own_part(directory: epath.Path) -> epath.Path:
-    """Where this process writes its part of an item; one that is alone writes the whole."""
-    return directory / f"{PART}{jax.process_index()}" if jax.process_count() > 1 else directory
+def own_part() -> str:
+    """Where in an item this process writes its part; one that is alone writes the whole."""
+    return f"{PART}{jax.process_index()}" if jax.process_count() > 1 else ""
 
 
 def merge(directory: epath.Path) -> None:

@@ -148,21 +148,22 @@ def _asked_for() -> Any:
     return jax.transfer_guard_device_to_host("allow")
 
 
-def collect(plan: Plan, leaves: Sequence[Any], places: range) -> list[list[Part]]:
+def collect(plan: Plan, leaves: Sequence[Any], places: range, *, is_own: bool = False) -> list[list[Part]]:
     """Waits for the copies of these leaves: for each the pieces that this process writes.
 
     The values are those of this moment whatever the caller does to the arrays afterwards: numpy
     arrays are copied, and of a jax array a reference is held, so that one that is donated is copied
-    by JAX instead of overwritten.
+    by JAX instead of overwritten. Of numpy arrays those of process 0 are written, unless each process has
+    its own.
     """
     with _asked_for():
-        return [_parts(leaves[place], plan.shardings[place]) for place in places]
+        return [_parts(leaves[place], plan.shardings[place], is_own) for place in places]
 
 
-def _parts(leaf: Any, sharding: Any) -> list[Part]:
+def _parts(leaf: Any, sharding: Any, is_own: bool) -> list[Part]:
     if sharding is None:
-        is_ours = jax.process_index() == 0  # each process has one: that of process 0 counts
-        return [((), _as_bytes(np.array(leaf, order="C")))] if is_ours else []
+        is_wanted = is_own or jax.process_index() == 0
+        return [((), _as_bytes(np.array(leaf, order="C")))] if is_wanted else []
     if jax.process_index() not in _processes(sharding):
         return []
     array = _plain(leaf)

@@ -15,9 +15,10 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -31,13 +32,20 @@ BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
 STEP_METADATA = "_CHECKPOINT_METADATA"
 METRICS, STEP = "metrics", "step"
 
-SIGNATURE = {"ckptmgr": {"format": manifests.FORMAT}}
+SIGNATURE = {"ckptmgr": {"format": 1}}
 """In Orbax's metadata of a step of ours: one that has it and no manifest has lost its manifest."""
 
 
 def json_file(item: str) -> str:
     """The file of an item that is a JSON value; Orbax reads metrics from a file of that name."""
     return METRICS if item == METRICS else "metadata"
+
+
+def own_place(process: int, file: str = "") -> str:
+    """Where in an item a process has its own: stock Orbax reads that of process 0."""
+    if file:
+        return f"process_{process}.json" if process else file
+    return f"process_{process}" if process else ""
 
 
 def checks_itself(name: str) -> bool:
@@ -62,10 +70,13 @@ class Store:
         self._compression = compression
         self._job = job
 
-    def write(self, step: int, items: Mapping[str, Any], build_manifest: BuildManifest) -> None:
+    def write(
+        self, step: int, items: Mapping[str, Any], build_manifest: BuildManifest, own: Collection[str] = ()
+    ) -> None:
         """Returns once a step is durable; raises what stopped it, and leaves nothing of it.
 
-        `items` are Snapshots of arrays, and functions that give JSON values.
+        `items` are Snapshots of arrays, and functions that give JSON values; of those in `own` each process
+        writes its own.
         """
         snapshots = {name: item for name, item in items.items() if isinstance(item, arrays.Snapshot)}
         # In a bucket, where nothing can be renamed, a step is written under its own name.
@@ -76,7 +87,7 @@ class Store:
             if self._job.leads:
                 self._lead(step, draft, items, lambda: _commit(draft, final, build_manifest), stages)
             else:
-                self._follow(draft, snapshots, stages)
+                self._follow(draft, snapshots, {name: items[name] for name in own}, stages)
         except BaseException:
             if self._job.leads:
                 _remove(draft)
@@ -120,13 +131,19 @@ class Store:
         )
         return _Manager(self._directory, options=options, handler_registry=registry)
 
-    def _follow(self, draft: epath.Path, snapshots: Mapping[str, arrays.Snapshot], stages: _Stages) -> None:
+    def _follow(
+        self, draft: epath.Path, snapshots: Mapping[str, arrays.Snapshot], own: Mapping[str, Any], stages: _Stages
+    ) -> None:
         """What a process that does not lead does: it writes its arrays once process 0 has made the directories."""
+        here = jax.process_index()
+        parts = {name: own_place(here) if name in own else arrays.own_part() for name in snapshots}
         stages.reach("directories")
         try:
+            for name in own.keys() - snapshots.keys():
+                files.write(draft / name / own_place(here, json_file(name)), json.dumps(own[name]()).encode())
             with concurrent.futures.ThreadPoolExecutor() as threads:
                 for _ in threads.map(
-                    lambda name: _write(draft / name, snapshots[name], self._compression), snapshots
+                    lambda name: _write(draft / name / parts[name], snapshots[name], self._compression), snapshots
                 ):
                     pass
         except Exception as problem:
@@ -172,11 +189,10 @@ class _Stages:
 
 def _write(directory: epath.Path, snapshot: arrays.Snapshot, compression: str | None) -> None:
     """Writes this process's part of an item."""
-    part = arrays.own_part(directory)
-    arrays.write_wave(part, snapshot, compression)
+    arrays.write_wave(directory, snapshot, compression)
     while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
         snapshot.collect()
-        arrays.write_wave(part, snapshot, compression)
+        arrays.write_wave(directory, snapshot, compression)
 
 
 def _remove(draft: epath.Path) -> None:
@@ -232,7 +248,7 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
         return []
 
     def _write(self, directory: epath.Path, snapshot: arrays.Snapshot) -> None:
-        _write(directory, snapshot, self._compression)
+        _write(directory / arrays.own_part(), snapshot, self._compression)
         arrays.describe(directory, snapshot.plan)
 
     def finalize(self, directory: epath.Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from ckptmgr import manifest as manifests
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.layout import Target
 from ckptmgr.storage import arrays, broadcast, chunks, devices, stock
-from ckptmgr.storage.orbax import METRICS, STEP_METADATA, json_file
+from ckptmgr.storage.orbax import METRICS, STEP_METADATA, json_file, own_place
 
 _COPIED_BYTES = 2 << 20  # JAX copies small leaves once more: not all of them at a time
 
@@ -37,6 +37,7 @@ def reported(directory: epath.Path) -> Iterator[None]:
 class Trees:
     """The trees of arrays of a step, each leaf on its way to where its target wants it.
 
+    `sources` says whose state of an item is read, where the processes that saved it had each their own.
     With `shares` what several processes hold is read once: `fetch` reads this process's part, and all must
     have done so before `place` is called in any.
     """
@@ -49,20 +50,27 @@ class Trees:
         targets: Sequence[Sequence[Target]],
         *,
         shares: bool,
+        sources: Mapping[str, int | None],
     ) -> None:
+        self.sources = sources
         self._step = manifest.step
-        self._matched = matched
-        self._targets = [target for places in targets for target in places]
+        self._matched: list[items.Matched] = []
+        self._targets: list[Target] = []
         self._wanted: list[arrays.Read] = []
         for each, places in zip(matched, targets, strict=True):
             item = manifest.items.get(each.item, manifests.Item("arrays"))
+            source = sources.get(each.item, 0)
             plain = manifest.written_here and item.compression is None
-            opener = arrays.Opener(directory / each.item, zarr3=item.zarr3, ocdbt=item.ocdbt, plain=plain)
-            saved = [row.saved for row in each.rows if row.saved is not None]
-            self._wanted += [
-                arrays.Read(each.item, opener, spec, devices.pieces(spec.shape, target))
-                for spec, target in zip(saved, places, strict=True)
-            ]
+            for process in range(item.processes) if source is None else [source]:
+                directory_of = directory / each.item / own_place(process)
+                opener = arrays.Opener(directory_of, zarr3=item.zarr3, ocdbt=item.ocdbt, plain=plain)
+                saved = [row.saved for row in each.rows if row.saved is not None]
+                self._matched.append(each)
+                self._targets += places
+                self._wanted += [
+                    arrays.Read(each.item, opener, spec, devices.pieces(spec.shape, target))
+                    for spec, target in zip(saved, places, strict=True)
+                ]
         self._shared = broadcast.Shared(self._wanted, self._targets) if shares else None
 
     def fetch(self) -> None:
@@ -83,10 +91,14 @@ class Trees:
             for group in self._groups(sorted(set(range(len(self._wanted))) - set(shared))):
                 placed |= self._placed(group, arrays.read([self._wanted[place] for place in group]))
         arrived = (placed[place] for place in range(len(self._wanted)))
-        return {
-            each.item: each.assemble([row.given if row.saved is None else next(arrived) for row in each.rows])
-            for each in self._matched
-        }
+        found: dict[str, Any] = {}
+        for each in self._matched:
+            tree = each.assemble([row.given if row.saved is None else next(arrived) for row in each.rows])
+            if self.sources.get(each.item, 0) is None:
+                found.setdefault(each.item, []).append(tree)
+            else:
+                found[each.item] = tree
+        return found
 
     def _groups(self, places: Sequence[int]) -> Iterator[list[int]]:
         for group in chunks.runs([self._wanted[place].copied_nbytes for place in places], _COPIED_BYTES):
@@ -108,11 +120,20 @@ class Trees:
             ) from problem  # fmt: skip
 
 
-def read_values(manifest: manifests.Manifest, directory: epath.Path, names: Iterable[str]) -> dict[str, Any]:
-    """The JSON values among these items."""
-    chosen = {name: item for name in names if (item := manifest.items.get(name)) and item.kind != "arrays"}
+def read_values(
+    manifest: manifests.Manifest, directory: epath.Path, sources: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """The JSON values among these items: that of one process, or a list of all."""
+
+    def value(name: str, item: manifests.Item, process: int) -> Any:
+        data = (directory / name / own_place(process, item.file)).read_bytes()
+        return items.from_json(item, json.loads(data))
+
+    chosen = {name: item for name in sources if (item := manifest.items[name]).kind != "arrays"}
     return {
-        name: items.from_json(item, json.loads((directory / name / item.file).read_bytes()))
+        name: [value(name, item, each) for each in range(item.processes)]
+        if (process := sources[name]) is None
+        else value(name, item, process)
         for name, item in chosen.items()
     }
 

@@ -11,7 +11,7 @@ from etils import epath
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import Damage, VerifyReport
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.storage import arrays
+from ckptmgr.storage import arrays, orbax
 
 Progress = Callable[[int, int], object]
 _BATCH_BYTES = 256 << 20  # what is held in memory at a time
@@ -22,8 +22,9 @@ def verify(manifest: manifests.Manifest, directory: epath.Path, on_progress: Pro
     damages = list(_damaged_files(manifest, directory))
     leaves = nbytes = 0
     for name, item in manifest.items.items():
-        opener = arrays.Opener(directory / name, zarr3=item.zarr3, ocdbt=item.ocdbt)
-        for spec in item.tree.leaves:
+        for process, spec in itertools.product(range(item.processes), item.tree.leaves):
+            place = directory / name / orbax.own_place(process)
+            opener = arrays.Opener(place, zarr3=item.zarr3, ocdbt=item.ocdbt)
             damages += _damages(arrays.Read(name, opener, spec))
             leaves += 1
             nbytes += manifests.leaf_nbytes(spec)
