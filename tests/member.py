@@ -271,8 +271,11 @@ def keys(step):
 
 
 def shared(directory, _, axes, broadcast):
-    shape = tuple(map(int, axes.split("x")))
-    mesh = jax.make_mesh(shape, ("copy", "part"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    shape = tuple(map(int, axes.rstrip("t").split("x")))
+    devices = np.array(jax.devices()).reshape(shape)
+    if axes.endswith("t"):  # the copies of a piece are not where one process ends and the next begins
+        devices = np.roll(devices.reshape(-1), 1).reshape(shape)
+    mesh = jax.sharding.Mesh(devices, ("copy", "part"), axis_types=(EXPLICIT if axes.endswith("t") else AUTO,) * 2)
     values = odds() if broadcast != "save" else {}
     if broadcast == "save":
         with ckptmgr.CheckpointManager(directory) as manager:
@@ -350,6 +353,7 @@ if __name__ == "__main__":
 
     import ckptmgr
 
+    AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
     MIRROR = os.environ.get("CKPTMGR_MIRROR")
     TIMEOUT_S = float(os.environ.get("CKPTMGR_TIMEOUT_S", "60"))
     if int(count) > 1:
