@@ -260,7 +260,9 @@ def test_what_two_processes_hold_is_read_once_when_asked(count, axes, devices, t
     total = {
         name: sum(int(read) for *_, read in found) for name, found in (("alone", alone), ("together", together))
     }
-    assert total["together"] < 0.51 * total["alone"]  # each piece is held by two
+    readers = 1 if devices == 1 else 2  # of the one chunk of the largest array: those that have a piece of it
+    holders = 2 if devices == 1 else 3
+    assert total["together"] < (readers / holders + 0.01) * total["alone"]
 
 
 def test_damage_that_one_reader_sees_makes_all_walk_back(tmp_path):
