@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 from etils.epath import backend
 
 from ckptmgr import paths
-from ckptmgr.catalog import COMMITTED, DAMAGED, Catalog
+from ckptmgr.catalog import COMMITTED, DAMAGED, STEP, Catalog
 
 
 def open_catalog(directory: epath.Path, read_stock: Any) -> Catalog:
@@ -29,12 +30,15 @@ class Bucket(Catalog):
     def prepare(self) -> None:
         """Does nothing: there are no directories, and whether it can be written to is found out by writing."""
 
-    def steps(self) -> list[int]:
-        return [step for step in super().steps() if self._is_marked(step)]
-
     def has(self, step: int) -> bool:
         self._look_anew()
-        return self._is_marked(step)
+        return super().has(step)
+
+    def _is_step(self, name: str) -> bool:
+        return bool((self.directory / name / COMMITTED).exists())
+
+    def _is_somebodys(self, step: int) -> bool:
+        return False  # a save that was interrupted looks the same, and may be done again
 
     def identity(self, step: int) -> None:
         return None
@@ -58,7 +62,8 @@ class Bucket(Catalog):
     def leftovers(self) -> list[tuple[epath.Path, str]]:
         """Without a lock only what is older than the newest step is known to be nobody's."""
         good = self.steps()
-        stale = [step for step in super().steps() if good and step not in good and step < good[-1]]
+        found = [int(name) for name in self._entries() if STEP.fullmatch(name)]
+        stale = [step for step in sorted(found) if good and step not in good and step < good[-1]]
         why = "a save or a deletion that was interrupted"
         return super().leftovers() + [(self.path(step), why) for step in stale]
 
@@ -66,15 +71,13 @@ class Bucket(Catalog):
         (self.path(step) / COMMITTED).unlink()
         return self.path(step)
 
-    def _is_marked(self, step: int) -> bool:
-        return bool((self.path(step) / COMMITTED).exists())
-
-    def _folders(self) -> list[str]:
+    def _entries(self) -> Mapping[str, bool]:
+        """What is in it; what is a directory is not asked, which would be a request for each."""
         self._look_anew()
         try:
-            return [entry.name for entry in self.directory.iterdir() if entry.name != self.directory.name]
+            return {entry.name: True for entry in self.directory.iterdir() if entry.name != self.directory.name}
         except FileNotFoundError:
-            return []
+            return {}
 
     def _look_anew(self) -> None:
         """Makes the client forget what it has listed: others write there too."""

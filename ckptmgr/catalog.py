@@ -7,21 +7,27 @@ The disk is the truth: nothing about steps is remembered that the next listing c
     <directory>/<step>.replaced/    the old checkpoint of a step that is being replaced
     <directory>/.deleted-<step>-*/  on its way out
     <directory>/<step>.damaged-*/   a damaged checkpoint whose step was saved again
+
+A directory is a step if its name is a number and ckptmgr or Orbax wrote something in it. Everything else is
+somebody's: never read, counted, renamed or deleted. Where no step has a plain number, steps that Orbax or flax
+named otherwise are read: `names` finds how.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
 from ckptmgr import manifest as manifests
-from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr import names, paths
+from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, SaveError
 
 PIN = "PINNED"
 COMMITTED = "commit_success.txt"
@@ -31,7 +37,11 @@ DELETED = ".deleted-"
 DAMAGED = ".damaged-"
 KEPT = "damaged, and set aside for whoever wants to look into it"
 SET_BACK = "set aside for a save that was interrupted: it is the step again"
-_STEP = re.compile(r"0|[1-9][0-9]*")
+STEP = re.compile(r"0|[1-9][0-9]*")
+_ITEM_SIGNS = ("_METADATA", COMMITTED)
+"""Files of Orbax in an item; an older version wrote none beside the items."""
+_SIGNS = (manifests.NAME, "_CHECKPOINT_METADATA", *_ITEM_SIGNS)
+_ORBAX_SIGNS = {"_CHECKPOINT_METADATA", "_METADATA"}
 UNFINISHED = ".orbax-checkpoint-tmp"
 """Orbax's ending for a step that is being written."""
 _log = logging.getLogger("ckptmgr")
@@ -47,6 +57,7 @@ class Catalog:
         self.directory = directory
         self._read_stock = read_stock
         self._manifests: dict[int, manifests.Manifest] = {}
+        self._names: Mapping[int, str] = {}
         self.damaged: set[int] = set()
         """Steps that a restore has passed over: retention does not count them, and deletes none."""
 
@@ -64,15 +75,77 @@ class Catalog:
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission")
 
     def path(self, step: int) -> epath.Path:
-        return self.directory / str(step)
+        return self.directory / self._names.get(step, str(step))
 
     def steps(self) -> list[int]:
-        """The committed steps on disk, in order."""
-        return sorted(int(name) for name in self._folders() if _STEP.fullmatch(name))
+        """The committed steps on disk, in order.
+
+        Raises CheckpointNotFoundError if there is none, and what is there is a run that is not read.
+        """
+        entries = self._entries()
+        plain = [int(name) for name in entries if STEP.fullmatch(name) and self._is_step(name)]
+        self._names = {} if plain else self._named(entries)
+        return sorted(plain or self._names)
+
+    def _named(self, entries: Iterable[str]) -> Mapping[int, str]:
+        """The steps whose names are no plain numbers, as Orbax and flax can be told to name them."""
+        candidates = [name for name in entries if names.number(name) is not None]
+        steps = [name for name in candidates if self._is_step(name)]
+        refused = names.refuse(steps) if steps else self._refuse_other(entries, candidates)
+        if refused:
+            raise CheckpointNotFoundError(f"{self.directory} {refused}", directory=str(self.directory))
+        return {number: name for name in steps if (number := names.number(name)) is not None}
+
+    def _refuse_other(self, entries: Iterable[str], candidates: Iterable[str]) -> str | None:
+        """What to do with a directory that holds a checkpoint and no step that is read; None if it is empty."""
+        if _ORBAX_SIGNS.intersection(entries):
+            return f"is the directory of one checkpoint; open its parent, {self.directory.parent}"
+        files = [name for name in candidates if self._is_msgpack(name)]
+        return names.refuse_file(names.newest(files)) if files else None
+
+    def _is_step(self, name: str) -> bool:
+        """Whether ckptmgr or Orbax wrote something in this directory."""
+        return is_checkpoint(os.path.join(self.directory, name))
+
+    def _is_msgpack(self, name: str) -> bool:
+        """Whether this is a file that begins as a map of msgpack does, which is what flax writes. (0x80, an empty
+        map, is how pickles begin.)"""
+        try:
+            with (self.directory / name).open("rb") as file:
+                first = file.read(1)
+        except OSError:
+            return False
+        return bool(first) and (0x81 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
+
+    def check_free(self, step: int) -> None:
+        """Raises SaveError if a save would mix names of two forms, or replace what is no checkpoint."""
+        if self._names:
+            name = next(iter(self._names.values()))
+            raise SaveError(
+                f"step {step} is not saved: the steps in {self.directory} are named as {name} is, which ckptmgr "
+                f"reads and does not write. Save into another directory, or rename them ({name} to "
+                f"{names.number(name)})",
+                step=step,
+            )
+        if self.can_replace and step not in self.damaged and self._is_step(str(step)):
+            with contextlib.suppress(CorruptCheckpointError):
+                self.manifest(step)  # raises NewerFormatError: what a later ckptmgr wrote is not replaced
+        if self._is_somebodys(step):
+            raise SaveError(
+                f"step {step} is not saved: {self.path(step)} is there and is no checkpoint; move it away",
+                step=step,
+            )
+
+    def _is_somebodys(self, step: int) -> bool:
+        """Whether a directory has the name of a step, and holds something that is no checkpoint."""
+        name = str(step)
+        return bool(self.path(step).exists() and not self._is_step(name) and any(self.path(step).iterdir()))
 
     def has(self, step: int) -> bool:
         """Whether a step is committed."""
-        return bool(self.path(step).exists())
+        if step not in self._names and self._is_step(str(step)):
+            return True
+        return step in self.steps()
 
     def require(self, step: int) -> epath.Path:
         """The directory of a step that must be there."""
@@ -91,11 +164,15 @@ class Catalog:
             return f"its steps are {'..., ' if len(steps) > 10 else ''}{shown}"
         if not self.directory.exists():
             return "the directory does not exist"
-        if (self.directory / manifests.NAME).exists() or (self.directory / "_CHECKPOINT_METADATA").exists():
-            return f"this is the directory of one checkpoint; open its parent, {self.directory.parent}"
         below = [entry for entry in self.directory.iterdir() if entry.is_dir()]
-        runs = [entry.name for entry in below if type(self)(entry, None).steps()]
+        runs = [entry.name for entry in below if type(self)(entry, None)._has_steps()]
         return f"did you mean {self.directory / runs[0]}?" if runs else "nothing is saved in it yet"
+
+    def _has_steps(self) -> bool:
+        try:
+            return bool(self.steps())
+        except (CheckpointError, OSError):
+            return False
 
     def nothing_good(self, damaged: Mapping[int, str], why: str | None = None) -> CheckpointError:
         """The error for a run without a step to restore."""
@@ -118,13 +195,21 @@ class Catalog:
         It never changes, so it is read once; `fresh` reads it again, to see whether it still is whole.
         """
         if fresh or step not in self._manifests:
-            path = self.require(step) / manifests.NAME
-            if path.exists():
-                manifest = manifests.decode(path.read_bytes(), step=step, path=manifests.NAME)
-            else:
-                manifest = self._read_stock(step, path.parent)
-            self._manifests[step] = manifest
+            self._manifests[step] = self._read_manifest(step, self.require(step))
         return self._manifests[step]
+
+    def _read_manifest(self, step: int, directory: epath.Path) -> manifests.Manifest:
+        path = directory / manifests.NAME
+        try:
+            data = path.read_bytes() if path.exists() else None
+        except OSError as problem:  # a directory in its place, a bad sector
+            raise CorruptCheckpointError(
+                f"step {step}: {path} cannot be read: {problem}", step=step, path=manifests.NAME
+            ) from problem
+        if data is not None:
+            return manifests.decode(data, step=step, path=manifests.NAME)
+        found: manifests.Manifest = self._read_stock(step, directory)
+        return found
 
     def identity(self, step: int) -> tuple[int, int] | None:
         """What tells a step from another of the same number; None if it is gone, or not on a local disk."""
@@ -145,10 +230,18 @@ class Catalog:
         return {step for step in self.steps() if (self.path(step) / PIN).exists()}
 
     def pin(self, step: int) -> None:
-        (self.require(step) / PIN).write_text("kept by ckptmgr whatever the retention policy says\n")
+        path = self.require(step) / PIN
+        said = b"kept by ckptmgr whatever the retention policy says\n"
+        if not paths.is_local(path):
+            path.write_bytes(said)
+            return
+        paths.refuse_link(path.parent)
+        with open(path, "wb", opener=paths.open_to_write) as file:
+            file.write(said)
 
     def unpin(self, step: int) -> None:
-        (self.require(step) / PIN).unlink(missing_ok=True)
+        paths.refuse_link(self.require(step))
+        (self.path(step) / PIN).unlink(missing_ok=True)
 
     # ------------------------------------------------------------ a step that is copied here
 
@@ -158,7 +251,7 @@ class Catalog:
 
     def publish(self, step: int) -> None:
         """Makes a draft a step; all of it is durable already, Orbax's marker was written last."""
-        self.draft(step).rename(self.path(step))
+        self.draft(step).rename(self.directory / str(step))
 
     # ------------------------------------------------------------ deletion
 
@@ -203,16 +296,35 @@ class Catalog:
 
     def _folders(self) -> list[str]:
         """The names of the directories in it; of a directory that is not there, none."""
+        return [name for name, is_folder in self._entries().items() if is_folder]
+
+    def _entries(self) -> Mapping[str, bool]:
+        """What is in it, and whether that is a directory; of a directory that is not there, nothing."""
         try:
             with os.scandir(self.directory) as entries:
-                return [entry.name for entry in entries if entry.is_dir()]
+                return {entry.name: entry.is_dir() for entry in entries}
         except FileNotFoundError:
-            return []
+            return {}
+
+
+def is_checkpoint(directory: str) -> bool:
+    """Whether ckptmgr or Orbax wrote something in a local directory: what one that is empty, or yours, has not."""
+    if any(os.path.lexists(os.path.join(directory, name)) for name in _SIGNS):
+        return True
+    try:
+        with os.scandir(directory) as entries:
+            folders = [entry.path for entry in entries if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
+    return any(os.path.lexists(os.path.join(folder, name)) for folder in folders for name in _ITEM_SIGNS)
 
 
 def remove(leftover: epath.Path) -> None:
     """Removes what is in no listing any more; what cannot be removed now is tried again at the next start."""
     try:
+        if paths.is_local(leftover) and os.path.islink(leftover):
+            os.unlink(leftover)
+            return
         leftover.rmtree()
     except Exception as problem:  # of a disk or of a client: the run goes on beside it
         _log.warning("%s could not be removed, and is tried again at the next start: %s", leftover, problem)

@@ -33,6 +33,8 @@ class CheckpointInfo:
     items: tuple[str, ...] = ()
     leaves: Mapping[str, tuple[LeafSpec, ...]] = _empty()
     """The leaves of each item that holds arrays."""
+    unread: Mapping[str, str] = _empty()
+    """Items that another library wrote and that ckptmgr does not read: why, and what does."""
     metrics: Mapping[str, float] = _empty()
     metadata: Mapping[str, Any] = _empty()
     versions: Mapping[str, str] = _empty()

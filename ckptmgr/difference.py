@@ -140,13 +140,11 @@ def _same_values(saved: LeafSpec, template: LeafSpec) -> bool:
     return False
 
 
-def raise_if_different(diff: StructureDiff, what: str) -> None:
+def raise_if_different(diff: StructureDiff, what: str, advice: str = "") -> None:
     if diff:
-        raise StructureMismatchError(
-            f"the checkpoint does not fit the template of {what}, {len(diff.leaves)} "
-            f"{'leaf differs' if len(diff.leaves) == 1 else 'leaves differ'}:\n{diff}",
-            diff=diff,
-        )
+        count = f"{len(diff.leaves)} {'leaf differs' if len(diff.leaves) == 1 else 'leaves differ'}"
+        lines = [f"the checkpoint does not fit the template of {what}, {count}:", str(diff), advice]
+        raise StructureMismatchError("\n".join(filter(None, lines)), diff=diff)
 
 
 def rename_rules(rename: Mapping[str, str]) -> dict[re.Pattern[str], str]:

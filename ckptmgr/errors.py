@@ -4,6 +4,7 @@
     ├── CheckpointNotFoundError   [FileNotFoundError]       directory, step
     ├── CheckpointExistsError     [FileExistsError]         step
     ├── CorruptCheckpointError    [OSError]                 step, path, leaf
+    ├── NewerFormatError          [NotImplementedError]     step, format
     ├── StructureMismatchError    [ValueError]              diff
     ├── LayoutError               [ValueError]              leaf
     ├── UnsupportedLeafError      [TypeError]               leaf
@@ -55,6 +56,15 @@ class CorruptCheckpointError(CheckpointError, OSError):
         self.leaf = leaf
 
 
+class NewerFormatError(CheckpointError, NotImplementedError):
+    """A later version of ckptmgr wrote the checkpoint: it is not damaged, and nothing of it is touched."""
+
+    def __init__(self, message: str, *, step: int, format: int) -> None:
+        super().__init__(message)
+        self.step = step
+        self.format = format
+
+
 class StructureMismatchError(CheckpointError, ValueError):
     """The template does not fit the checkpoint; `diff` holds every difference by leaf."""
 
@@ -72,7 +82,10 @@ class LayoutError(CheckpointError, ValueError):
 
 
 class UnsupportedLeafError(CheckpointError, TypeError):
-    """A leaf cannot be stored; `leaf` is the path of the first one, the message names them all."""
+    """A leaf cannot be stored; `leaf` is the path of the first one, the message names them all.
+
+    Also an item that another library wrote and that ckptmgr does not read, if it is asked for by its name.
+    """
 
     def __init__(self, message: str, *, leaf: str) -> None:
         super().__init__(message)

@@ -12,7 +12,7 @@ from ckptmgr import manifest as manifests
 from ckptmgr import policy
 from ckptmgr.catalog import PIN, Catalog
 from ckptmgr.checkpoint import CheckpointInfo
-from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.manifest import Manifest
 
 _log = logging.getLogger("ckptmgr")
@@ -41,8 +41,8 @@ class History:
     def _read(self, step: int, pinned: Collection[int] = ()) -> CheckpointInfo | None:
         try:
             return _describe(self._catalog.manifest(step), pinned=step in pinned)
-        except (CorruptCheckpointError, CheckpointNotFoundError):
-            return None  # damaged, or deleted by another hand while we looked: not counted, not deleted
+        except (CorruptCheckpointError, CheckpointNotFoundError, NewerFormatError):
+            return None  # damaged, deleted by another hand, or of a later ckptmgr: not counted, not deleted
 
     def glance(self, manifest: Manifest) -> CheckpointInfo:
         """One checkpoint by itself: why it is kept is not looked up, which would take all the others."""
@@ -108,6 +108,7 @@ def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
         disk_nbytes=sum(file.size for file in manifest.files.values()),
         items=tuple(manifest.items),
         leaves={name: item.tree.leaves for name, item in manifest.items.items() if item.kind == "arrays"},
+        unread={name: item.why for name, item in manifest.items.items() if item.kind == "unread"},
         metrics=manifest.metrics,
         metadata=manifest.metadata,
         versions=manifest.versions,

@@ -23,7 +23,7 @@ import numpy as np
 
 from ckptmgr import difference, structure
 from ckptmgr.difference import LeafDiff, StructureDiff
-from ckptmgr.errors import LayoutError
+from ckptmgr.errors import LayoutError, UnsupportedLeafError
 from ckptmgr.layout import HOST
 from ckptmgr.manifest import Item, Manifest
 from ckptmgr.structure import LeafSpec, Row, TreeSpec, is_weak, numpy_dtype
@@ -195,6 +195,9 @@ class Request:
     def __post_init__(self) -> None:
         if self.optimizer is not None and self.opt_state is not None:
             raise ValueError("restore takes opt_state or optimizer, not both: each stands for the other")
+        if self.optimizer is not None and not callable(getattr(self.optimizer, "init", None)):
+            kind = f"{type(self.optimizer).__module__}.{type(self.optimizer).__qualname__}"
+            raise TypeError(f"optimizer takes an optimizer of optax, not {kind}: give its state as opt_state=")
         for option in ("cast", "partial"):
             _check_choice(option, getattr(self, option))
         if self.rename and not self._has_template():
@@ -213,12 +216,24 @@ class Request:
         if self.optimizer is not None:
             asked = {PARAMS: self.params, OPT_STATE: _state_template(manifest, self.optimizer, self.params)}
         asked |= self.extras
-        return asked or {name: None for name in manifest.items if name not in (STEP, METRICS)}
+        return asked or _everything(manifest)
 
     def allowed(self, item: str) -> list[str]:
         """The differences that this item may have."""
         allowed = ["dtype"] * _chooses(self.cast, item)
         return allowed + ["missing", "unexpected"] * _chooses(self.partial, item)
+
+    def advice(self, refused: StructureDiff) -> str:
+        """What to give when `optimizer.init` does not describe the opt_state that was saved."""
+        if self.optimizer is None or not any(leaf.path.startswith(OPT_STATE) for leaf in refused.leaves):
+            return ""
+        types = " If init needs the types of params, give params= too: without it they are plain dicts and lists."
+        return (
+            "The template of opt_state is optimizer.init of params."
+            + types * (self.params is None)
+            + " If an update changes the structure, give opt_state= in its place: a state that was updated, or "
+            "jax.eval_shape of the training step."
+        )
 
     def check_names(self, known: Collection[str]) -> None:
         """Refuses items that neither the checkpoint nor a template has."""
@@ -227,6 +242,14 @@ class Request:
             unknown = set() if isinstance(chosen, bool) else set(chosen) - set(known)
             if unknown:
                 raise ValueError(f"{option} names {sorted(unknown)}, which is no item; known are {sorted(known)}")
+
+
+def _everything(manifest: Manifest) -> dict[str, None]:
+    """What comes back when no template is given; what is not read is said."""
+    unread = {name: item.why for name, item in manifest.items.items() if item.kind == "unread"}
+    for name, why in unread.items():
+        _log.warning("step %d: %s is not restored: %s", manifest.step, name, why)
+    return {name: None for name in manifest.items if name not in (STEP, METRICS, *unread)}
 
 
 def _check_choice(option: str, chosen: Any) -> None:
@@ -252,6 +275,8 @@ def match(
     refused, passed, matched = StructureDiff(), StructureDiff(), []
     for name, template in templates.items():
         item, allowed = manifest.items.get(name), request.allowed(name)
+        if item is not None and item.kind == "unread":
+            raise UnsupportedLeafError(f"step {manifest.step}: {name} is not restored: {item.why}", leaf=name)
         if item is not None and item.kind != "arrays":
             continue
         if item is not None or (name in _RESERVED and (template is None or "missing" in allowed)):
@@ -263,7 +288,8 @@ def match(
             differs = StructureDiff((LeafDiff(name, None, None, "missing"),))
         refused += differs.without(*allowed) + _without_value(name, template, differs, request)
         passed += differs.only(*allowed)
-    difference.raise_if_different(refused, " and ".join(templates))
+    advice = "\n".join(filter(None, (request.advice(refused), _where_else(manifest, templates))))
+    difference.raise_if_different(refused, " and ".join(templates), advice)
     if unused := [rule.pattern for rule in rules if rule not in used]:
         raise ValueError(f"rename: {unused[0]!r} matches no leaf of {' or '.join(templates)}")
     return matched, passed
@@ -314,6 +340,17 @@ def _alike(leaf: LeafDiff) -> bool:
     return any(jnp.issubdtype(saved, family) and jnp.issubdtype(wants, family) for family in families)
 
 
+def _where_else(manifest: Manifest, templates: Mapping[str, Any]) -> str:
+    """What to do if params or opt_state are asked for in a checkpoint that others wrote under other names."""
+    absent = [name for name in (PARAMS, OPT_STATE) if name in templates and name not in manifest.items]
+    others = [name for name, item in manifest.items.items() if item.kind == "arrays" and name not in _RESERVED]
+    if not absent or not others:
+        return ""
+    return (
+        f"it has no {' and no '.join(absent)}; give a template to what it has: extras={{{others[0]!r}: template}}"
+    )
+
+
 def params_of(manifest: Manifest, matched: Sequence[Matched]) -> Matched:
     """The parameters among these items, or, if they are not to be restored, as they were saved."""
     known = next((each for each in matched if each.item == PARAMS), None)
@@ -335,6 +372,7 @@ def _match_tree(
     template = state_of(template)
     wants = structure.describe(template, item=name, is_template=True)
     known = difference.renamed(saved, rules, wants, set() if used is None else used)
+    wants = _with_python_numbers(known, wants, template)
     rows = _rows(saved, known, wants, template, knows_weak)
     return Matched(name, template, rows), difference.compare(known, wants, name)
 
@@ -355,6 +393,23 @@ def _rows(saved: TreeSpec, known: TreeSpec, wants: TreeSpec, template: Any, know
         Row(found := there.get(leaf.keys), _as_saved(found, leaf) if knows_weak else leaf, own)
         for leaf, own in zip(wants.leaves, given, strict=True)
     ]
+
+
+def _with_python_numbers(known: TreeSpec, wants: TreeSpec, template: Any) -> TreeSpec:
+    """Where a Python number was saved, one is wanted: `jax.eval_shape` makes an abstract array of it."""
+    numbers = {leaf.keys: leaf for leaf in known.leaves if leaf.kind in ("int", "float", "bool", "complex")}
+    if not numbers:
+        return wants
+
+    def number(wanted: LeafSpec, given: Any) -> LeafSpec:
+        saved = numbers.get(wanted.keys)
+        if saved is None or not isinstance(given, jax.ShapeDtypeStruct) or wanted.shape or wanted.kind != "jax":
+            return wanted
+        same_kind = numpy_dtype(wanted.dtype).kind == numpy_dtype(saved.dtype).kind
+        return wanted._replace(kind=saved.kind, dtype=saved.dtype, weak=False) if same_kind else wanted
+
+    leaves = map(number, wants.leaves, jax.tree_util.tree_leaves(template))
+    return dataclasses.replace(wants, leaves=tuple(leaves))
 
 
 def _as_saved(saved: LeafSpec | None, wants: LeafSpec) -> LeafSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from etils import epath
 from ckptmgr import paths, policy
 
 NAME = ".journal.jsonl"
+_log = logging.getLogger("ckptmgr")
 
 
 class Journal:
@@ -27,14 +29,20 @@ class Journal:
         self._path = directory / NAME
         self._clock = clock
         self._writes = writes and paths.is_local(directory)
+        self._has_warned = False
 
     def record(self, event: str, step: int, **facts: Any) -> None:
         """Adds an event of a step; one `write`, so that lines of several threads stay whole."""
         if not self._writes:
             return
         line = json.dumps({"event": event, "step": step, "time": self._clock()} | facts) + "\n"
-        with contextlib.suppress(OSError), open(self._path, "ab", buffering=0) as file:
-            file.write(line.encode())
+        try:
+            with open(self._path, "ab", buffering=0, opener=paths.open_to_write) as file:
+                file.write(line.encode())
+        except OSError as problem:
+            if not self._has_warned:
+                _log.warning("the journal of %s is not kept: %s", self._path.parent, problem)
+            self._has_warned = True
 
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ckptmgr.errors import LayoutError
-from ckptmgr.structure import Row
+from ckptmgr.structure import Keys, Row
 
 _log = logging.getLogger("ckptmgr")
 
@@ -314,17 +314,33 @@ def _place(leaf: str, answer: Any, meshes: _Meshes) -> Place:
 def _follow(wanted: Wanted, params: Wanted, places: Sequence[Place], rest: Place | None = None) -> list[Place]:
     """Leaves that mirror a parameter (Adam's mu and nu) go where it goes, others to `rest` (default: replicated).
 
-    A leaf mirrors the parameter that has its shape and whose whole path its own path ends with.
+    A leaf mirrors the parameter that has its shape and whose whole path its own path ends with. Where there is
+    none, the end of that path is enough: with optax.lookahead `.fast_state[0].mu['w']` mirrors `.fast['w']`.
     """
     rest = _replicated(places) if rest is None else rest
-    known = {(row.wants.keys, row.wants.shape): place for row, place in zip(params.rows, places, strict=True)}
+    whole, partly = _endings(params, places)
 
     def place(row: Row) -> Place:
-        keys, shape = row.wants.keys, row.wants.shape
-        endings = ((keys[first:], shape) for first in range(len(keys) + 1))
-        return next((known[ending] for ending in endings if ending in known), rest)
+        own = [(row.wants.keys[first:], row.wants.shape) for first in range(len(row.wants.keys) + 1)]
+        return next((known[ending] for known in (whole, partly) for ending in own if ending in known), rest)
 
     return [place(row) for row in wanted.rows]
+
+
+_Ending = tuple[Keys, tuple[int, ...]]
+
+
+def _endings(params: Wanted, places: Sequence[Place]) -> tuple[dict[_Ending, Place], dict[_Ending, Place]]:
+    """The places of the parameters by path and shape: by whole paths, and by ends that lead to one place only."""
+    whole: dict[_Ending, Place] = {}
+    partly: dict[_Ending, list[Place]] = {}
+    for row, place in zip(params.rows, places, strict=True):
+        keys, shape = row.wants.keys, row.wants.shape
+        whole[keys, shape] = place
+        for first in range(1, len(keys)):
+            partly.setdefault((keys[first:], shape), []).append(place)
+    agreed = {ending: found[0] for ending, found in partly.items() if all(each == found[0] for each in found)}
+    return whole, agreed
 
 
 def _replicated(places: Iterable[Place]) -> Place:

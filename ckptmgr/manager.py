@@ -185,6 +185,7 @@ class CheckpointManager:
             raise ValueError("save needs params, or an opt_state that holds them")
 
         def copy() -> writing.Copied:
+            self._catalog.check_free(step)
             composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
             self._pending.wait()
             copied = self._copier.copy(step, self._options.clock(), composed)

@@ -19,12 +19,15 @@ from typing import Any, Literal
 
 from etils import epath
 
-from ckptmgr.errors import CorruptCheckpointError
+from ckptmgr import schema
+from ckptmgr.errors import CorruptCheckpointError, NewerFormatError
 from ckptmgr.structure import LeafSpec, TreeSpec, numpy_dtype
 
 NAME = "manifest.json"
 FORMAT = 2
-"""1, or 2 where an item has a state for each process: a reader of format 1 would give all of them the first."""
+"""Format 2 adds items that lie in another folder, items that are not read, and leaves that are a str: what only
+others write; and items of which each process has its own: format 1 would give all of them the first.
+A manifest without these is still written as format 1, so that older versions read it."""
 
 _BLOCK_BYTES = 16 << 20
 _LIBRARIES = ("ckptmgr", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
@@ -35,17 +38,27 @@ NO_TREE = TreeSpec((), None)
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One item of a checkpoint: a tree of arrays, or a JSON value in `file` (bytes are one in base64)."""
+    """One item of a checkpoint: a tree of arrays, or a JSON value in `file` (bytes are one in base64).
 
-    kind: Literal["arrays", "json", "bytes"]
+    An item of another library that ckptmgr does not read is "unread", and `why` says what to do.
+    """
+
+    kind: Literal["arrays", "json", "bytes", "unread"]
     tree: TreeSpec = NO_TREE
     file: str = ""
     zarr3: bool = True
     ocdbt: bool = True
     """How the arrays lie on disk; stock Orbax also writes zarr2, and arrays without a database."""
     compression: str | None = None
+    folder: str = ""
+    """Where it lies in the step; "" is a folder of the item's name, "." the step itself."""
+    why: str = ""
     processes: int = 1
     """How many processes have each saved their own of it; the first is where stock Orbax looks."""
+
+    def place(self, name: str) -> str:
+        """The folder of the item in the step."""
+        return self.folder or name
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +66,9 @@ class Item:
 
 
 def leaf_nbytes(leaf: LeafSpec) -> int:
-    """Bytes of one leaf before compression."""
+    """Bytes of one leaf before compression; a str is not counted."""
+    if leaf.kind == "str":
+        return 0
     if leaf.kind == "key":  # the words of a key depend on its generator; threefry has two
         return math.prod(leaf.shape) * (16 if "rbg" in (leaf.impl or "") else 8)
     return math.prod(leaf.shape) * numpy_dtype(leaf.dtype).itemsize
@@ -80,6 +95,8 @@ class Manifest:
     files: Mapping[str, File] = dataclasses.field(default_factory=dict)
     written_here: bool = True
     """False for a checkpoint of stock Orbax, which has no manifest on disk unless it was adopted."""
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Files of stock Orbax that cannot be read, and why; nothing that is restored depends on them."""
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +119,7 @@ def versions() -> Mapping[str, str]:
 
 def encode(manifest: Manifest) -> bytes:
     body = {
-        "format": FORMAT if any(item.processes > 1 for item in manifest.items.values()) else 1,
+        "format": FORMAT if any(map(_needs_format_2, manifest.items.values())) else 1,
         "step": manifest.step,
         "time": manifest.time,
         "metrics": manifest.metrics,
@@ -117,6 +134,11 @@ def encode(manifest: Manifest) -> bytes:
     return text + _seal(text)
 
 
+def _needs_format_2(item: Item) -> bool:
+    is_new = item.kind == "unread" or bool(item.folder) or item.processes > 1
+    return is_new or any(leaf.kind == "str" for leaf in item.tree.leaves)
+
+
 def _seal(text: bytes) -> bytes:
     return b',"crc32":"%08x"}\n' % zlib.crc32(text)
 
@@ -125,22 +147,32 @@ _SEAL_BYTES = len(_seal(b""))
 
 
 def decode(data: bytes, *, step: int, path: str) -> Manifest:
-    """Reads a manifest; raises CorruptCheckpointError unless every bit of it is as it was written."""
+    """Reads a manifest.
 
-    def damaged(why: str) -> CorruptCheckpointError:
+    Raises CorruptCheckpointError unless every bit of it is as it was written and it says what a manifest says,
+    NewerFormatError for one that a later version of ckptmgr wrote.
+    """
+
+    def damaged(why: object) -> CorruptCheckpointError:
         return CorruptCheckpointError(f"step {step}: {path} is damaged: {why}", step=step, path=path)
 
     text, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
     if seal != _seal(text):
         raise damaged("its checksum does not match")
-    body = json.loads(text + b"}")
-    if body["format"] > FORMAT:
-        raise damaged(f"it has format {body['format']}, this ckptmgr reads up to {FORMAT}; upgrade ckptmgr")
+    try:
+        body = json.loads(text + b"}")
+        schema.check({"format": schema.COUNT}, body)
+        if body["format"] > FORMAT:
+            found = body["format"]
+            raise NewerFormatError(
+                f"step {step} has format {found}, and this ckptmgr reads up to format {FORMAT}; upgrade ckptmgr",
+                step=step, format=found,
+            )  # fmt: skip
+        schema.check_manifest(body)
+    except (ValueError, RecursionError) as problem:
+        raise damaged(problem) from None
     if body["step"] != step:
         raise damaged(f"it belongs to step {body['step']}")
-    for name in (*body["items"], *body["files"], *(item.get("file", "x") for item in body["items"].values())):
-        if not _stays_inside(name):
-            raise damaged(f"{name!r} would lie outside of the checkpoint")
     return Manifest(
         step=step,
         time=body["time"],
@@ -153,28 +185,22 @@ def decode(data: bytes, *, step: int, path: str) -> Manifest:
     )
 
 
-def _stays_inside(name: str) -> bool:
-    """Whether a name read from disk can be joined to the checkpoint's directory without leaving it."""
-    return bool(name) and not any(part in ("", ".", "..") or "\\" in part for part in name.split("/"))
-
-
 def _item_to_json(item: Item) -> dict[str, Any]:
-    each = {"processes": item.processes} if item.processes > 1 else {}
+    more: dict[str, Any] = {"folder": item.folder} if item.folder else {}
+    more |= {"processes": item.processes} if item.processes > 1 else {}
+    if item.kind == "unread":
+        return {"kind": "unread", "why": item.why} | more
     if item.kind != "arrays":
-        return {"kind": item.kind, "file": item.file} | each
+        return {"kind": item.kind, "file": item.file} | more
     leaves = [_leaf_to_json(leaf) for leaf in item.tree.leaves]
     stock = {name: False for name in ("zarr3", "ocdbt") if not getattr(item, name)}
-    return (
-        {
-            "kind": "arrays",
-            "nbytes": item.nbytes,
-            "compression": item.compression,
-            "leaves": leaves,
-            "outline": item.tree.outline,
-        }
-        | stock
-        | each
-    )
+    return {
+        "kind": "arrays",
+        "nbytes": item.nbytes,
+        "compression": item.compression,
+        "leaves": leaves,
+        "outline": item.tree.outline,
+    } | stock | more  # fmt: skip
 
 
 def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
@@ -184,12 +210,14 @@ def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
 
 
 def _item_from_json(item: Mapping[str, Any]) -> Item:
-    processes = item.get("processes", 1)
+    more = {"folder": item.get("folder", ""), "processes": item.get("processes", 1)}
+    if item["kind"] == "unread":
+        return Item("unread", why=item["why"], **more)
     if item["kind"] != "arrays":
-        return Item(item["kind"], file=item["file"], processes=processes)
+        return Item(item["kind"], file=item["file"], **more)
     leaves = tuple(map(_leaf_from_json, item["leaves"]))
     zarr3, ocdbt = item.get("zarr3", True), item.get("ocdbt", True)
-    return Item("arrays", TreeSpec(leaves, item["outline"]), "", zarr3, ocdbt, item["compression"], processes)
+    return Item("arrays", TreeSpec(leaves, item["outline"]), "", zarr3, ocdbt, item["compression"], **more)
 
 
 def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:
@@ -234,10 +262,10 @@ def checksum(path: epath.Path) -> tuple[int, int]:
 
 def check_files(manifest: Manifest, directory: epath.Path, items: Iterable[str]) -> None:
     """Raises CorruptCheckpointError for a missing, short or changed file of these items or of the step."""
-    chosen = set(items)
+    folders = {manifest.items[name].place(name) if name in manifest.items else name for name in items}
+    chosen = tuple(f"{folder}/" for folder in folders)
     for name, file in manifest.files.items():
-        item, _, below = name.partition("/")
-        if not below or item in chosen:
+        if "/" not in name or "." in folders or name.startswith(chosen):
             check_file(manifest, directory, name, file)
 
 
@@ -252,6 +280,8 @@ def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File)
         size, found = (path.stat().length, None) if file.crc32 is None else checksum(path)
     except FileNotFoundError:
         raise damaged("is missing") from None
+    except (OSError, ValueError) as problem:  # a directory in its place, a bad sector, a name with a NUL
+        raise damaged(f"cannot be read: {problem}") from problem
     if size != file.size:
         raise damaged(f"has {size} bytes instead of {file.size}")
     if found != file.crc32:

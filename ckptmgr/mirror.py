@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from etils.epath import backend
 
 from ckptmgr import catalog, history, lifecycle, paths, policy
 from ckptmgr import manifest as manifests
-from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.storage import files, orbax, verifying
 
 _log = logging.getLogger("ckptmgr")
@@ -156,6 +157,8 @@ class Mirror:
             there = self.catalog.manifest(step)
         except (CheckpointNotFoundError, CorruptCheckpointError):
             return True
+        except NewerFormatError:
+            return False  # what a later ckptmgr wrote is left alone
         return (here.time, here.files) != (there.time, there.files)
 
     def _copy(self, step: int) -> None:
@@ -164,6 +167,8 @@ class Mirror:
             _log.warning("step %d in %s is of another save, and replaced", step, self.catalog.directory)
             self.catalog.delete(step)
         name = manifests.NAME if (source / manifests.NAME).exists() else orbax.STEP_METADATA
+        if _has_links(draft):
+            catalog.remove(draft)
         if not _is_equal(source / name, draft / name):
             if draft.exists():
                 draft.rmtree()
@@ -191,6 +196,14 @@ class Mirror:
 
 def _is_equal(one: epath.Path, other: epath.Path) -> bool:
     return bool(other.exists() and one.read_bytes() == other.read_bytes())
+
+
+def _has_links(draft: epath.Path) -> bool:
+    """Whether a copy into a draft that was begun before would write through a symlink."""
+    if not paths.is_local(draft):
+        return False
+    below = (os.path.join(folder, name) for folder, *found in os.walk(draft) for names in found for name in names)
+    return any(map(os.path.islink, [draft, *below]))
 
 
 def _put(source: epath.Path, draft: epath.Path, names: Sequence[str]) -> None:

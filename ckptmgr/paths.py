@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 
@@ -12,6 +13,29 @@ _NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
 def is_local(path: str | os.PathLike[str]) -> bool:
     return "://" not in str(path)
+
+
+def open_to_write(path: str | os.PathLike[str], flags: int) -> int:
+    """A descriptor of a local file that is made if it is not there; a symlink in its place is refused."""
+    try:
+        return os.open(
+            path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666
+        )
+    except OSError as problem:
+        if problem.errno == errno.ELOOP or os.path.islink(path):
+            raise OSError(
+                f"{path} is a symlink, and what it leads to might be a file of others: ckptmgr does not write to "
+                "it. Remove the symlink"
+            ) from problem
+        raise
+
+
+def refuse_link(path: str | os.PathLike[str]) -> None:
+    """Raises if this directory, to which something is to be written, is a symlink."""
+    if is_local(path) and os.path.islink(path):
+        raise OSError(
+            f"{path} is a symlink; ckptmgr writes only to the directory itself, {os.path.realpath(path)}"
+        )
 
 
 def resolve(directory: str | os.PathLike[str], option: str = "directory") -> epath.Path:

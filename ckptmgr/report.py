@@ -12,7 +12,7 @@ from typing import Any
 from ckptmgr import journal, policy
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import CheckpointInfo
-from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.manager import CheckpointManager
 
 _MOST = 300  # points or marks in one picture: of more, every second, third, ... is shown
@@ -47,7 +47,7 @@ def survey(
     for step in sorted(set(manager.steps()) - {info.step for info in infos}):
         try:
             manager.info(step)
-        except CorruptCheckpointError as problem:
+        except (CorruptCheckpointError, NewerFormatError) as problem:
             damaged[step] = str(problem)
         except CheckpointNotFoundError:
             continue  # deleted while we looked

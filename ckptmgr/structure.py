@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.extend.core.primitives import convert_element_type_p
 
 from ckptmgr.errors import UnsupportedLeafError
 
@@ -38,7 +39,10 @@ class LeafSpec(NamedTuple):
     path: str
     keys: Keys
     kind: str
-    """"jax", "numpy", "key" (typed PRNG keys), "scalar" (numpy) or "int", "float", "bool", "complex"."""
+    """"jax", "numpy", "key" (typed PRNG keys), "scalar" (numpy), or "int", "float", "bool", "complex", "str".
+
+    Only stock Orbax writes a str into a tree; ckptmgr reads it.
+    """
     shape: tuple[int, ...]
     dtype: str
     weak: bool = False
@@ -55,7 +59,7 @@ class LeafSpec(NamedTuple):
         return ".".join(map(str, self.keys))
 
     def __str__(self) -> str:
-        if self.kind in _SCALARS.values():
+        if self.kind in (*_SCALARS.values(), "str"):
             return f"Python {self.kind}"
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
@@ -209,6 +213,8 @@ def describe_leaf(leaf: Any, path: str, keys: Keys, *, is_template: bool = False
         return spec(*_array_facts(leaf), is_weak(leaf))
     if type(leaf) in _SCALARS:
         return spec(_SCALARS[type(leaf)], (), dtype_name(_scalar_dtype(leaf)))
+    if is_template and type(leaf) is str:
+        return spec("str", (), "object")
     if isinstance(leaf, np.generic):
         return spec("scalar", (), dtype_name(_storable(leaf.dtype)))
     if type(leaf) in (np.ndarray, np.memmap):
@@ -252,6 +258,15 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def is_weak(leaf: Any) -> bool:
     """Whether JAX lets other types win over this array's; keys do not take part."""
     return bool(getattr(leaf, "weak_type", False))
+
+
+@jax.jit
+def weaken(arrays: list[jax.Array]) -> list[jax.Array]:
+    """The same arrays with JAX's weak type; `jax.lax.convert_element_type` gives strong types only."""
+    return [
+        convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
+        for array in arrays
+    ]
 
 
 def _scalar_dtype(value: complex) -> np.dtype[Any]:

@@ -18,9 +18,14 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         1, "a step that is being written is listed",
-        "catalog.py", "int(name) for name in self._folders() if _STEP.fullmatch(name)",
-        "int(name.partition('.')[0]) for name in self._folders() if name[0].isdigit()",
+        "catalog.py", "int(name) for name in entries if STEP.fullmatch(name) and self._is_step(name)",
+        "int(name.partition('.')[0]) for name in entries if name[0].isdigit()",
         "tests/test_catalog.py::test_only_whole_numbers_are_steps",
+    ),
+    Mutation(
+        7, "a directory that is somebody's counts as a step",
+        "catalog.py", "return is_checkpoint(os.path.join(self.directory, name))", "return True",
+        "tests/test_foreign_files.py::test_a_directory_that_nobody_of_us_wrote_is_no_step_and_is_left_alone",
     ),
     Mutation(
         1, "names are not flushed before the rename",
@@ -51,6 +56,11 @@ MUTATIONS = [
         2, "the checksum of a file is not compared",
         "manifest.py", "if found != file.crc32:", "if False:",
         "tests/test_crash.py::test_damage_in_any_file_of_the_newest_step_gives_the_one_before_with_a_warning",
+    ),
+    Mutation(
+        2, "what a manifest says is not looked at",
+        "manifest.py", "        schema.check_manifest(body)\n", "",
+        "tests/test_manifest.py::test_every_field_that_is_anything_else_is_damage_or_is_of_use",
     ),
     Mutation(
         2, "the checksum of the manifest is not compared",
@@ -130,8 +140,20 @@ MUTATIONS = [
     ),
     Mutation(
         9, "a name in a manifest may lead anywhere",
-        "manifest.py", "    return bool(name) and not any(", "    return True or not any(",
+        "schema.py", "        if not stays_inside(name):\n", "        if False:\n",
         "tests/test_manifest.py::test_names_that_lead_outside_of_the_checkpoint_are_refused",
+    ),
+    Mutation(
+        9, "symlinks are followed to write",
+        "paths.py", 'getattr(os, "O_NOFOLLOW", 0)', '(0 if "PINNED" in str(path) else os.O_NOFOLLOW)',
+        "tests/test_links.py::test_the_error_names_the_link_and_says_what_to_do",
+    ),
+    Mutation(
+        9, "a pickle may set attributes on what it names",
+        "interop/opcodes.py", "        if type(made) is not Call or made.state is not None:\n",
+        "        if type(made) is Name:\n            [setattr(made.meaning, *pair) for pair in state[1].items()]\n"
+        "        elif False:\n",
+        "tests/interop/test_pickles.py::test_nothing_that_a_pickle_does_to_a_type_lasts",
     ),
     Mutation(
         10, "the template decides about weak types",

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.example_libraries import stax
+from jax.example_libraries import optimizers, stax
 
 from ckptmgr import CheckpointManager, StructureMismatchError, UnsupportedLeafError
 from ckptmgr.testing import assert_trees_equal
@@ -230,3 +230,34 @@ def test_the_streams_of_nnx_come_back_exactly_and_saving_draws_nothing(drawn, tm
     for each in (rngs, back):
         drawn_next = [jax.random.key_data(each.dropout()), jax.random.key_data(each.params())]
         assert all(np.array_equal(a, b) for a, b in zip(drawn_next, expected, strict=True))
+
+
+WRONG_OPTIMIZERS = {
+    "flax.nnx.training.optimizer.Optimizer": lambda net: nnx.Optimizer(net, optax.sgd(1.0), wrt=nnx.Param),
+    "jax.example_libraries.optimizers.Optimizer": lambda net: optimizers.sgd(1.0),
+    "builtins.tuple": lambda net: optax.sgd(1.0).init(nnx.state(net)),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_OPTIMIZERS)
+def test_what_is_no_optimizer_of_optax_is_refused_by_name(tmp_path, kind):
+    net = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    with (
+        CheckpointManager(tmp_path) as manager,
+        pytest.raises(TypeError, match=rf"not {kind}: give its state as opt"),
+    ):
+        manager.restore_or(params=nnx.state(net), optimizer=WRONG_OPTIMIZERS[kind](net))
+
+
+@pytest.mark.parametrize("number", [3, 0.1, True, 1 + 2j], ids=str)
+def test_a_python_number_comes_back_as_one_from_an_abstract_template(tmp_path, number):
+    """`jax.eval_shape` describes it as an array, and of fewer bits than it has."""
+    state = {"w": jnp.ones(2), "number": number}
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, state).result()
+        back = manager.restore(params=jax.eval_shape(lambda: state)).params
+        assert type(back["number"]) is type(number)
+        assert back["number"] == number
+        wrong = jax.ShapeDtypeStruct((), jnp.int32 if isinstance(number, float) else jnp.float16)
+        with pytest.raises(StructureMismatchError, match=r"params\['number'\]"):
+            manager.restore(params={"w": jnp.ones(2), "number": wrong})

@@ -214,6 +214,31 @@ def test_a_tree_of_shardings_for_params_and_the_state_follows(trained, grid, kno
     assert alone.opt_state[1][0].mu["odd"].devices() == {jax.devices()[2]}
 
 
+def net_alone(params):
+    """The state of an optimizer that was given only a part of what is saved as params."""
+    return {"variables": params}, jax.eval_shape(optax.adam(1e-2).init, params), {}
+
+
+def by_lookahead(params):
+    params = optax.LookaheadParams.init_synced(params)
+    optimizer = optax.lookahead(optax.adam(1e-2), sync_period=3, slow_step_size=0.5)
+    return params, jax.eval_shape(optimizer.init, params), {"optimizer": optimizer}
+
+
+@pytest.mark.parametrize("made", [net_alone, by_lookahead])
+def test_a_state_whose_paths_are_not_those_of_the_params_follows_them_too(made, tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    net = {"w": jax.device_put(jnp.ones((16, 2)), split), "b": jax.device_put(jnp.ones(2), whole)}
+    params, abstract, how = made(net)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, params, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract))
+        back = manager.restore(params=params, **how or {"opt_state": abstract})
+    mirroring = [leaf for leaf in jax.tree.leaves(back.opt_state) if leaf.shape]
+    assert [leaf.sharding for leaf in mirroring] == [split if leaf.ndim == 2 else whole for leaf in mirroring]
+    assert len(mirroring) == 4
+
+
 def test_a_prefix_of_partition_specs_in_a_mesh_that_is_set(trained, grid):
     directory, params, _, _ = trained
     manager = CheckpointManager(directory, read_only=True)

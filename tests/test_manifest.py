@@ -1,16 +1,25 @@
 """manifest.json: what goes in comes out, and no bit of it can change unnoticed."""
 
+import contextlib
+import copy
 import dataclasses
+import functools
+import json
+import time
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import counted
 from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ckptmgr import CorruptCheckpointError, manifest, structure
+from ckptmgr import CheckpointManager, CorruptCheckpointError, NewerFormatError, manifest, structure
 
 
 def sample():
@@ -58,15 +67,225 @@ def test_every_single_flipped_bit_and_every_truncation_is_found():
             manifest.decode(small[:length], step=12, path="manifest.json")
 
 
-def test_a_manifest_of_another_step_or_of_a_later_format_is_refused(monkeypatch):
+def sealed(body):
+    """The bytes of a manifest that says this; a str is taken as its text."""
+    text = (body if isinstance(body, str) else json.dumps(body)).rstrip()[:-1].encode()
+    return text + b',"crc32":"%08x"}\n' % zlib.crc32(text)
+
+
+def body_of(written):
+    body = json.loads(manifest.encode(written))
+    del body["crc32"]
+    return body
+
+
+def test_a_manifest_of_another_step_is_refused():
     with pytest.raises(CorruptCheckpointError, match="belongs to step 12"):
         manifest.decode(manifest.encode(sample()), step=13, path="manifest.json")
-    monkeypatch.setattr(manifest, "FORMAT", 3)
-    own = {name: dataclasses.replace(item, processes=2) for name, item in sample().items.items()}
-    later = manifest.encode(dataclasses.replace(sample(), items=own))
-    monkeypatch.undo()
-    with pytest.raises(CorruptCheckpointError, match="upgrade ckptmgr"):
-        manifest.decode(later, step=12, path="manifest.json")
+
+
+def test_what_older_versions_can_read_keeps_their_format():
+    assert body_of(sample())["format"] == 1
+    text = structure.LeafSpec("['a']", ("a",), "str", (), "object")
+    newer = [
+        manifest.Item("unread", why="nobody knows"),
+        manifest.Item("json", file="metadata", folder="elsewhere"),
+        manifest.Item("json", file="metadata", processes=2),
+        manifest.Item("arrays", structure.TreeSpec((text,), {"dict": {"a": 0}})),
+    ]
+    for item in newer:
+        written = dataclasses.replace(sample(), items={"extra": item})
+        assert body_of(written)["format"] == 2
+        assert manifest.decode(manifest.encode(written), step=12, path="manifest.json").items["extra"] == item
+
+
+def test_a_manifest_of_a_later_format_says_upgrade_whatever_else_it_holds():
+    for body in (body_of(sample()) | {"format": 3}, {"format": 2**40, "whatever": "there will be"}):
+        with pytest.raises(NewerFormatError, match="upgrade ckptmgr") as caught:
+            manifest.decode(sealed(body), step=12, path="manifest.json")
+        assert (caught.value.step, caught.value.format) == (12, body["format"])
+
+
+# ---------------------------------------------------------------- well sealed, and malformed
+
+
+def places(node, path=()):
+    """The path of every value in it, its own first."""
+    yield path
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+def changed(body, path, value):
+    """The body with another value at a place; without the place if the value is GONE."""
+    if not path:
+        return value
+    body = copy.deepcopy(body)
+    *above, last = path
+    node = functools.reduce(lambda found, key: found[key], above, body)
+    if value is GONE:
+        del node[last]
+    else:
+        node[last] = value
+    return body
+
+
+GONE = object()
+DEEP = functools.reduce(lambda below, _: {"list": [below]}, range(400), 0)
+WRONG = [
+    GONE, None, True, -1, 1.5, 7, 2**63, 10**400, float("nan"), float("inf"), "", "x", "../x", "\0", "\ud800",
+    [], [[]], [1, "x"], {}, {"x": 1}, DEEP,
+]  # fmt: skip
+
+
+def small():
+    """A manifest with one of each: few enough fields that each can be replaced by everything."""
+    mesh = jax.make_mesh((4,), ("data",))
+    spread = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, PartitionSpec("data", None)))
+    spec = structure.describe({"w": spread, "k": {3: (jax.random.key(0), None)}}, item="params")
+    shapes = [leaf.shape + (2,) * (leaf.kind == "key") for leaf in spec.leaves]
+    cut = structure.TreeSpec(
+        tuple(leaf._replace(chunks=shape) for leaf, shape in zip(spec.leaves, shapes, strict=True)), spec.outline
+    )
+    items = {
+        "params": manifest.Item("arrays", cut),
+        "step": manifest.Item("json", file="metadata"),
+        "other": manifest.Item("unread", why="unknown", folder="x/y"),
+    }
+    return body_of(dataclasses.replace(sample(), items=items, versions={"jax": "1"}))
+
+
+def use(found):
+    """Does with a manifest what everybody does who has read one."""
+    assert found.nbytes >= 0
+    assert f"{found.time:.3f} {sum(found.metrics.values())}"
+    assert time.localtime(found.time)
+    for name, item in found.items.items():
+        assert (epath.Path("/run") / item.place(name) / item.file).parts
+        values = list(range(len(item.tree.leaves)))
+        assert sorted(jax.tree.leaves(structure.rebuild(item.tree.outline, values))) == values
+        structure.containers(item.tree.outline)
+        for leaf in item.tree.leaves:
+            assert len(f"{leaf} {leaf.path} {leaf.name}".encode())
+            hash(leaf)
+    manifest.decode(manifest.encode(found), step=12, path="manifest.json")
+
+
+def read_or_refuse(data):
+    with contextlib.suppress(CorruptCheckpointError, NewerFormatError):
+        found = manifest.decode(data, step=12, path="manifest.json")
+        use(found)
+
+
+def test_what_a_manifest_is_changed_from_is_whole():
+    use(manifest.decode(sealed(small()), step=12, path="manifest.json"))
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 2**26])
+def test_what_is_saved_from_a_mesh_in_chunks_is_what_a_manifest_can_say(chunk_bytes, tmp_path):
+    mesh = jax.make_mesh((8,), ("data",))
+    spread = NamedSharding(mesh, PartitionSpec("data"))
+    keys = jax.device_put(jax.random.split(jax.random.key(0, impl="rbg"), 16), spread)
+    tree = {"keys": keys, "w": jax.device_put(jnp.ones((64, 3)), spread), "none": jnp.ones((0, 3)), "n": 3}
+    with CheckpointManager(tmp_path, chunk_bytes=chunk_bytes) as manager:
+        manager.save(1, tree).result()
+        assert manager.verify()
+
+
+def test_every_field_that_is_anything_else_is_damage_or_is_of_use():
+    body = small()
+    for path in places(body):
+        for value in WRONG:
+            if path or value is not GONE:
+                read_or_refuse(sealed(changed(body, path, value) if path else [value]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[]", "{]", '{"format":1', "[" * 100_000, '{"a":' * 100_000, '{"format": ' + "9" * 5000 + "}", "\xff}"],
+)
+def test_what_is_no_json_object_is_damage(text):
+    with pytest.raises(CorruptCheckpointError):
+        manifest.decode(sealed(text), step=12, path="manifest.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=5), below, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.mark.soak
+@settings(max_examples=counted(80, 5000))
+@given(st.data())
+def test_any_two_fields_that_are_anything_are_damage_or_are_of_use(data):
+    body = small()
+    for _ in range(2):
+        path = data.draw(st.sampled_from([path for path in places(body) if path]))
+        body = changed(body, path, data.draw(JSON))
+    read_or_refuse(sealed(body))
+
+
+def test_a_malformed_manifest_of_a_real_step_is_passed_over_and_a_later_one_is_left_alone(tmp_path):
+    with CheckpointManager(tmp_path, keep=1) as manager:
+        for step in (1, 2):
+            manager.save(step, {"w": jnp.ones(3)}, on_exists="skip")
+            manager.pin(step) if step == 1 else None
+        manager.wait()
+    path = tmp_path / "2" / "manifest.json"
+    body = json.loads(path.read_bytes())
+    del body["crc32"]
+    for field in body:
+        path.write_bytes(sealed(changed(body, (field,), [[field]])))
+        reader = CheckpointManager(tmp_path, read_only=True)
+        assert reader.restore().step == 1
+        assert [info.step for info in reader.infos()] == [1]
+        assert not reader.verify(2)
+
+
+@pytest.fixture
+def later(tmp_path):
+    """A run whose newest step a later ckptmgr wrote."""
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, {"w": jnp.ones(3)})
+    path = tmp_path / "2" / "manifest.json"
+    path.write_bytes(sealed({"format": 99, "new": True}))
+    return tmp_path
+
+
+def test_a_step_of_a_later_format_says_upgrade_and_is_neither_damaged_nor_touched(later):
+    before = {path: path.read_bytes() for path in (later / "2").rglob("*") if path.is_file()}
+    with CheckpointManager(later, keep=1) as manager:
+        assert manager.steps() == [1, 2]
+        assert [info.step for info in manager.infos()] == [1]
+        calls = [
+            manager.restore, manager.restore_or, lambda: manager.restore(2), lambda: manager.verify(2),
+            lambda: manager.info(2), lambda: manager.diff(2, params={}), lambda: list(manager.watch(timeout_s=0)),
+            lambda: manager.save(2, {"w": jnp.ones(3)}, on_exists="replace"),
+        ]  # fmt: skip
+        for call in calls:
+            with pytest.raises(NewerFormatError, match=r"step 2 has format 99.*upgrade ckptmgr"):
+                call()
+        assert manager.restore(1).skipped == {}
+        for step in (3, 4):
+            manager.save(step, {"w": jnp.ones(3)})
+        manager.wait()
+        assert manager.steps() == [2, 4]
+        assert manager.restore().step == 4
+    assert {path: path.read_bytes() for path in (later / "2").rglob("*") if path.is_file()} == before
+
+
+def test_the_mirror_leaves_a_step_of_a_later_format_alone(later, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    with CheckpointManager(home, mirror=later, mirror_keep=1) as manager:
+        for step in (2, 3):
+            manager.save(step, {"w": jnp.ones(3)})
+        manager.wait()
+    assert json.loads((later / "2" / "manifest.json").read_bytes())["format"] == 99
+    assert CheckpointManager(later, read_only=True).steps() == [2, 3]
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc", "a/../../b", "..", ".", "", "a\\..\\b"])

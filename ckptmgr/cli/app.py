@@ -233,7 +233,7 @@ def export(
 
 
 _IMPORTS = """Examples: ckptmgr import runs/new --params params.pkl --opt-state opt_state.pkl --step 300;
-ckptmgr import runs/new state.pkl; ckptmgr import runs/stock"""
+ckptmgr import runs/new state.pkl; ckptmgr import runs/new flax_dir/checkpoint_9120; ckptmgr import runs/stock"""
 
 
 @app.command(name="import", epilog=_IMPORTS)
@@ -241,7 +241,11 @@ def import_(
     run: Run,
     state: Annotated[
         str | None,
-        typer.Argument(metavar="[FILE]", help="A dict of params, opt_state, step. Without files RUN is adopted."),
+        typer.Argument(
+            metavar="[FILE]",
+            help="A dict of params, opt_state, step, metrics; its other entries become extras. Or a directory of "
+            "flax's checkpoint_N: the newest, or --step. Without files RUN is adopted.",
+        ),
     ] = None,
     params: Annotated[
         str | None, typer.Option(help="A file: .pkl, .safetensors, .msgpack, .npz, or an Orbax directory.")
@@ -249,6 +253,7 @@ def import_(
     opt_state: Annotated[str | None, typer.Option(help="A file, as for --params.")] = None,
     step: Annotated[int | None, typer.Option(help="The step it is saved as.")] = None,
     allow: Annotated[list[str] | None, typer.Option(help="module.name that a pickle may use.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="An entry of FILE that is left out.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Saves what another format holds as a checkpoint; pickles run nothing."""
@@ -257,11 +262,14 @@ def import_(
             adopted = interop.adopt(str(facts.reader(run).directory))
             told = ", ".join(map(str, adopted)) or "no step lacked a manifest"
             return _show({"run": run, "adopted": adopted}, as_json, lambda _: f"adopted: {told}")
-        number, found = facts.incoming(state, params, opt_state, step, allow or ())
+        found = interop.incoming(
+            state, params=params, opt_state=opt_state, step=step, allow=allow or (), skip=skip or ()
+        )
         with CheckpointManager(run) as manager:
-            manager.save(number, found.get("params"), found.get("opt_state")).result()
-    told = f"step {number} saved in {run}: {', '.join(sorted(found))}"
-    _show({"run": run, "step": number, "items": sorted(found)}, as_json, lambda _: told)
+            how: dict[str, Any] = {"extras": found.extras, "metrics": found.metrics}
+            manager.save(found.step, found.params, found.opt_state, **how).result()
+    done = {"run": run, "step": found.step, "items": found.items, "metrics": sorted(found.metrics)}
+    _show(done, as_json, lambda _: f"step {found.step} saved in {run}: {found}")
 
 
 @app.command(name="report", epilog="Example: ckptmgr report runs/digits -o report.html")

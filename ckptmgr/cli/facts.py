@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckptmgr import bucket, interop, journal, policy, report, structure
+from ckptmgr import bucket, journal, policy, report, structure
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import CheckpointInfo, VerifyReport
 from ckptmgr.errors import CheckpointNotFoundError
@@ -37,10 +37,17 @@ def place(text: str) -> tuple[CheckpointManager, int]:
     run, at, step = text.rstrip("/").rpartition("@")
     if not at:
         parent, _, last = text.rstrip("/").rpartition("/")
-        is_step = last.isdigit() and not CheckpointManager(text, read_only=True).steps()
+        is_step = last.isdigit() and not _is_run(text)
         run, step = (parent or ".", last) if is_step else (text, "")
     manager = reader(run)
     return manager, chosen(manager, int(step) if step else None)
+
+
+def _is_run(directory: str) -> bool:
+    """Whether there are steps in a directory; in that of one checkpoint there are none."""
+    with contextlib.suppress(CheckpointNotFoundError):
+        return bool(CheckpointManager(directory, read_only=True).steps())
+    return False
 
 
 def chosen(manager: CheckpointManager, step: int | None) -> int:
@@ -101,6 +108,7 @@ def checkpoint(manager: CheckpointManager, step: int) -> Facts:
         "metadata": dict(info.metadata),
         "versions": dict(info.versions),
         "pinned": info.pinned,
+        "unread": dict(info.unread),
         "items": {name: [_leaf(leaf) for leaf in info.leaves.get(name, ())] for name in info.items},
     }
 
@@ -176,12 +184,15 @@ def _changes(one: Mapping[str, Any], other: Mapping[str, Any], paths: set[str]) 
 
 
 def _plain(value: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(jax.random.key_data(value) if structure.is_key(value) else value)
+    is_key = isinstance(value, jax.Array) and structure.is_key(value)
+    return np.asarray(jax.random.key_data(value) if is_key else value)
 
 
 def _change(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> Facts:
     if one.tobytes() == other.tobytes():
         return {"differs": False}
+    if one.dtype.kind == "U":
+        return {"differs": True, "largest_change": f"{one} becomes {other}"}
     wide = np.complex128 if np.iscomplexobj(one) else np.float64
     with np.errstate(invalid="ignore", over="ignore"):
         largest = np.max(np.abs(one.astype(wide) - other.astype(wide)))
@@ -231,22 +242,3 @@ def verified(found: VerifyReport) -> Facts:
         "damages": [damage._asdict() for damage in found.damages],
         "unchecked": list(found.unchecked),
     }
-
-
-def incoming(
-    state: str | None, params: str | None, opt_state: str | None, step: int | None, allow: Sequence[str]
-) -> tuple[int, dict[str, Any]]:
-    """What is to be saved, and as which step."""
-    given = {"params": params, "opt_state": opt_state}
-    found = {name: interop.read(path, allow=allow) for name, path in given.items() if path is not None}
-    if state is not None:
-        whole = interop.read(state, allow=allow)
-        if not isinstance(whole, Mapping) or not {"params", "opt_state"} & set(whole):
-            raise ValueError(
-                f"{state} is no dict with params or opt_state; name its part: --params or --opt-state"
-            )
-        found = {name: whole[name] for name in given if whole.get(name) is not None} | found
-        step = int(whole["step"]) if step is None and "step" in whole else step
-    if step is None:
-        raise ValueError("which step is it? --step says")
-    return step, found

@@ -82,7 +82,7 @@ def checkpoint(found: Facts) -> RenderableType:
     for name, leaves in found["items"].items():
         branch = root.add(_total(name, leaves) if leaves else name)
         _grow(branch, [(_parts(leaf["path"]), leaf) for leaf in leaves])
-    tail = [f"{key}: {_pairs(found[key])}" for key in ("metrics", "metadata", "versions") if found[key]]
+    tail = [f"{key}: {_pairs(found[key])}" for key in ("metrics", "metadata", "versions", "unread") if found[key]]
     return Group(root, *tail)
 
 

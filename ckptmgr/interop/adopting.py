@@ -43,6 +43,7 @@ def _write(directory: epath.Path, data: bytes) -> None:
     if not paths.is_local(directory):
         files.write(directory / manifests.NAME, data)  # an object is there as a whole
         return
+    paths.refuse_link(directory)
     unfinished = directory / f".{manifests.NAME}.part"
     files.write(unfinished, data)
     unfinished.rename(directory / manifests.NAME)

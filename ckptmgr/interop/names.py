@@ -9,6 +9,9 @@ import numpy as np
 
 from ckptmgr.errors import UnsupportedLeafError
 
+DEEPEST = 100
+"""How many containers may lie within each other in a tree that is read: JAX and Python recurse into them."""
+
 
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaves by their paths, joined by "/": dict keys, places in sequences, names of fields."""
@@ -33,11 +36,15 @@ def nest(flat: dict[str, Any]) -> Any:
     root: dict[str, Any] = {}
     for name, leaf in flat.items():
         *above, last = name.split("/")
+        if len(above) > DEEPEST:
+            raise ValueError(f"{name[:100]!r}... is nested more than {DEEPEST} deep")
         node = root
         for part in above:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise ValueError(f"{name!r} lies below a leaf")
+        if last in node:
+            raise ValueError(f"{name!r} is a leaf, and has leaves below it")
         node[last] = leaf
     return root[""] if set(root) == {""} else root
 

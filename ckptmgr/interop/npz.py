@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
+import zipfile
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from ckptmgr.interop import names
+from ckptmgr.interop.replacing import replaced
 
+_ALWAYS_BYTES = 64 << 20
+_LARGEST = 100
+"""An archive may become so many times larger, or 64 MiB."""
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0,
+}  # fmt: skip
 _MARK = "|"
 """Ends the name of an array whose dtype numpy's format does not know: "w|bfloat16" holds its raw bytes."""
 
@@ -19,10 +28,8 @@ def save(tree: Any, path: str | os.PathLike[str]) -> list[pathlib.Path]:
     """Writes a tree; the names are the paths of its leaves, joined by "/"."""
     path = pathlib.Path(path)
     arrays = dict(_stored(name, names.host(name, leaf)) for name, leaf in names.flatten(tree).items())
-    unfinished = path.with_name(f"{path.name}.part")
-    with open(unfinished, "wb") as file:
+    with replaced(path) as part, open(part, "xb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    os.replace(unfinished, path)
     return [path]
 
 
@@ -34,8 +41,38 @@ def _stored(name: str, array: np.ndarray[Any, Any]) -> tuple[str, np.ndarray[Any
 
 def load(path: str | os.PathLike[str]) -> Any:
     """Reads a file as nested dicts of numpy arrays."""
+    with zipfile.ZipFile(path) as archive:
+        _check(archive, os.path.getsize(path))
     with np.load(path, allow_pickle=False) as found:
         return names.nest(dict(_restored(name, found[name]) for name in found.files))
+
+
+def _check(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuses an archive that would take much more memory than its size, and members that are no arrays."""
+    members = archive.infolist()
+    wanted = sum(member.file_size for member in members)
+    if wanted > max(_ALWAYS_BYTES, _LARGEST * size):
+        raise ValueError(
+            f"its {size} bytes would become {wanted}, which looks like a file that is made to fill the memory; if "
+            "you trust it, load it with numpy, and write it with numpy.savez, which does not compress"
+        )
+    for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{member.filename[:100]!r} is compressed as numpy never does")
+        _check_member(archive, member)
+
+
+def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """numpy makes room for an array of the header's shape before it reads it."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"{member.filename[:100]!r} has a version of numpy's format that is not known")
+        shape, _, dtype = _HEADERS[version](file)
+        if dtype.hasobject:
+            return  # which numpy refuses with allow_pickle=False
+        if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+            raise ValueError(f"{member.filename[:100]!r} does not hold the array that its header describes")
 
 
 def _restored(name: str, array: np.ndarray[Any, Any]) -> tuple[str, np.ndarray[Any, Any]]:

@@ -1,19 +1,18 @@
 """Pickles of params and optimizer states, read without running anything of theirs.
 
-A pickle is a program: it names functions, and pickle calls them. Here every name it may use stands for a
-plain holder of our own (arrays, dtypes, containers), which only keeps what it is given; the tree is made from
-the holders afterwards, with every value checked. Any other name is refused before it is looked up.
+A pickle is a program: it names functions, and pickle calls them. Here `opcodes` only writes the calls down. Each
+name must be one of those that arrays and optimizer states need; any other name is refused before it is looked up.
+The tree is then made by our own functions, one for each name, with every value checked. Nothing that a pickle
+does can outlast the reading of it.
 """
 
 from __future__ import annotations
 
 import collections
 import importlib
-import io
 import math
 import os
-import pickle
-import pickletools
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -23,12 +22,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from ckptmgr import structure
 from ckptmgr.errors import UnsafePickleError
+from ckptmgr.interop import opcodes
+from ckptmgr.interop.names import DEEPEST
+from ckptmgr.interop.opcodes import Call, Name
 
 _ML_TYPES = {name for name in dir(ml_dtypes) if isinstance(getattr(ml_dtypes, name), type)}
 _ML_DTYPES = frozenset(_ML_TYPES - {"finfo", "iinfo"})
-_PYTHON_2 = {"copy_reg": "copyreg", "__builtin__": "builtins"}  # protocols 0 to 2 have its names
-_MEMO_OPS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_DTYPE = re.compile(r"[<>=|]?[A-Za-z?][A-Za-z0-9_]{0,31}")
+_LARGEST = 16
+"""A tree may be so many times larger than its file: an array that is named twice is in the file once."""
 
 
 def load(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> Any:
@@ -47,16 +51,22 @@ def load(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> Any:
 
 def loads(data: bytes, *, allow: Iterable[str] = ()) -> Any:
     """The same from bytes."""
+    allowed = {name: _allowed(name) for name in allow}
+
+    def find(module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        return allowed[full] if full in allowed else _known(module, name)
+
     try:
-        _check_sizes(data)
-        reader = _Reader(data, {name: _allowed(name) for name in allow})
-        return _real(reader.load(), {})
-    except UnsafePickleError:
+        return _Maker(frozenset(allowed), _LARGEST * len(data)).real(opcodes.run(data, find))
+    except (UnsafePickleError, ImportError):
         raise
-    except ImportError:
-        raise
+    except opcodes.OpcodeError as problem:
+        what = f"the pickle wants {problem.wanted}, which no tree of arrays has; nothing of it was run"
+        raise UnsafePickleError(what, name=problem.wanted) from problem
     except Exception as problem:  # a damaged pickle may raise anything
-        raise UnsafePickleError(f"this is no whole pickle of arrays: {problem!r}", name="") from problem
+        why = f"{type(problem).__name__}: {str(problem)[:200]}"
+        raise UnsafePickleError(f"this is no whole pickle of arrays: {why}", name="") from problem
 
 
 def _allowed(name: str) -> Any:
@@ -64,258 +74,230 @@ def _allowed(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _check_sizes(data: bytes) -> None:
-    """Refuses places in pickle's memo that no pickler would use: the table would fill the memory."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if opcode.name in _MEMO_OPS and int(argument or 0) > count:
-            raise ValueError(f"{opcode.name} {argument} after {count} operations")
-
-
 def _refuse(name: str) -> UnsafePickleError:
+    shown = name if len(name) <= 200 else f"{name[:200]}..."
     return UnsafePickleError(
-        f"the pickle wants {name}, which is not among what is known to be harmless; nothing of it was run. If you "
-        f"trust the file, allow it by name: allow=[{name!r}] (ckptmgr import --allow {name})",
+        f"the pickle wants {shown}, which is not among what is known to be harmless; nothing of it was run. If "
+        f"you trust the file, allow it by name: allow=[{shown!r}] (ckptmgr import --allow {shown})",
         name=name,
     )
 
 
-class _Reader(pickle.Unpickler):
-    """Knows names alone, and looks none of them up."""
+def _known(module: str, name: str) -> Any:
+    """What a name means here: a class of NamedTuples, a type of ml_dtypes, or None if `MAKES` knows it."""
+    full = f"{module}.{name}"
+    if full == "jax.example_libraries.optimizers.OptimizerState":
+        return _example_optimizers().OptimizerState
+    if full in MAKES or full in ARGUMENTS:
+        return None
+    if module == "ml_dtypes" and name in _ML_DTYPES:
+        return getattr(ml_dtypes, name)
+    found = _optax_state(module, name) if module.partition(".")[0] == "optax" else None
+    if found is None:
+        raise _refuse(full)
+    return found
 
-    def __init__(self, data: bytes, allowed: Mapping[str, Any]) -> None:
-        super().__init__(io.BytesIO(data))
-        self._allowed = allowed
 
-    def find_class(self, module: str, name: str) -> Any:
-        module = _PYTHON_2.get(module, module)
-        full = f"{module}.{name}"
-        if full in self._allowed:
-            return self._allowed[full]
-        if full in _HOLDERS:
-            return _HOLDERS[full]()
-        if module == "ml_dtypes" and name in _ML_DTYPES:
-            return _Name(name)
-        if module.partition(".")[0] == "optax":
-            return _optax_state(module, name) or self._refused(full)
-        return self._refused(full)
+def _example_optimizers() -> Any:
+    from jax.example_libraries import optimizers
 
-    def _refused(self, name: str) -> Any:
-        raise _refuse(name)
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise _refuse("an object outside of the file")
+    return optimizers
 
 
 def _optax_state(module: str, name: str) -> Any:
-    """A holder for a NamedTuple that optax defines; None for anything else of optax."""
+    """A NamedTuple that optax defines; None for anything else of optax."""
     importlib.import_module("optax")
     found = getattr(sys.modules.get(module), name, None) if name.isidentifier() else None
     if not isinstance(found, type) or not issubclass(found, tuple) or not hasattr(found, "_fields"):
         return None
-    return _named_tuple(found) if found.__module__.partition(".")[0] == "optax" else None
+    return found if found.__module__.partition(".")[0] == "optax" else None
 
 
-# ---------------------------------------------------------------- holders: they keep what they are given
+# ---------------------------------------------------------------- from what was written down to the tree
 
 
-class _Name(str):
-    """The name of a type that is an argument."""
+class _Maker:
+    """Makes the tree of one pickle; what is shared in the pickle is made once.
+
+    `most` bounds the values, in bytes and nodes, that the tree has once nothing of it is shared: a few bytes can
+    name a list of lists of lists often enough to fill any memory.
+    """
+
+    def __init__(self, allowed: frozenset[str], most: int) -> None:
+        self._allowed = allowed
+        self._most = most + 1000
+        self._spent = self._depth = 0
+        self._made: dict[int, tuple[Any, Any, int]] = {}
+
+    def spend(self, amount: int) -> None:
+        self._spent += amount
+        if self._spent > self._most:
+            raise ValueError(f"its tree would be more than {_LARGEST} times as large as the file")
+
+    def real(self, node: Any) -> Any:
+        """What a node of the pickle stands for."""
+        if id(node) in self._made:
+            _, value, amount = self._made[id(node)]
+            self.spend(amount)
+            return value
+        if self._depth >= DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+        before = self._spent
+        self._depth += 1
+        self.spend(1)
+        value = self._make(node)
+        self._depth -= 1
+        self._made[id(node)] = (node, value, self._spent - before)  # the node too, lest its id go to another
+        return value
+
+    def _make(self, node: Any) -> Any:
+        if node is None or type(node) in (bool, int, float, complex):
+            return node
+        if type(node) in (str, bytes):
+            self.spend(len(node))
+            return node
+        if type(node) is dict:
+            return {key: self.real(value) for key, value in node.items()}
+        if type(node) in (list, tuple):
+            return type(node)([self.real(each) for each in node])
+        if type(node) is Call:
+            return self._call(node)
+        raise ValueError(f"a {node.full if type(node) is Name else type(node).__name__} is no array or number")
+
+    def _call(self, call: Call) -> Any:
+        full, meaning = call.what.full, call.what.meaning
+        if full in self._allowed:
+            return self._as_the_caller_allows(call)
+        if _is_named_tuple(meaning):
+            return meaning(*map(self.real, call.arguments))
+        if full not in MAKES:
+            raise ValueError(f"{full} is called")
+        return MAKES[full](self, call)
+
+    def _as_the_caller_allows(self, call: Call) -> Any:
+        """What Python's own machine would do."""
+        kind, arguments = call.what.meaning, [self.real(each) for each in call.arguments]
+        made = kind.__new__(kind, *arguments) if call.makes_object else kind(*arguments)
+        state = self.real(call.state)
+        if hasattr(made, "__setstate__") and state is not None:
+            made.__setstate__(state)
+        elif state is not None:
+            vars(made).update(state)
+        for key, value in call.items:
+            made[key] = self.real(value)
+        return made
+
+    def array(self, raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
+        """An array of its bytes; the order is "C" or "F", or whether it is that of Fortran."""
+        data, kind = self.raw(raw), _dtype(dtype)
+        order = {False: "C", True: "F"}[order] if type(order) is bool else order
+        if type(order) is not str or order not in ("C", "F"):
+            raise ValueError("an array of no known order")
+        if type(shape) is not tuple or any(type(size) is not int or not 0 <= size < 2**63 for size in shape):
+            raise ValueError("an array of no shape")
+        if len(data) != math.prod(shape[:64]) * kind.itemsize:
+            raise ValueError(f"{len(data)} bytes for an array of shape {shape[:64]} and {kind}")
+        self.spend(len(data))
+        return np.frombuffer(data, np.uint8).view(kind).reshape(shape, order=order).copy(order=order)  # type: ignore[call-overload,no-any-return]
+
+    def raw(self, node: Any) -> bytes | bytearray:
+        """Bytes; the oldest protocols have them as text."""
+        if type(node) in (bytes, bytearray):
+            return node  # type: ignore[no-any-return]
+        if type(node) is Call and node.what.full in ("_codecs.encode", "builtins.bytes"):
+            return _bytes(self, node)
+        raise ValueError("an array without its bytes")
 
 
-class _Dtype:
-    def __init__(self, what: Any, *_: Any) -> None:
-        if not isinstance(what, str):
-            raise ValueError(f"a dtype of {what!r}")
-        self.dtype = np.dtype(getattr(ml_dtypes, what) if isinstance(what, _Name) else what)
-        if self.dtype.hasobject or self.dtype.kind not in "biufcVSU" or self.dtype.names:
-            raise ValueError(f"arrays of {self.dtype} are no numbers")
-
-    def __setstate__(self, state: Any) -> None:
-        if state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
+def _is_named_tuple(meaning: Any) -> bool:
+    return isinstance(meaning, type) and issubclass(meaning, tuple)
 
 
-class _Array:
-    """A numpy array, or a jax one."""
-
-    def __init__(self, *_: Any) -> None:
-        self.values: np.ndarray[Any, Any] | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, is_fortran, raw = state
-        self.values = _view(raw, dtype, shape, "F" if is_fortran else "C")
-
-
-class _JaxArray:
-    def __init__(self, make: Any, arguments: Any, state: Any, aval: Any) -> None:
-        self.array = _Array()
-        self.array.__setstate__(state)
-        self.is_weak = bool(isinstance(aval, dict) and aval.get("weak_type"))
-
-
-def _view(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes | bytearray):
-        raise ValueError("an array without its dtype or bytes")
-    flat = np.frombuffer(raw, np.uint8)
-    if any(not isinstance(size, int) or size < 0 for size in shape) or order not in ("C", "F"):
-        raise ValueError(f"an array of shape {shape!r}")
-    if flat.size != math.prod(shape) * dtype.dtype.itemsize:
-        raise ValueError(f"{flat.size} bytes for an array of shape {shape}")
-    return flat.view(dtype.dtype).reshape(shape, order=order).copy(order=order)
+def _dtype(node: Any) -> np.dtype[Any]:
+    if type(node) is not Call or node.what.full != "numpy.dtype":
+        raise ValueError("an array without its dtype")
+    what = node.arguments[0]
+    if type(what) is Name and what.full.startswith("ml_dtypes."):
+        return structure.numpy_dtype(what.full.removeprefix("ml_dtypes."))
+    if type(what) is not str or not _DTYPE.fullmatch(what):
+        raise ValueError("a dtype without its name")
+    found: np.dtype[Any] = np.dtype(what)
+    if found.hasobject or found.kind not in "biufcVSU" or found.names:
+        raise ValueError(f"arrays of {found} are no numbers")
+    order = "=" if node.state is None else node.state[1]
+    if type(order) is not str or order not in "<>=|":
+        raise ValueError("a dtype of no known byte order")
+    return found.newbyteorder(">") if order == ">" else found
 
 
-def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    found = _Array()
-    found.values = _view(raw, dtype, shape, order)
-    return found
-
-
-class _Scalar:
-    def __init__(self, dtype: Any, raw: Any) -> None:
-        self.value = _view(raw, dtype, (), "C")[()]
-
-
-def _to_bytes(text: Any, encoding: Any) -> bytes:
-    if encoding != "latin1" or not isinstance(text, str):
-        raise ValueError(f"bytes in {encoding!r}")
+def _bytes(make: _Maker, call: Call) -> bytes:
+    if call.what.full == "builtins.bytes" and not call.arguments:
+        return b""
+    text, encoding = call.arguments
+    if type(encoding) is not str or encoding != "latin1" or type(text) is not str:
+        raise ValueError("bytes in another encoding than latin1")
+    make.spend(len(text))
     return text.encode("latin1")
 
 
-def _no_bytes() -> bytes:
-    return b""
+def _numpy(make: _Maker, call: Call) -> np.ndarray[Any, Any]:
+    _, shape, dtype, is_fortran, raw = call.state
+    return make.array(raw, dtype, shape, is_fortran)
 
 
-class _Holder(tuple):  # type: ignore[type-arg]
-    """A NamedTuple to be; a class of its own for each use, so that nothing a pickle does to it lasts."""
-
-    __slots__ = ()
-    kind: type = tuple
+def _from_buffer(make: _Maker, call: Call) -> np.ndarray[Any, Any]:
+    raw, dtype, shape, order = call.arguments
+    return make.array(raw, dtype, shape, order)
 
 
-def _named_tuple(kind: type) -> type:
-    made = type("_Held", (_Holder,), {"__slots__": (), "kind": kind})
-    made.__new__ = lambda cls, *fields: tuple.__new__(cls, fields)  # type: ignore[method-assign,assignment]
-    return made
+def _scalar(make: _Maker, call: Call) -> Any:
+    dtype, raw = call.arguments
+    return make.array(raw, dtype, (), "C")[()]
 
 
-class _Frozen:
-    def __init__(self, content: Any) -> None:
-        self.content = content
-
-
-class _Joint:
-    """`JoinPoint` of jax.example_libraries: the subtree of one parameter."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.subtree = state["subtree"]
-
-
-class _TreeDef:
-    def __setstate__(self, state: Any) -> None:
-        self.nodes = state[1]
-
-
-def _reconstructor(kind: Any, base: Any, state: Any) -> Any:
-    """What pickles of protocol 0 and 1 make objects with."""
-    if isinstance(kind, type) and issubclass(kind, _Holder):
-        return kind(*state)
-    if kind is _Joint:
-        return _Joint()
-    raise ValueError("an object of no known kind")
-
-
-def _example_state() -> type:
-    from jax.example_libraries import optimizers
-
-    return _named_tuple(optimizers.OptimizerState)
-
-
-_HOLDERS: Mapping[str, Callable[[], Any]] = {
-    "jax._src.array._reconstruct_array": lambda: _JaxArray,
-    "numpy.ndarray": lambda: _Name("ndarray"),
-    "numpy.dtype": lambda: _Dtype,
-    "numpy._core.multiarray._reconstruct": lambda: _Array,
-    "numpy.core.multiarray._reconstruct": lambda: _Array,
-    "numpy._core.multiarray.scalar": lambda: _Scalar,
-    "numpy.core.multiarray.scalar": lambda: _Scalar,
-    "numpy._core.numeric._frombuffer": lambda: _from_buffer,
-    "numpy.core.numeric._frombuffer": lambda: _from_buffer,
-    "_codecs.encode": lambda: _to_bytes,
-    "builtins.bytes": lambda: _no_bytes,
-    "builtins.complex": lambda: complex,
-    "builtins.tuple": lambda: _Name("tuple"),
-    "builtins.object": lambda: _Name("object"),
-    "copyreg._reconstructor": lambda: _reconstructor,
-    "collections.OrderedDict": lambda: collections.OrderedDict,
-    "flax.core.frozen_dict.FrozenDict": lambda: _Frozen,
-    "jax.example_libraries.optimizers.OptimizerState": _example_state,
-    "jax.example_libraries.optimizers.JoinPoint": lambda: _Joint,
-    "jaxlib._jax.pytree.PyTreeDef": lambda: _TreeDef,
-    "jaxlib.pytree.PyTreeDef": lambda: _TreeDef,
-    "jax._src.tree_util.default_registry": lambda: _Name("default_registry"),
-}
-
-
-# ---------------------------------------------------------------- from holders to the tree
-
-
-def _real(node: Any, known: dict[int, tuple[Any, Any]]) -> Any:
-    """What a holder stands for; what is shared in the pickle is made once."""
-    if id(node) not in known:
-        known[id(node)] = (node, _make(node, known))  # the node too, lest its id go to another
-    return known[id(node)][1]
-
-
-def _make(node: Any, known: dict[int, tuple[Any, Any]]) -> Any:
-    if node is None or type(node) in (bool, int, float, complex, str, bytes):
-        return node
-    if type(node) in (dict, collections.OrderedDict):
-        return type(node)((_key(key), _real(value, known)) for key, value in node.items())
-    if type(node) in (list, tuple):
-        return type(node)(_real(each, known) for each in node)
-    if isinstance(node, _Holder):
-        return type(node).kind(*(_real(each, known) for each in node))
-    if isinstance(node, _TreeDef):
-        return _treedef(node.nodes)
-    return _value(node, known)
-
-
-def _value(node: Any, known: dict[int, tuple[Any, Any]]) -> Any:
-    if isinstance(node, _Array) and node.values is not None:
-        return node.values
-    if isinstance(node, _JaxArray):
-        return _on_device(node)
-    if isinstance(node, _Scalar):
-        return node.value
-    if isinstance(node, _Joint):
-        from jax.example_libraries import optimizers
-
-        return optimizers.JoinPoint(_real(node.subtree, known))
-    if isinstance(node, _Frozen):
-        from flax.core import FrozenDict
-
-        return FrozenDict(_real(node.content, known))  # type: ignore[no-untyped-call]
-    if isinstance(node, jax.Array | np.ndarray | np.generic):
-        return node  # of a name that the caller allowed
-    raise ValueError(f"{type(node).__name__} is no array, number or container")
-
-
-def _on_device(node: _JaxArray) -> jax.Array:
-    values = node.array.values
-    assert values is not None
+def _jax(make: _Maker, call: Call) -> jax.Array:
+    _, _, (_, shape, dtype, is_fortran, raw), aval = call.arguments
+    values = make.array(raw, dtype, shape, is_fortran)
     if values.dtype.kind in "VSU" and values.dtype.name not in _ML_DTYPES:
         raise ValueError(f"a jax array of {values.dtype}")
     if jax.dtypes.canonicalize_dtype(values.dtype) != values.dtype:
         raise ValueError(f"an array of {values.dtype}, which takes JAX_ENABLE_X64=1")
-    if node.is_weak and values.ndim == 0:
-        return jnp.asarray(values.item())
-    return jnp.asarray(values)
+    is_weak = type(aval) is dict and aval.get("weak_type") is True
+    return structure.weaken([jnp.asarray(values)])[0] if is_weak else jnp.asarray(values)
 
 
-def _key(key: Any) -> Any:
-    if key is None or type(key) in (bool, int, float, str, bytes):
-        return key
-    raise ValueError(f"a dict with the key {key!r}")
+def _complex(make: _Maker, call: Call) -> complex:
+    real, imaginary = call.arguments
+    if type(real) is not float or type(imaginary) is not float:
+        raise ValueError("a complex number of what is no float")
+    return complex(real, imaginary)
+
+
+def _ordered(make: _Maker, call: Call) -> Any:
+    pairs = [(opcodes.key(key), value) for given in call.arguments for key, value in given]
+    return collections.OrderedDict((key, make.real(value)) for key, value in [*pairs, *call.items])
+
+
+def _frozen(make: _Maker, call: Call) -> Any:
+    from flax.core import FrozenDict
+
+    (content,) = call.arguments
+    return FrozenDict(make.real(content))  # type: ignore[no-untyped-call]
+
+
+def _join_point(make: _Maker, call: Call) -> Any:
+    """`JoinPoint` of jax.example_libraries: the subtree of one parameter."""
+    return _example_optimizers().JoinPoint(make.real(call.state["subtree"]))
+
+
+def _object(make: _Maker, call: Call) -> Any:
+    """What pickles of protocol 0 and 1 make objects with."""
+    kind, _, fields = call.arguments
+    if type(kind) is Name and _is_named_tuple(kind.meaning):
+        return kind.meaning(*make.real(fields))
+    if type(kind) is Name and kind.full == _JOIN_POINT:
+        return _join_point(make, call)
+    raise ValueError("an object of no known kind")
 
 
 _LEAF, _NONE, _TUPLE, _NAMED, _LIST, _DICT = range(6)
@@ -324,16 +306,51 @@ _PLAIN: Mapping[int, Callable[[list[Any]], Any]] = {
 }  # fmt: skip
 
 
-def _treedef(nodes: Any) -> Any:
+def _treedef(make: _Maker, call: Call) -> Any:
     """A PyTreeDef of plain containers, of its nodes in the order in which JAX has them: children first."""
-    stack: list[Any] = []
-    for kind, arity, data, *_ in nodes:
-        children = [stack.pop() for _ in range(arity)][::-1]
-        if kind == _DICT:
-            stack.append(dict(zip(map(_key, data), children, strict=True)))
-        elif kind == _NAMED and isinstance(data, type) and issubclass(data, _Holder):
-            stack.append(data.kind(*children))
-        else:
-            stack.append(_PLAIN[kind](children))
-    (tree,) = stack
+    stack: list[tuple[Any, int]] = []
+    for kind, arity, data, *_ in call.state[1]:
+        make.spend(1)
+        if type(kind) is not int or type(arity) is not int:
+            raise ValueError("a tree definition of no known kind")
+        below = [stack.pop() for _ in range(arity)][::-1]
+        depth = 1 + max((depth for _, depth in below), default=0)
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+        stack.append((_node(kind, [child for child, _ in below], data), depth))
+    ((tree, _),) = stack
     return jax.tree_util.tree_structure(tree)
+
+
+def _node(kind: int, children: list[Any], data: Any) -> Any:
+    if kind == _DICT:
+        return dict(zip(map(opcodes.key, data), children, strict=True))
+    if kind == _NAMED and type(data) is Name and _is_named_tuple(data.meaning):
+        return data.meaning(*children)
+    return _PLAIN[kind](children)
+
+
+_JOIN_POINT = "jax.example_libraries.optimizers.JoinPoint"
+MAKES: Mapping[str, Callable[[_Maker, Call], Any]] = {
+    "jax._src.array._reconstruct_array": _jax,
+    "numpy._core.multiarray._reconstruct": _numpy,
+    "numpy.core.multiarray._reconstruct": _numpy,
+    "numpy._core.multiarray.scalar": _scalar,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.numeric._frombuffer": _from_buffer,
+    "numpy.core.numeric._frombuffer": _from_buffer,
+    "_codecs.encode": _bytes,
+    "builtins.bytes": _bytes,
+    "builtins.complex": _complex,
+    "copyreg._reconstructor": _object,
+    "collections.OrderedDict": _ordered,
+    "flax.core.frozen_dict.FrozenDict": _frozen,
+    _JOIN_POINT: _join_point,
+    "jaxlib._jax.pytree.PyTreeDef": _treedef,
+    "jaxlib.pytree.PyTreeDef": _treedef,
+}
+"""The names that a pickle may call, and what is made then."""
+ARGUMENTS = frozenset(
+    {"numpy.dtype", "numpy.ndarray", "builtins.tuple", "builtins.object", "jax._src.tree_util.default_registry"}
+)
+"""Names that only say of what kind another thing is."""

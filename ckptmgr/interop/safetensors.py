@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -13,8 +15,11 @@ import numpy as np
 
 from ckptmgr.errors import UnsupportedLeafError
 from ckptmgr.interop import names
+from ckptmgr.interop.replacing import replaced
 
-INDEX = "model.safetensors.index.json"
+_JSON = ".index.json"
+_INDEX_ENDING = f".safetensors{_JSON}"
+INDEX = f"model{_INDEX_ENDING}"
 _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
@@ -22,6 +27,9 @@ _DTYPES = {
 }  # fmt: skip
 _NUMPY = {code: np.dtype(getattr(ml_dtypes, name, None) or name) for name, code in _DTYPES.items()}
 _ALONE = "model.safetensors"
+_OURS = {"written_by": "ckptmgr"}
+"""In the metadata of each file, so that the next export knows what it may remove."""
+Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
 def save(tree: Any, path: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> list[pathlib.Path]:
@@ -32,7 +40,11 @@ def save(tree: Any, path: str | os.PathLike[str], *, max_shard_bytes: int = 5_00
       path: FILE.safetensors, or a directory. A tree larger than `max_shard_bytes` makes several files and an
         index beside them, in the directory or in that of the file.
 
-    Raises UnsupportedLeafError for a leaf that safetensors has no type for; then nothing is written.
+    Files of older exports to this place are removed. Until the new ones are whole, the old ones are read, or an
+    error is raised; never a mixture.
+
+    Raises UnsupportedLeafError for a leaf that safetensors has no type for, FileExistsError for a file of others
+    that would be read in place of what is written; then nothing is written.
     """
     arrays = {name: names.host(name, leaf) for name, leaf in names.flatten(tree).items()}
     for name, array in arrays.items():
@@ -40,17 +52,88 @@ def save(tree: Any, path: str | os.PathLike[str], *, max_shard_bytes: int = 5_00
             raise UnsupportedLeafError(f"{name} is {array.dtype}, which safetensors has no type for", leaf=name)
     path = pathlib.Path(path)
     folder, stem = (path.parent, path.stem) if path.suffix == ".safetensors" else (path, "model")
-    folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(arrays, max_shard_bytes)
-    if len(shards) == 1:
-        return [_write(folder / f"{stem}.safetensors", shards[0])]
-    files = [f"{stem}-{place:05}-of-{len(shards):05}.safetensors" for place in range(1, len(shards) + 1)]
-    written = [_write(folder / file, shard) for file, shard in zip(files, shards, strict=True)]
-    index = {
-        "metadata": {"total_size": sum(array.nbytes for array in arrays.values())},
-        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+    folder.mkdir(parents=True, exist_ok=True)
+    _refuse_files_of_others(folder, stem, len(shards))
+    written = _write_one(folder, stem, shards[0]) if len(shards) == 1 else _write_shards(folder, stem, shards)
+    for older in _files(folder, stem):
+        if older not in written and _is_ours(older):
+            older.unlink()
+    return written
+
+
+def _write_one(folder: pathlib.Path, stem: str, arrays: Arrays) -> list[pathlib.Path]:
+    path = folder / f"{stem}.safetensors"
+    with replaced(path) as part:
+        _write(part, arrays)
+    return [path]
+
+
+def _write_shards(folder: pathlib.Path, stem: str, shards: Sequence[Arrays]) -> list[pathlib.Path]:
+    """Writes the shards, then their index. No index ever leads to the shards of two exports."""
+    files = [folder / name for name in _shard_names(stem, len(shards))]
+    index = folder / f"{stem}{_INDEX_ENDING}"
+    with contextlib.ExitStack() as unfinished:
+        part_of_index, *parts = (unfinished.enter_context(replaced(path)) for path in (index, *files))
+        for part, shard in zip(parts, shards, strict=True):
+            _write(part, shard)
+        with open(part_of_index, "xb") as file:
+            file.write(_index({path.name: shard for path, shard in zip(files, shards, strict=True)}))
+        index.unlink(missing_ok=True)
+    return [*files, index]  # the stack ends in reverse: the index had its name last
+
+
+def _index(shards: Mapping[str, Arrays]) -> bytes:
+    size = sum(array.nbytes for shard in shards.values() for array in shard.values())
+    found = {
+        "metadata": {"total_size": size, **_OURS},
+        "weight_map": {name: file for file, shard in shards.items() for name in shard},
     }
-    return [*written, _replace(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2).encode())]
+    return json.dumps(found, indent=2).encode()
+
+
+def _shard_names(stem: str, count: int) -> list[str]:
+    return [f"{stem}-{place:05}-of-{count:05}.safetensors" for place in range(1, count + 1)]
+
+
+def _files(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
+    """What exports of this name may have left; the index first, so that no index leads to what is gone."""
+    pattern = re.compile(re.escape(stem) + r"-\d{5,}-of-\d{5,}\.safetensors")
+    shards = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    return [
+        path for path in (folder / f"{stem}{_INDEX_ENDING}", folder / f"{stem}.safetensors") if _is_there(path)
+    ] + shards
+
+
+def _is_there(path: pathlib.Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    """Whether an export of ckptmgr wrote a file."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        if path.suffix == ".json":
+            said = json.loads(path.read_bytes())["metadata"]
+        else:
+            with _library().safe_open(path, framework="numpy") as file:
+                said = file.metadata()
+        return bool(said["written_by"] == _OURS["written_by"])
+    except Exception:  # whatever others may have written there
+        return False
+
+
+def _refuse_files_of_others(folder: pathlib.Path, stem: str, count: int) -> None:
+    """Only files of older exports are removed. A file of others that would be read in their place is refused."""
+    index, single = folder / f"{stem}{_INDEX_ENDING}", folder / f"{stem}.safetensors"
+    shards = [folder / name for name in _shard_names(stem, count)]
+    for path in [index] if count == 1 else [index, single, *shards]:
+        if _is_there(path) and not _is_ours(path):
+            raise FileExistsError(
+                f"{path} is in the way, and was not written by an export of this version; remove it, or export to "
+                "another place"
+            )
 
 
 def _shards(arrays: Mapping[str, np.ndarray[Any, Any]], bound: int) -> list[dict[str, np.ndarray[Any, Any]]]:
@@ -65,45 +148,69 @@ def _shards(arrays: Mapping[str, np.ndarray[Any, Any]], bound: int) -> list[dict
     return shards
 
 
-def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> pathlib.Path:
+def _write(path: pathlib.Path, arrays: Arrays) -> None:
     _library()
     from safetensors.numpy import save_file
 
-    unfinished = path.with_name(f"{path.name}.part")
-    save_file(dict(arrays), str(unfinished), {"format": "pt"})
-    os.replace(unfinished, path)
-    return path
-
-
-def _replace(path: pathlib.Path, data: bytes) -> pathlib.Path:
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
-    return path
+    save_file(dict(arrays), str(path), {"format": "pt", **_OURS})
 
 
 def load(path: str | os.PathLike[str]) -> Any:
     """Reads a file, an index, or a directory that holds one of them, as nested dicts of numpy arrays."""
-    path = pathlib.Path(path)
-    if path.is_dir():
-        path = path / INDEX if (path / INDEX).exists() else path / _ALONE
-    files: Iterable[pathlib.Path] = [path]
-    if path.suffix == ".json":
-        files = [
-            path.parent / _inside(name)
-            for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        ]
-    return names.nest({name: array for file in files for name, array in _read(file)})
+    path = found(pathlib.Path(path))
+    return names.nest(_of_index(path) if path.suffix == ".json" else dict(_read(path)))
 
 
-def _inside(name: str) -> str:
-    if pathlib.PurePath(name).name != name:
-        raise ValueError(f"the index names {name!r}, which is not a file beside it")
-    return name
+def found(path: pathlib.Path) -> pathlib.Path:
+    """The file or index that is meant: a large export to FILE.safetensors has only its index under that name."""
+    single, index = (
+        (path / _ALONE, path / INDEX) if path.is_dir() else (path, path.with_name(f"{path.name}{_JSON}"))
+    )
+    first, then = (index, single) if path.is_dir() else (single, index)
+    if first.exists() or then.exists():
+        return first if first.exists() else then
+    raise FileNotFoundError(
+        f"{path} has neither {_ALONE} nor {INDEX}. Name the file that is meant, or export again if an export was "
+        "interrupted"
+    )
+
+
+def _of_index(index: pathlib.Path) -> dict[str, Any]:
+    """The tensors of all shards, which must be those that the index promises."""
+    promised = _weight_map(index)
+    there: dict[tuple[str, str], Any] = {}
+    for file in sorted(set(promised.values())):
+        if not (index.parent / file).exists():
+            raise ValueError(f"{index.name} names {file}, which is not beside it")
+        there |= {(name, file): array for name, array in _read(index.parent / file)}
+    for name, file in promised.items():
+        if (name, file) not in there:
+            raise ValueError(f"{index.name} promises {name!r} in {file}, which does not have it")
+    for name, file in there:
+        if promised.get(name) != file:
+            raise ValueError(f"{file} has {name!r}, which {index.name} does not name; they are of two exports")
+    return {name: array for (name, _), array in there.items()}
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{index.name} is no index of safetensors files") from None
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise ValueError(f"{index.name} is no index of safetensors files: its weight_map is no dict of file names")
+    for file in found.values():
+        if pathlib.PurePath(file).name != file or file == ".." or "\0" in file:
+            raise ValueError(f"the index names {file!r}, which is not a file beside it")
+    return found
 
 
 def _read(path: pathlib.Path) -> Iterable[tuple[str, np.ndarray[Any, Any]]]:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no file")
     for name, found in _library().deserialize(path.read_bytes()):
+        if found["dtype"] not in _NUMPY:
+            raise ValueError(f"{name[:100]!r} is {found['dtype']}, which numpy has no type for")
         yield name, np.frombuffer(found["data"], _NUMPY[found["dtype"]]).reshape(found["shape"])
 
 

@@ -14,6 +14,9 @@ import orbax.checkpoint as ocp
 def save(tree: Any, directory: str | os.PathLike[str]) -> list[pathlib.Path]:
     """Writes a tree with Orbax's own StandardCheckpointer."""
     path = pathlib.Path(os.path.abspath(directory))
+    for name in (path, path.with_name(f"{path.name}.orbax-checkpoint-tmp")):
+        if name.is_symlink():  # Orbax would fail in the background, and then wait for minutes
+            raise FileExistsError(f"{name} is a symlink, and what it leads to is not written to; remove it")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, tree)
     return [path]

@@ -10,13 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core.primitives import convert_element_type_p
 
 from ckptmgr import job
 from ckptmgr.layout import HERE, Target
 from ckptmgr.storage import chunks, stock
 from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values, chunk_shape, whole
-from ckptmgr.structure import LeafSpec, TreeSpec, dtype_name, is_key, numpy_dtype
+from ckptmgr.structure import LeafSpec, TreeSpec, dtype_name, is_key, numpy_dtype, weaken
 
 Part = tuple[Index, Values]
 
@@ -243,7 +242,9 @@ def _moves(read: Sequence[Values], shape: tuple[int, ...], target: Target) -> li
     ]
 
 
-_PYTHON: Mapping[str, Callable[[Any], Any]] = {"int": int, "float": float, "bool": bool, "complex": complex}
+_PYTHON: Mapping[str, Callable[[Any], Any]] = {
+    "int": int, "float": float, "bool": bool, "complex": complex, "str": str,
+}  # fmt: skip
 
 
 def _finish(arrived: Sequence[jax.Array], read: Sequence[Values], shape: tuple[int, ...], target: Target) -> Any:
@@ -285,7 +286,7 @@ def _weakly_typed(leaves: list[Any], targets: Sequence[Target]) -> list[Any]:
     with jax.debug_nans(False), jax.debug_infs(False):  # a leaf may hold them: nothing is computed here
         for places in groups.values():
             strong = [leaves[place] for place in places]
-            weakened = _weaken([_in_default_memory(array) for array in strong])
+            weakened = weaken([_in_default_memory(array) for array in strong])
             for place, array, weak in zip(places, strong, weakened, strict=True):
                 leaves[place] = jax.device_put(weak, array.sharding) if array.committed else weak
     return leaves
@@ -296,12 +297,3 @@ def _in_default_memory(array: jax.Array) -> jax.Array:
     kind = next(iter(array.devices())).default_memory().kind
     sharding = array.sharding
     return array if sharding.memory_kind == kind else jax.device_put(array, sharding.with_memory_kind(kind))
-
-
-@jax.jit
-def _weaken(arrays: list[jax.Array]) -> list[jax.Array]:
-    """JAX has no function for this: `jax.lax.convert_element_type` gives strong types only."""
-    return [
-        convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
-        for array in arrays
-    ]

@@ -7,15 +7,18 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from ckptmgr.paths import is_local
+from ckptmgr.paths import is_local, open_to_write
 
 
 def write(path: epath.Path, data: bytes) -> None:
-    """Writes a file; on a local disk it is durable when this returns, its name once `sync` is called."""
+    """Writes a file; on a local disk it is durable when this returns, its name once `sync` is called.
+
+    A symlink in its place is an OSError.
+    """
     if not is_local(path):
         path.write_bytes(data)
         return
-    with open(path, "wb") as file:
+    with open(path, "wb", opener=open_to_write) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

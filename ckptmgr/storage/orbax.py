@@ -334,7 +334,7 @@ def _publish(written: epath.Path, final: epath.Path) -> None:
     files.sync([final.parent])
     if _replaced(final).exists():
         if (_replaced(final) / catalog.PIN).exists():
-            (final / catalog.PIN).write_bytes((_replaced(final) / catalog.PIN).read_bytes())
+            files.write(final / catalog.PIN, (_replaced(final) / catalog.PIN).read_bytes())
         catalog.remove(_replaced(final))
 
 

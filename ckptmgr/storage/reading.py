@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from ckptmgr import items
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.layout import Target
-from ckptmgr.storage import arrays, broadcast, chunks, devices, stock
-from ckptmgr.storage.orbax import METRICS, STEP_METADATA, json_file, own_place
+from ckptmgr.storage import arrays, broadcast, chunks, devices, stock, stock_steps
+from ckptmgr.storage.orbax import own_place
 
 _COPIED_BYTES = 2 << 20  # JAX copies small leaves once more: not all of them at a time
 
@@ -57,13 +58,15 @@ class Trees:
         self._matched: list[items.Matched] = []
         self._targets: list[Target] = []
         self._wanted: list[arrays.Read] = []
+        self._folders: dict[str, epath.Path] = {}
         for each, places in zip(matched, targets, strict=True):
             item = manifest.items.get(each.item, manifests.Item("arrays"))
             source = sources.get(each.item, 0)
             plain = manifest.written_here and item.compression is None
             for process in range(item.processes) if source is None else [source]:
-                directory_of = directory / each.item / own_place(process)
-                opener = arrays.Opener(directory_of, zarr3=item.zarr3, ocdbt=item.ocdbt, plain=plain)
+                folder = directory / item.place(each.item) / own_place(process)
+                opener = arrays.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt, plain=plain)
+                self._folders[each.item] = folder
                 saved = [row.saved for row in each.rows if row.saved is not None]
                 self._matched.append(each)
                 self._targets += places
@@ -89,7 +92,7 @@ class Trees:
                 placed |= self._placed(group, [sent[place] for place in group])
         with self._damages():
             for group in self._groups(sorted(set(range(len(self._wanted))) - set(shared))):
-                placed |= self._placed(group, arrays.read([self._wanted[place] for place in group]))
+                placed |= self._placed(group, self._read(group))
         arrived = (placed[place] for place in range(len(self._wanted)))
         found: dict[str, Any] = {}
         for each in self._matched:
@@ -99,6 +102,15 @@ class Trees:
             else:
                 found[each.item] = tree
         return found
+
+    def _read(self, group: Sequence[int]) -> list[list[chunks.Values]]:
+        """The values of these leaves; those that are a str lie in a file of their own."""
+        wanted = [self._wanted[place] for place in group]
+        stored = iter(arrays.read([each for each in wanted if each.spec.kind != "str"]))
+        return [self._text(each) if each.spec.kind == "str" else next(stored) for each in wanted]
+
+    def _text(self, each: arrays.Read) -> list[chunks.Values]:
+        return [np.asarray(stock.text(each, self._folders[each.item]), object)]
 
     def _groups(self, places: Sequence[int]) -> Iterator[list[int]]:
         for group in chunks.runs([self._wanted[place].copied_nbytes for place in places], _COPIED_BYTES):
@@ -124,67 +136,27 @@ def read_values(
     manifest: manifests.Manifest, directory: epath.Path, sources: Mapping[str, int | None]
 ) -> dict[str, Any]:
     """The JSON values among these items: that of one process, or a list of all."""
-
-    def value(name: str, item: manifests.Item, process: int) -> Any:
-        data = (directory / name / own_place(process, item.file)).read_bytes()
-        return items.from_json(item, json.loads(data))
-
-    chosen = {name: item for name in sources if (item := manifest.items[name]).kind != "arrays"}
-    return {
-        name: [value(name, item, each) for each in range(item.processes)]
-        if (process := sources[name]) is None
-        else value(name, item, process)
-        for name, item in chosen.items()
-    }
+    found: dict[str, Any] = {}
+    for name, process in sources.items():
+        item = manifest.items[name]
+        if item.kind in ("json", "bytes"):
+            each = range(item.processes) if process is None else [process]
+            values = [read_value(manifest, directory, name, one) for one in each]
+            found[name] = values if process is None else values[0]
+    return found
 
 
-# ---------------------------------------------------------------- what stock Orbax wrote
-
-
-def read_stock(step: int, directory: epath.Path) -> manifests.Manifest:
-    """The manifest of a checkpoint that has none, from Orbax's own files."""
-    metadata = _json(directory / STEP_METADATA) or {}
-    if "ckptmgr" in (metadata.get("custom_metadata") or {}):
-        raise CorruptCheckpointError(
-            f"step {step}: {directory / manifests.NAME} is missing", step=step, path=manifests.NAME
-        )
-    folders = [entry for entry in directory.iterdir() if entry.is_dir()]
-    found = {folder.name: item for folder in folders if (item := _stock_item(step, folder)) is not None}
-    nanoseconds = metadata.get("commit_timestamp_nsecs") or metadata.get("init_timestamp_nsecs") or 0
-    return manifests.Manifest(
-        step=step,
-        time=nanoseconds / 1e9,
-        items=found,
-        metrics=_numbers(_json(directory / METRICS / METRICS)),
-        metadata=metadata.get("custom_metadata") or {},
-        written_here=False,
-    )
-
-
-def _stock_item(step: int, directory: epath.Path) -> manifests.Item | None:
-    metadata = _json(directory / stock.TREE)
-    if metadata is None:
-        file = json_file(directory.name)
-        return manifests.Item("json", file=file) if (directory / file).exists() else None
-    zarr3, ocdbt = bool(metadata.get("use_zarr3")), bool(metadata.get("use_ocdbt", True))
-
-    def read(name: str) -> bytes | None:
-        path = directory / name
-        return path.read_bytes() if path.exists() else None
-
+def read_value(manifest: manifests.Manifest, directory: epath.Path, name: str, process: int = 0) -> Any:
+    """One of them; raises CorruptCheckpointError."""
+    item = manifest.items[name]
+    file = f"{item.place(name)}/{own_place(process, item.file)}"
     try:
-        tree = stock.read_tree(metadata, read, arrays.Opener(directory, zarr3=zarr3, ocdbt=ocdbt).facts)
-    except (ValueError, KeyError) as problem:
+        return items.from_json(item, json.loads((directory / file).read_bytes()))
+    except (ValueError, TypeError, OSError, RecursionError) as problem:
         raise CorruptCheckpointError(
-            f"step {step}: {directory} cannot be read: {problem}", step=step, path=directory.name
+            f"step {manifest.step}: {directory / file} cannot be read: {problem}", step=manifest.step, path=file
         ) from problem
-    return manifests.Item("arrays", tree, zarr3=zarr3, ocdbt=ocdbt)
 
 
-def _json(path: epath.Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _numbers(value: Any) -> dict[str, float]:
-    named = value.items() if isinstance(value, dict) else ()
-    return {name: float(number) for name, number in named if isinstance(number, int | float)}
+read_stock = stock_steps.read
+"""The manifest of a checkpoint that has none."""

@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from ckptmgr.storage import arrays
 from ckptmgr.structure import Keys, LeafSpec, Outline, TreeSpec
 
-TREE, SHARDINGS, ARRAYS = "_METADATA", "_sharding", "array_metadatas"
+TREE, SHARDINGS, ARRAYS, TEXTS = "_METADATA", "_sharding", "array_metadatas", "_strings.json"
 _SEQUENCE, _DICT = 1, 2
 _VALUE_TYPES = {"jax": "jax.Array", "key": "jax.Array", "numpy": "np.ndarray"}
 _EMPTY: dict[str, Outline] = {
@@ -93,16 +95,16 @@ def _sharding_text(sharding: Any) -> str | None:
 
 
 Facts = Callable[[str], tuple[tuple[int, ...], str]]
+ReadJson = Callable[[str], Mapping[str, Any]]
 
 
-def read_tree(metadata: Mapping[str, Any], read: Callable[[str], bytes | None], facts: Facts) -> TreeSpec:
+def read_tree(metadata: Mapping[str, Any], read: ReadJson, facts: Facts) -> TreeSpec:
     """The tree of an item that has no manifest.
 
-    `metadata` is what `_METADATA` holds; `read` gives another file of the item, and `facts` the shape
-    and dtype of a stored array by its name.
+    `metadata` is what `_METADATA` holds; `read` gives another JSON file of the item, {} if there is none, and
+    `facts` the shape and dtype of a stored array by its name.
     """
-    keys = _random_keys(read)
-    shardings = json.loads(read(SHARDINGS) or b"{}")
+    keys, shardings = _random_keys(read), read(SHARDINGS)
     outline = _Below()
     leaves: list[LeafSpec] = []
     for entry in metadata["tree_metadata"].values():
@@ -114,17 +116,54 @@ def read_tree(metadata: Mapping[str, Any], read: Callable[[str], bytes | None], 
         if kind in _EMPTY:
             node = _EMPTY[kind]
         else:
-            name = ".".join(map(str, path))
-            shape, dtype = facts(name)
-            partition = _partition(shardings.get(base64.urlsafe_b64encode(name.encode()).decode()))
-            leaves.append(_leaf(path, kind, shape, dtype, keys.get(name), partition))
+            leaves.append(_stored(path, kind, keys, shardings, facts))
             node = len(leaves) - 1
         _insert(outline, path, node)
     return TreeSpec(tuple(leaves), _outline(outline.get((), outline)))
 
 
-def _random_keys(read: Callable[[str], bytes | None]) -> dict[str, str]:
-    arrays = json.loads(read(f"{ARRAYS}/process_0") or b"{}").get("array_metadatas", [])
+def _stored(
+    path: Keys, kind: str, keys: Mapping[str, str], shardings: Mapping[str, Any], facts: Facts
+) -> LeafSpec:
+    name = ".".join(map(str, path))
+    if kind == "string":
+        return LeafSpec(_spelled(path), path, "str", (), "object")
+    shape, dtype = facts(name)
+    try:
+        partition = _partition(shardings.get(base64.urlsafe_b64encode(name.encode()).decode()))
+    except (ValueError, TypeError, AttributeError):  # a hint for a layout, no part of the values
+        partition = None
+    leaf = LeafSpec(_spelled(path), path, "numpy" if kind == "np.ndarray" else "jax", shape, dtype)
+    if name in keys:
+        return key_leaf(leaf, keys[name])._replace(partition=partition)
+    if kind == "scalar":
+        return leaf._replace(kind={"b": "bool", "i": "int", "u": "int", "f": "float"}.get(dtype[0], "scalar"))
+    return leaf._replace(partition=partition)
+
+
+def _spelled(path: Keys) -> str:
+    return "".join(f"[{key!r}]" for key in path)
+
+
+def key_leaf(leaf: LeafSpec, impl: str) -> LeafSpec:
+    """The typed keys whose words a leaf holds."""
+    keys = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+    return leaf._replace(kind="key", shape=leaf.shape[:-1], dtype=str(keys.dtype), impl=impl)
+
+
+def text(each: arrays.Read, folder: epath.Path) -> str:
+    """A leaf that is a str, from the file in which Orbax keeps those; raises DamagedArrayError."""
+    try:
+        found = json.loads((folder / TEXTS).read_bytes())[each.spec.name]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as problem:
+        raise each.damaged(f"{TEXTS} cannot be read: {problem}") from problem
+    if not isinstance(found, str):
+        raise each.damaged(f"{TEXTS} holds {str(found)[:100]} instead of a str")
+    return found
+
+
+def _random_keys(read: ReadJson) -> dict[str, str]:
+    arrays = read(f"{ARRAYS}/process_0").get("array_metadatas", [])
     found = ((a["array_metadata"]["param_name"], a["array_metadata"].get("ext_metadata")) for a in arrays)
     return {name: extra["random_key_impl"] for name, extra in found if extra and "random_key_impl" in extra}
 
@@ -132,19 +171,6 @@ def _random_keys(read: Callable[[str], bytes | None]) -> dict[str, str]:
 def _partition(text: str | None) -> tuple[Any, ...] | None:
     spec = json.loads(text).get("partition_spec") if text else None
     return None if spec is None else tuple(tuple(axes) if isinstance(axes, list) else axes for axes in spec)
-
-
-def _leaf(path: Keys, kind: str, shape: tuple[int, ...], dtype: str, impl: str | None, partition: Any) -> LeafSpec:
-    spelled = "".join(f"[{key!r}]" for key in path)
-    if impl is not None:
-        keys = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
-        return LeafSpec(spelled, path, "key", shape[:-1], str(keys.dtype), False, partition, impl)
-    if kind == "scalar":
-        word = {"b": "bool", "i": "int", "u": "int", "f": "float"}.get(dtype[0], "scalar")
-        return LeafSpec(spelled, path, word, shape, dtype)
-    if kind == "string":
-        raise ValueError(f"leaf {spelled} is a string, which only stock Orbax restores")
-    return LeafSpec(spelled, path, "numpy" if kind == "np.ndarray" else "jax", shape, dtype, False, partition)
 
 
 class _Below(dict[Any, Any]):

@@ -11,7 +11,7 @@ from etils import epath
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import Damage, VerifyReport
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.storage import arrays, orbax
+from ckptmgr.storage import arrays, orbax, reading, stock
 
 Progress = Callable[[int, int], object]
 _BATCH_BYTES = 256 << 20  # what is held in memory at a time
@@ -22,10 +22,13 @@ def verify(manifest: manifests.Manifest, directory: epath.Path, on_progress: Pro
     damages = list(_damaged_files(manifest, directory))
     leaves = nbytes = 0
     for name, item in manifest.items.items():
+        if item.kind != "arrays":
+            damages += _damaged_values(manifest, directory, name)
+            continue
         for process, spec in itertools.product(range(item.processes), item.tree.leaves):
-            place = directory / name / orbax.own_place(process)
-            opener = arrays.Opener(place, zarr3=item.zarr3, ocdbt=item.ocdbt)
-            damages += _damages(arrays.Read(name, opener, spec))
+            folder = directory / item.place(name) / orbax.own_place(process)
+            opener = arrays.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt)
+            damages += _damages(arrays.Read(name, opener, spec), folder)
             leaves += 1
             nbytes += manifests.leaf_nbytes(spec)
             if on_progress is not None:
@@ -33,7 +36,7 @@ def verify(manifest: manifests.Manifest, directory: epath.Path, on_progress: Pro
     return VerifyReport(
         step=manifest.step,
         damages=tuple(damages),
-        unchecked=() if manifest.files else _UNCHECKED,
+        unchecked=(() if manifest.files else _UNCHECKED) + _unread(manifest),
         files=len(manifest.files),
         leaves=leaves,
         nbytes=nbytes,
@@ -46,7 +49,23 @@ _UNCHECKED = (
 )
 
 
+def _unread(manifest: manifests.Manifest) -> tuple[str, ...]:
+    return tuple(f"{name}: {item.why}" for name, item in manifest.items.items() if item.kind == "unread")
+
+
+def _damaged_values(manifest: manifests.Manifest, directory: epath.Path, name: str) -> list[Damage]:
+    """What is wrong with an item of JSON that no checksum covers."""
+    if manifest.files or manifest.items[name].kind == "unread":
+        return []
+    try:
+        reading.read_value(manifest, directory, name)
+    except CorruptCheckpointError as problem:
+        return [Damage(problem.path or name, str(problem))]
+    return []
+
+
 def _damaged_files(manifest: manifests.Manifest, directory: epath.Path) -> Iterator[Damage]:
+    yield from itertools.starmap(Damage, manifest.unreadable.items())
     for name, file in manifest.files.items():
         try:
             manifests.check_file(manifest, directory, name, file)
@@ -54,9 +73,12 @@ def _damaged_files(manifest: manifests.Manifest, directory: epath.Path) -> Itera
             yield Damage(name, str(problem).partition(f"{directory / name} ")[2])
 
 
-def _damages(read: arrays.Read) -> list[Damage]:
+def _damages(read: arrays.Read, folder: epath.Path) -> list[Damage]:
     """What is wrong with one array, read whole but not held whole."""
     try:
+        if read.spec.kind == "str":
+            stock.text(read, folder)
+            return []
         array = arrays.opened(read)
         chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array without axes
         chunk_bytes = math.prod(chunk) * array.dtype.numpy_dtype.itemsize

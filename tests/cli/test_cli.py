@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,6 +207,26 @@ def test_the_state_of_example_libraries_is_imported_and_goes_on_bit_for_bit(tmp_
     ok("import", tmp_path / "run", "--opt-state", tmp_path / "opt_state.pkl", "--step", 2)
     found = ckptmgr.CheckpointManager(tmp_path / "run").restore(opt_state=init(PARAMS))
     assert_trees_equal(go_on(found.opt_state, range(3, 6)), go_on(state, range(3, 6)))
+
+
+def test_every_entry_of_a_file_is_imported_and_said_and_skipped_only_if_asked(tmp_path):
+    state = {
+        "params": PARAMS,
+        "opt_state": OPTIMIZER.init(PARAMS),
+        "batch_stats": {"mean": jnp.ones(3)},
+        "epoch": 2,
+    }
+    state |= {"rng": jax.random.PRNGKey(3), "metrics": {"loss": 0.5}}
+    (tmp_path / "checkpoint_9120").write_bytes(flax.serialization.to_bytes(state))
+    said = ok("import", tmp_path / "run", tmp_path / "checkpoint_9120")
+    where = (
+        f"step 9120 saved in {tmp_path / 'run'}: params, opt_state; extras batch_stats, epoch, rng; metrics loss"
+    )
+    assert where in said.replace("\n", "")
+    found = ckptmgr.CheckpointManager(tmp_path / "run").restore(params=PARAMS, optimizer=OPTIMIZER)
+    assert_trees_equal((found.params, found.opt_state), (PARAMS, state["opt_state"]))
+    told = answer("import", tmp_path / "run 2", tmp_path, "--step", 9120, "--skip", "rng", "--skip", "epoch")
+    assert (told["items"], told["metrics"]) == (["params", "opt_state", "batch_stats"], ["loss"])
 
 
 def test_a_pickle_that_would_run_something_is_refused(tmp_path):

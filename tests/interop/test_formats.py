@@ -1,6 +1,10 @@
 """safetensors, .npz, flax's msgpack and stock Orbax: out, in, and read by those whose formats they are."""
 
+import contextlib
+import itertools
 import json
+import subprocess
+import sys
 
 import flax.serialization
 import jax
@@ -10,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.flax
+from conftest import counted
 
 import ckptmgr
 from ckptmgr import interop
@@ -131,3 +136,108 @@ def test_a_library_that_is_missing_is_said_with_what_to_install(tmp_path, monkey
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"pip install 'ckptmgr\[interop\]'"):
         interop.write({"w": np.ones(1)}, tmp_path / "x.safetensors")
+
+
+def parts(count, value):
+    return {f"w{place}": np.full(100, value, np.float32) for place in range(count)}
+
+
+EXPORTS = {"one file": 10_000, "five shards": 450, "three shards": 850, "two shards": 1300}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "."])
+@pytest.mark.parametrize("then", EXPORTS)
+@pytest.mark.parametrize("first", EXPORTS)
+def test_after_each_export_exactly_what_was_exported_is_read(first, then, name, tmp_path):
+    (tmp_path / "other.safetensors").write_bytes(b"precious")
+    (tmp_path / "model-notes.safetensors").write_bytes(b"precious")
+    for value, how in enumerate((first, then, first)):
+        written = interop.safetensors.save(parts(5 - value, value), tmp_path / name, max_shard_bytes=EXPORTS[how])
+        for place in (tmp_path / "model.safetensors", tmp_path):
+            assert_equal(interop.read(place), parts(5 - value, value))
+    assert set(tmp_path.iterdir()) - set(written) == {
+        tmp_path / "other.safetensors", tmp_path / "model-notes.safetensors",
+    }  # fmt: skip
+
+
+KILLED = """
+import os, pathlib, sys
+import numpy as np
+from ckptmgr.interop import safetensors
+
+folder, first, then = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+tree = lambda value: {f"w{place}": np.full(100, value, np.float32) for place in range(5)}
+calls = 0
+
+def count(event, arguments):
+    global calls
+    calls += event in ("os.rename", "os.remove") and ".safetensors" in str(arguments[0])
+    if calls > point:
+        os._exit(9)
+
+for point in range(30):
+    safetensors.save(tree(0), folder / str(point), max_shard_bytes=first)
+    child = os.fork()
+    if not child:
+        sys.addaudithook(count)
+        safetensors.save(tree(7), folder / str(point), max_shard_bytes=then)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("first", "then"), list(itertools.product(EXPORTS, EXPORTS))[3 :: counted(6, full=1)])
+def test_an_export_that_is_killed_at_any_point_is_never_read_as_a_mixture(first, then, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, tmp_path, str(EXPORTS[first]), str(EXPORTS[then])]
+    subprocess.run(command, check=True)
+    read = []
+    for folder in tmp_path.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found = interop.read(folder)
+            read.append(float(found["w0"][0]))
+            assert_equal(found, parts(5, read[-1]))
+        interop.safetensors.save(parts(3, 3), folder, max_shard_bytes=EXPORTS[then])
+        assert_equal(interop.read(folder), parts(3, 3))
+    assert len(list(tmp_path.iterdir())) > 1
+    assert set(read) == {0.0, 7.0}
+
+
+def test_an_index_and_its_shards_must_agree(tmp_path):
+    interop.safetensors.save(parts(5, 1), tmp_path, max_shard_bytes=850)
+    index = tmp_path / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    for name in ("w5", "w1"):
+        said = {**whole["weight_map"], name: "model-00003-of-00003.safetensors"}
+        index.write_text(json.dumps({"weight_map": said}))
+        with pytest.raises(
+            ValueError, match=f"promises '{name}' in model-00003-of-00003.safetensors, which does not"
+        ):
+            interop.read(tmp_path)
+    said = {name: file for name, file in whole["weight_map"].items() if name != "w3"}
+    index.write_text(json.dumps({"weight_map": said}))
+    with pytest.raises(ValueError, match=r"has 'w3', which .* does not name"):
+        interop.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("there", "bound"),
+    [("model.safetensors.index.json", 10_000), ("model.safetensors.index.json", 850), ("model.safetensors", 850),
+     ("model-00001-of-00003.safetensors", 850)],
+)  # fmt: skip
+def test_a_file_of_others_that_would_be_read_instead_is_refused_and_stays(there, bound, tmp_path):
+    safetensors.flax.save_file({"w0": jnp.ones(3)}, tmp_path / there)
+    before = (tmp_path / there).read_bytes()
+    with pytest.raises(FileExistsError, match=f"{there} is in the way.*remove it, or export to another place"):
+        interop.safetensors.save(parts(5, 1), tmp_path, max_shard_bytes=bound)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(there, before)]
+
+
+def test_a_name_that_is_a_leaf_and_a_folder_is_refused_in_either_order(tmp_path):
+    for names in (("a", "a/b"), ("a/b", "a")):
+        safetensors.flax.save_file({name: jnp.ones(3) for name in names}, tmp_path / "x.safetensors")
+        np.savez(tmp_path / "x.npz", **{name: np.ones(3) for name in names})
+        for file in ("x.safetensors", "x.npz"):
+            with pytest.raises(ValueError, match="leaf"):
+                interop.read(tmp_path / file)

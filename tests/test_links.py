@@ -1,0 +1,127 @@
+"""No symlink is followed to write: a link under each name that ckptmgr writes to leaves its target as it was."""
+
+import contextlib
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import ckptmgr
+from ckptmgr import interop
+
+PARAMS = {"w": jnp.arange(6.0), "v": jnp.arange(6.0)}
+
+
+@pytest.fixture
+def others(tmp_path):
+    """A directory of somebody else."""
+    folder = tmp_path / "others"
+    (folder / "below").mkdir(parents=True)
+    for name in ("file", "below/params.npz", "manifest.json"):
+        (folder / name).write_text("precious")
+    return folder
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def save(folder):
+    with ckptmgr.CheckpointManager(folder / "run") as manager:
+        manager.save(1, PARAMS)
+
+
+def replace(folder):
+    with ckptmgr.CheckpointManager(folder / "run") as manager:
+        manager.save(1, PARAMS, on_exists="replace")
+
+
+def pin(folder):
+    with ckptmgr.CheckpointManager(folder / "run") as manager:
+        manager.pin(1)
+
+
+def copy(folder):
+    with ckptmgr.CheckpointManager(folder / "run", mirror=folder / "mirror") as manager:
+        manager.save(2, PARAMS)
+        manager.wait()
+
+
+def export(name, **how):
+    return lambda folder: interop.write(PARAMS, folder / name, **how)
+
+
+SHARDS = {"max_shard_bytes": 30}
+NAMES = {
+    "run/.writer": save,
+    "run/.journal.jsonl": save,
+    "run/2.orbax-checkpoint-tmp": copy,
+    "run/1.replaced": replace,
+    "run/1/PINNED": pin,
+    "mirror/.writer": copy,
+    "mirror/.journal.jsonl": copy,
+    "mirror/2.orbax-checkpoint-tmp": copy,
+    "mirror/2.orbax-checkpoint-tmp/manifest.json": copy,
+    "mirror/2.orbax-checkpoint-tmp/params": copy,
+    "stock/1/.manifest.json.part": interop.adopt,
+    "stock/1/manifest.json": interop.adopt,
+    "x.npz": export("x.npz"),
+    "x.npz.part": export("x.npz"),
+    "x.safetensors": export("x.safetensors"),
+    "x.safetensors.part": export("x.safetensors"),
+    "x.safetensors.index.json": export("x.safetensors", **SHARDS),
+    "x.safetensors.index.json.part": export("x.safetensors", **SHARDS),
+    "x-00001-of-00002.safetensors": export("x.safetensors", **SHARDS),
+    "x-00001-of-00002.safetensors.part": export("x.safetensors", **SHARDS),
+    "model.safetensors": lambda folder: interop.safetensors.save(PARAMS, folder, **SHARDS),
+    "out": export("out"),
+    "out.orbax-checkpoint-tmp": export("out"),
+}
+
+
+@pytest.mark.parametrize("leads_to", ["file", "below", "nothing"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_symlink_leads_to_is_not_written_to(name, leads_to, others, tmp_path):
+    if name.startswith("run/1"):
+        save(tmp_path)
+    if name.startswith("stock/1/"):
+        with ocp.CheckpointManager(tmp_path / "stock") as stock:
+            stock.save(1, args=ocp.args.Composite(params=ocp.args.StandardSave(PARAMS)))
+    link, before = tmp_path / name, content(others)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(others / leads_to)
+    work = NAMES[name]
+    with contextlib.suppress(OSError, ckptmgr.CheckpointError, ValueError):
+        work(tmp_path / "stock" if work is interop.adopt else tmp_path)
+    assert content(others) == before
+    assert not (others / "nothing").exists()
+
+
+def test_the_error_names_the_link_and_says_what_to_do(others, tmp_path, caplog):
+    save(tmp_path)
+    run = tmp_path / "run"
+    (run / ".writer").symlink_to(others / "file")
+    with pytest.raises(OSError, match=r"\.writer is a symlink.*Remove the symlink"):
+        save(tmp_path)
+    (run / ".writer").unlink()
+    (run / "1" / "PINNED").symlink_to(others / "file")
+    with pytest.raises(OSError, match=r"PINNED is a symlink"):
+        pin(tmp_path)
+    (run / ".journal.jsonl").rename(others / "journal")
+    (run / ".journal.jsonl").symlink_to(others / "journal")
+    copy(tmp_path)
+    assert next(r.message for r in caplog.records if "journal" in r.message).endswith("Remove the symlink")
+
+
+def test_a_step_that_is_a_symlink_is_read_but_not_pinned(others, tmp_path):
+    save(tmp_path)
+    (tmp_path / "run" / "1").rename(others / "1")
+    (tmp_path / "run" / "1").symlink_to(others / "1")
+    before = content(others)
+    with pytest.raises(OSError, match=r"1 is a symlink; ckptmgr writes only to the directory itself, .*others/1"):
+        pin(tmp_path)
+    with ckptmgr.CheckpointManager(tmp_path / "run") as manager:
+        assert np.array_equal(manager.restore(1, params=PARAMS).params["w"], PARAMS["w"])
+        manager.delete(1)
+    assert content(others) == before
