@@ -103,22 +103,25 @@ class Store:
             name: ocp.args.StandardSave(item) if isinstance(item, arrays.Snapshot) else ocp.args.JsonSave(item)
             for name, item in items.items()
         }
-        manager = self._open(draft.name, commit, stages)
-        try:
-            manager.save(step, args=ocp.args.Composite(**everything), force=True, custom_metadata=SIGNATURE)
-            stages.reach("commit")
-        except Exception as problem:
-            stages.fail(problem)
-            raise
-        finally:
-            manager.close()
+        with concurrent.futures.ThreadPoolExecutor() as threads:  # at the first failure the others are waited for
+            manager = self._open(draft.name, commit, stages, threads)
+            try:
+                manager.save(step, args=ocp.args.Composite(**everything), force=True, custom_metadata=SIGNATURE)
+                stages.reach("commit")
+            except Exception as problem:
+                stages.fail(problem)
+                raise
+            finally:
+                manager.close()
 
-    def _open(self, draft: str, commit: Callable[[], None], stages: _Stages) -> ocp.CheckpointManager:
+    def _open(
+        self, draft: str, commit: Callable[[], None], stages: _Stages, threads: concurrent.futures.Executor
+    ) -> ocp.CheckpointManager:
         """A manager for one save: it costs 0.25 ms, and remembers nothing of the save before."""
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add(None, ocp.args.StandardSave, _ArraysHandler(self._compression, stages))
-        registry.add(None, ocp.args.JsonSave, _JsonHandler(json_file("")))
-        registry.add(METRICS, ocp.args.JsonSave, _JsonHandler(json_file(METRICS)))
+        registry.add(None, ocp.args.StandardSave, _ArraysHandler(self._compression, stages, threads))
+        registry.add(None, ocp.args.JsonSave, _JsonHandler(json_file(""), threads))
+        registry.add(METRICS, ocp.args.JsonSave, _JsonHandler(json_file(METRICS), threads))
         options = ocp.CheckpointManagerOptions(
             step_name_format=_Draft(draft),
             preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
@@ -202,6 +205,11 @@ def _remove(draft: epath.Path) -> None:
             draft.rmtree()
 
 
+async def _in(threads: concurrent.futures.Executor, write: Callable[[], None]) -> None:
+    """Writes an item beside the others."""
+    await asyncio.get_running_loop().run_in_executor(threads, write)
+
+
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         """Not asked here: JAX's counter of steps must only go up, and `lifecycle` counts it."""
@@ -233,9 +241,10 @@ class _Draft(ocp.path.step.NameFormat[Any]):
 class _ArraysHandler(ocp.StandardCheckpointHandler):
     """Writes the Snapshot it is given; recorded on disk under the name of the handler it stands for."""
 
-    def __init__(self, compression: str | None, stages: _Stages) -> None:
+    def __init__(self, compression: str | None, stages: _Stages, threads: concurrent.futures.Executor) -> None:
         super().__init__()
         self._compression = compression
+        self._threads = threads
         self._stages = stages
 
     @classmethod
@@ -244,7 +253,7 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
 
     async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
         self._stages.reach("directories")
-        await asyncio.to_thread(self._write, directory, args.item)  # the items beside each other
+        await _in(self._threads, lambda: self._write(directory, args.item))
         return []
 
     def _write(self, directory: epath.Path, snapshot: arrays.Snapshot) -> None:
@@ -259,16 +268,17 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
 class _JsonHandler(ocp.JsonCheckpointHandler):
     """Writes what the function it is given returns: the caller of `save` waits for no metric."""
 
-    def __init__(self, filename: str) -> None:
+    def __init__(self, filename: str, threads: concurrent.futures.Executor) -> None:
         super().__init__(filename)
         self._name = filename
+        self._threads = threads
 
     @classmethod
     def typestr(cls) -> str:
         return str(ocp.JsonCheckpointHandler.typestr())
 
     async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
-        await asyncio.to_thread(lambda: files.write(directory / self._name, json.dumps(args.item()).encode()))
+        await _in(self._threads, lambda: files.write(directory / self._name, json.dumps(args.item()).encode()))
         return []
 
     def finalize(self, directory: epath.Path) -> None: ...
