@@ -9,7 +9,7 @@
     ├── LayoutError               [ValueError]              leaf
     ├── UnsupportedLeafError      [TypeError]               leaf
     ├── SaveError                 [RuntimeError]            step, and the cause
-    ├── CheckpointTimeoutError    [TimeoutError]            waiting_for
+    ├── CheckpointTimeoutError    [TimeoutError]            waiting_for, missing
     └── UnsafePickleError         [pickle.UnpicklingError]  name
 
 A message says what is wrong, where (leaf path, step, file), and what to do.
@@ -18,6 +18,7 @@ A message says what is wrong, where (leaf path, step, file), and what to do.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -100,11 +101,12 @@ class SaveError(CheckpointError, RuntimeError):
 
 
 class CheckpointTimeoutError(CheckpointError, TimeoutError):
-    """A wait went past its bound; `waiting_for` says what for."""
+    """A wait went past its bound; `waiting_for` says what for, `missing` which processes did not come."""
 
-    def __init__(self, message: str, *, waiting_for: str) -> None:
+    def __init__(self, message: str, *, waiting_for: str, missing: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.waiting_for = waiting_for
+        self.missing = tuple(missing)
 
 
 class UnsafePickleError(CheckpointError, pickle.UnpicklingError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import re
@@ -22,7 +23,8 @@ import numpy as np
 
 from ckptmgr import difference, structure
 from ckptmgr.difference import LeafDiff, StructureDiff
-from ckptmgr.errors import UnsupportedLeafError
+from ckptmgr.errors import LayoutError, UnsupportedLeafError
+from ckptmgr.layout import HOST
 from ckptmgr.manifest import Item, Manifest
 from ckptmgr.structure import LeafSpec, Row, TreeSpec, is_weak, numpy_dtype
 
@@ -46,6 +48,8 @@ class Tree:
 
     spec: TreeSpec
     leaves: Sequence[Any]
+    is_own: bool = False
+    """Whether each process of a job may have its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Value:
 
     get: Callable[[], Any]
     kind: Literal["json", "bytes"] = "json"
+    is_own: bool = False
+    """Whether each process of a job may have its own."""
 
 
 # ---------------------------------------------------------------- going in
@@ -88,13 +94,14 @@ class Composer:
 
     def _extra(self, name: str, value: Any) -> Tree | Value:
         _check_name(name)
-        if hasattr(value, "get_state") and hasattr(value, "set_state"):
+        is_own = not is_global(value)
+        if is_iterator(value):
             value = value.get_state()
         if isinstance(value, bytes):
-            return Value(functools.partial(_to_base64, value), "bytes")
-        if _is_json(value):
-            return Value(functools.partial(json.loads, json.dumps(value)))  # a copy: the caller goes on
-        return self.tree(name, value)
+            return Value(functools.partial(_to_base64, value), "bytes", is_own)
+        if _is_json(value):  # a copy: the caller goes on
+            return Value(functools.partial(json.loads, json.dumps(value)), "json", is_own)
+        return dataclasses.replace(self.tree(name, value), is_own=is_own)
 
 
 def _check_name(name: Any) -> None:
@@ -437,14 +444,45 @@ def from_json(item: Item, value: Any) -> Any:
     return base64.b64decode(value) if item.kind == "bytes" else value
 
 
+def is_iterator(value: Any) -> bool:
+    """Whether an extra is asked for its state: it has the methods, and is no pytree.
+
+    `__getattr__` is not asked: `nnx.Rngs` answers every name, and draws a key for it.
+    """
+    is_tree = not jax.tree_util.all_leaves([value])
+    return not is_tree and all(
+        callable(inspect.getattr_static(value, name, None)) for name in ("get_state", "set_state")
+    )
+
+
+def is_global(value: Any) -> bool:
+    """Whether an iterator says that its state is the same for all processes."""
+    return is_iterator(value) and getattr(value, "is_global", False) is True
+
+
+def source(name: str, item: Item, template: Any, layout: Any) -> int | None:
+    """The process whose state of an item is restored; None for those of all, as a list."""
+    if item.processes == 1 or is_global(template):
+        return 0
+    if layout is HOST and not is_iterator(template):
+        return None
+    if item.processes == jax.process_count():
+        return jax.process_index()
+    raise LayoutError(
+        f"{name} was saved by {item.processes} processes, each with its own, and this job has "
+        f"{jax.process_count()}: give an object with `is_global = True`, or take all with layout=ckptmgr.HOST",
+        leaf=name,
+    )
+
+
 def state_of(template: Any) -> Any:
     """The template of an extra's arrays: that of an iterator is the state it has now."""
-    return template.get_state() if hasattr(template, "set_state") else template
+    return template.get_state() if is_iterator(template) else template
 
 
 def handed_over(template: Any, value: Any) -> Any:
     """A restored extra: the value, or the caller's own iterator once it has been set to it."""
-    if not hasattr(template, "set_state"):
+    if not is_iterator(template):
         return value
     template.set_state(value)
     return template

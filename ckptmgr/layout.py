@@ -349,3 +349,18 @@ def _replicated(places: Iterable[Place]) -> Place:
         if isinstance(place, NamedSharding):
             return NamedSharding(place.mesh, PartitionSpec(), memory_kind=place.memory_kind)
     return next(iter(places), HERE)
+
+
+def spans_processes(place: Any) -> bool:
+    """Whether a place for arrays has devices of other processes."""
+    if isinstance(place, NamedSharding):
+        place = place.mesh
+    if isinstance(place, AbstractMesh):  # stands for the mesh of `jax.set_mesh`
+        place = jax.sharding.get_mesh()
+    if isinstance(place, Mesh):
+        devices = list(place.devices.flat)
+    elif isinstance(place, Sharding):
+        devices = list(place.device_set)
+    else:
+        devices = [place] if isinstance(place, jax.Device) else []
+    return any(device.process_index != jax.process_index() for device in devices)

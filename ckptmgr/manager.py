@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -12,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import jax
 from etils import epath
 
 from ckptmgr import (
@@ -23,12 +25,12 @@ from ckptmgr import (
     job,
     journal,
     lifecycle,
+    opening,
     options,
     paths,
     pending,
     policy,
     restoring,
-    writer,
 )
 from ckptmgr import layout as layouts
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
@@ -37,6 +39,7 @@ from ckptmgr.errors import (
     CorruptCheckpointError,
     SaveError,
 )
+from ckptmgr.job import Call
 from ckptmgr.storage import orbax, reading, verifying, writing
 
 _log = logging.getLogger("ckptmgr")
@@ -103,34 +106,28 @@ class CheckpointManager:
         self._history = history.History(self._catalog, self._options.keep)
         self._composer = items.Composer()
         self._copier = writing.Copier(self._options)
-        self._pending = pending.Pending(self._options.timeout_s)
         self._last: CheckpointInfo | None = None
         self._store: orbax.Store | None = None
         self._preemption = lifecycle.Preemption()
-        self._job = job.Job(self._options.timeout_s)
+        timeout_s = self._options.timeout_s
+        if read_only:  # it may be opened in one process of a job alone
+            self._job = saving = job.Job("", timeout_s, alone=True)
+        else:
+            name, self._writer = opening.open_run(self._directory, self._catalog, timeout_s)
+            self._job, saving = job.Job(name, timeout_s), job.Job(f"{name}/saving", timeout_s)
+        self._pending = pending.Pending(timeout_s, saving)
         writes = not read_only and self._job.leads
         self._journal = journal.Journal(self._directory, self._options.clock, writes=writes)
         self._aftermath = aftermath.Aftermath(
             self._options, self._catalog, self._history, self._job, self._journal
         )
         self._restorer = restoring.Restorer(
-            self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, self._options.timeout_s
+            self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, timeout_s
         )
         if not read_only:
-            self._writer = self._job.together(self._job.name(f"opening {self._directory}"), self._claim)
             lifecycle.drain_on_sigterm()
-            self._store = orbax.Store(
-                self._directory, compression=self._options.compression, timeout_s=self._options.timeout_s
-            )
+            self._store = orbax.Store(self._directory, compression=self._options.compression, job=saving)
             self._aftermath.update_mirror()  # what an earlier process has not copied
-
-    def _claim(self) -> writer.Writer:
-        """Takes the right to write into the run."""
-        self._catalog.prepare()
-        claimed = writer.Writer(self._directory, speaks=self._job.leads)
-        if claimed.is_first:  # what lies about is nobody's any more
-            self._catalog.tidy()
-        return claimed
 
     @property
     def directory(self) -> epath.Path:
@@ -145,7 +142,7 @@ class CheckpointManager:
         now, last = self._options.clock(), self._last_save()
         due = any(each.should_save(step, now=now, last=last) for each in self._options.save_every)
         if not all(isinstance(each, policy.every_steps | policy.at_steps) for each in self._options.save_every):
-            due = self._job.agree(self._job.name("should_save"), due)  # clocks differ
+            due = self._job.decide(Call("the decision about a save", step), lambda: due)  # clocks differ
         return self._preemption.is_due(step, due)
 
     def save(
@@ -195,18 +192,10 @@ class CheckpointManager:
             self._make_room(step)
             return copied
 
-        copied = self._job.together(self._job.name(f"the save of step {step}"), copy)
-        try:
-            store.start(step, copied.contents, copied.build_manifest)
-        except TimeoutError:
-            name = self._job.name(f"the start of step {step}")
-            self._job.share(name, timeout_s=store.patience_s)  # says who is not there any more
-            raise
-        except Exception as problem:  # the step's directory could not be made, or a bounded wave not be written
-            raise SaveError(f"step {step} could not be saved: {problem}", step=step) from problem
+        copied = self._job.together(Call("the save", step), copy, writing.Copied.spec)
         self._last = CheckpointInfo(step=step, time=copied.manifest.time)
         reason = "forced" if force else "preempted" if self.preempted else "due"
-        return self._follow(step, store, reason, called)
+        return self._hand_over(copied, store, reason, called)
 
     def _make_room(self, step: int) -> None:
         """A damaged step of this number is kept under another name: the run walked back, and comes by again."""
@@ -221,7 +210,8 @@ class CheckpointManager:
         return self._last
 
     def _writable(self, step: int) -> orbax.Store:
-        self._pending.raise_failure()
+        if self._job.count == 1:  # processes raise it together, in the next call that they make together
+            self._pending.raise_failure()
         if self._store is None:
             raise SaveError(f"step {step} cannot be saved: this manager is read-only or closed", step=step)
         return self._store
@@ -233,8 +223,11 @@ class CheckpointManager:
         due = self._preemption.is_due(step, True) if force else self.should_save(step)
         if not due:
             return "not due by save_every"
+        return self._job.decide(Call("the start of the save", step), lambda: self._exists(step, on_exists))
+
+    def _exists(self, step: int, on_exists: str) -> str | None:
+        """Why this step is not to be saved although it is due."""
         exists = step == self._pending.step or step in set(self._catalog.steps()) - self._catalog.damaged
-        exists = self._job.agree(self._job.name("save"), exists)
         if exists and on_exists == "replace" and not self._catalog.can_replace:
             raise ValueError(
                 f'on_exists="replace" takes a rename, which {self._directory} has not; delete({step}) first'
@@ -248,21 +241,26 @@ class CheckpointManager:
             step=step,
         )
 
-    def _follow(self, step: int, store: orbax.Store, reason: str, called: float) -> SaveResult:
-        """Waits beside the caller until the step is durable, then does what follows from it."""
-        blocked_s = time.perf_counter() - called
+    def _hand_over(self, copied: writing.Copied, store: orbax.Store, reason: str, called: float) -> SaveResult:
+        """Has the step written beside the caller, then what follows from it done."""
+        step, blocked_s = copied.manifest.step, concurrent.futures.Future[float]()
 
         def commit() -> CheckpointInfo:
-            store.wait(step)
+            store.write(step, copied.contents, copied.build_manifest, copied.own)
             durable_s = time.perf_counter() - called
             info = self._history.glance(self._catalog.manifest(step))
-            return dataclasses.replace(info, blocked_s=blocked_s, durable_s=durable_s)
+            return dataclasses.replace(info, blocked_s=blocked_s.result(), durable_s=durable_s)
 
         def failed(failure: SaveError) -> None:
             self._last = None
             self._journal.record("failed", step, why=str(failure.__cause__))
 
         told = self._pending.follow(step, commit, failed, self._aftermath.follow)
+        try:
+            if not copied.wait(self._options.timeout_s):
+                self._pending.join(0)  # says what takes so long
+        finally:
+            blocked_s.set_result(time.perf_counter() - called)
         if not self._options.asynchronous:
             self._pending.wait()
         return SaveResult(step, reason, told, self._pending.acknowledge)
@@ -287,7 +285,6 @@ class CheckpointManager:
         self._pending.join()
         store, self._store = self._store, None
         if store is not None:
-            store.close()
             self._aftermath.wait()
             self._writer.release()
         self._pending.raise_failure()
@@ -371,11 +368,12 @@ class CheckpointManager:
             partial=partial, rename=rename, broadcast=broadcast,
         )  # fmt: skip
         self._pending.wait()
+        restorer = self._restorer.among(request)
         if step is None:
-            return self._restorer.newest(request)
+            return restorer.newest(request)
         if step == "best":
-            return self._restorer.best(request)
-        return self._restorer.one(policy.step_number(step), request)
+            return restorer.best(request)
+        return restorer.one(policy.step_number(step), request)
 
     def restore_or(
         self,
@@ -402,8 +400,9 @@ class CheckpointManager:
         )  # fmt: skip
         step = policy.step_number(step)
         self._pending.wait()
-        if self._restorer.has_steps():
-            return self._restorer.newest(request)
+        restorer = self._restorer.among(request)
+        if restorer.has_steps():
+            return restorer.newest(request)
         return Checkpoint(
             step=step,
             params=params,
@@ -421,7 +420,7 @@ class CheckpointManager:
             extras=extras or {},
             layout=layouts.check(layout),
             rename=rename or {},
-            broadcast=broadcast and self._job.count > 1,
+            broadcast=broadcast and jax.process_count() > 1,
             **templates,
         )
 

@@ -26,7 +26,8 @@ from ckptmgr.structure import LeafSpec, TreeSpec, numpy_dtype
 NAME = "manifest.json"
 FORMAT = 2
 """Format 2 adds items that lie in another folder, items that are not read, and leaves that are a str: what only
-others write. A manifest without these is still written as format 1, so that older versions read it."""
+others write; and items of which each process has its own: format 1 would give all of them the first.
+A manifest without these is still written as format 1, so that older versions read it."""
 
 _BLOCK_BYTES = 16 << 20
 _LIBRARIES = ("ckptmgr", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
@@ -52,6 +53,8 @@ class Item:
     folder: str = ""
     """Where it lies in the step; "" is a folder of the item's name, "." the step itself."""
     why: str = ""
+    processes: int = 1
+    """How many processes have each saved their own of it; the first is where stock Orbax looks."""
 
     def place(self, name: str) -> str:
         """The folder of the item in the step."""
@@ -132,7 +135,8 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def _needs_format_2(item: Item) -> bool:
-    return item.kind == "unread" or bool(item.folder) or any(leaf.kind == "str" for leaf in item.tree.leaves)
+    is_new = item.kind == "unread" or bool(item.folder) or item.processes > 1
+    return is_new or any(leaf.kind == "str" for leaf in item.tree.leaves)
 
 
 def _seal(text: bytes) -> bytes:
@@ -182,11 +186,12 @@ def decode(data: bytes, *, step: int, path: str) -> Manifest:
 
 
 def _item_to_json(item: Item) -> dict[str, Any]:
-    folder = {"folder": item.folder} if item.folder else {}
+    more: dict[str, Any] = {"folder": item.folder} if item.folder else {}
+    more |= {"processes": item.processes} if item.processes > 1 else {}
     if item.kind == "unread":
-        return {"kind": "unread", "why": item.why} | folder
+        return {"kind": "unread", "why": item.why} | more
     if item.kind != "arrays":
-        return {"kind": item.kind, "file": item.file} | folder
+        return {"kind": item.kind, "file": item.file} | more
     leaves = [_leaf_to_json(leaf) for leaf in item.tree.leaves]
     stock = {name: False for name in ("zarr3", "ocdbt") if not getattr(item, name)}
     return {
@@ -195,7 +200,7 @@ def _item_to_json(item: Item) -> dict[str, Any]:
         "compression": item.compression,
         "leaves": leaves,
         "outline": item.tree.outline,
-    } | stock | folder  # fmt: skip
+    } | stock | more  # fmt: skip
 
 
 def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
@@ -205,14 +210,14 @@ def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
 
 
 def _item_from_json(item: Mapping[str, Any]) -> Item:
-    folder = item.get("folder", "")
+    more = {"folder": item.get("folder", ""), "processes": item.get("processes", 1)}
     if item["kind"] == "unread":
-        return Item("unread", folder=folder, why=item["why"])
+        return Item("unread", why=item["why"], **more)
     if item["kind"] != "arrays":
-        return Item(item["kind"], file=item["file"], folder=folder)
+        return Item(item["kind"], file=item["file"], **more)
     leaves = tuple(map(_leaf_from_json, item["leaves"]))
     zarr3, ocdbt = item.get("zarr3", True), item.get("ocdbt", True)
-    return Item("arrays", TreeSpec(leaves, item["outline"]), "", zarr3, ocdbt, item["compression"], folder)
+    return Item("arrays", TreeSpec(leaves, item["outline"]), "", zarr3, ocdbt, item["compression"], **more)
 
 
 def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:

@@ -7,16 +7,18 @@ import logging
 from collections.abc import Callable
 
 from ckptmgr.checkpoint import CheckpointInfo
-from ckptmgr.errors import SaveError
+from ckptmgr.errors import CheckpointTimeoutError, SaveError
+from ckptmgr.job import Job
 from ckptmgr.lifecycle import Background
 
 _log = logging.getLogger("ckptmgr")
 
 
 class Pending:
-    """One save at a time; `timeout_s` bounds every wait for it."""
+    """One save at a time; `timeout_s` bounds every wait for it, and `job` knows which processes it waits for."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, job: Job) -> None:
+        self._job = job
         self.step: int | None = None
         self._background = Background(timeout_s)
         self._failure: SaveError | None = None
@@ -53,7 +55,13 @@ class Pending:
 
     def join(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being written, and what follows from it is done."""
-        self._background.wait(timeout_s)
+        try:
+            self._background.wait(timeout_s)
+        except CheckpointTimeoutError as late:
+            if not self._job.waits_for:
+                raise
+            told = f"{late}; {self._job.waits_for} did not come"
+            raise CheckpointTimeoutError(told, waiting_for=late.waiting_for) from None
 
     def wait(self) -> None:
         """The same, and raises what has failed."""

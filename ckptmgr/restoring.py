@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -9,7 +11,7 @@ from typing import Any
 
 import jax
 
-from ckptmgr import items, journal
+from ckptmgr import items, job, journal
 from ckptmgr import layout as layouts
 from ckptmgr import manifest as manifests
 from ckptmgr.catalog import Catalog
@@ -17,11 +19,14 @@ from ckptmgr.checkpoint import Checkpoint
 from ckptmgr.difference import StructureDiff
 from ckptmgr.errors import CheckpointNotFoundError, CheckpointTimeoutError, CorruptCheckpointError
 from ckptmgr.history import History
-from ckptmgr.job import Job, OtherProcessError
+from ckptmgr.job import Call, Job
 from ckptmgr.mirror import Mirror
 from ckptmgr.storage import reading
+from ckptmgr.structure import numpy_dtype
 
 _log = logging.getLogger("ckptmgr")
+_PATIENCE_S, _PAUSE_S = 30.0, 0.02  # a network's file system may show a new step late
+_CHOICE = Call("the choice of a step to restore")
 
 
 class Restorer:
@@ -37,29 +42,60 @@ class Restorer:
         timeout_s: float,
     ) -> None:
         self._home, self._history, self._mirror = home, history, mirror
-        self._job, self._journal, self._timeout_s = job, journal, timeout_s
+        self._of_run, self._journal, self._timeout_s = job, journal, timeout_s
+        self._job = job
+
+    def among(self, request: items.Request) -> Restorer:
+        """The same, agreeing with the processes that have to restore the same step.
+
+        A run opened for writing is open in all processes, and they agree on every restore. A reader may be open
+        in one alone; it agrees with the others if what it restores is spread over several processes.
+        """
+        if self._of_run.count == jax.process_count() or not (request.broadcast or self._spans_processes(request)):
+            return self
+        joined = copy.copy(self)
+        joined._job = job.shared("readers", self._timeout_s)
+        return joined
+
+    def _spans_processes(self, request: items.Request) -> bool:
+        given = (request.params, request.opt_state, list(request.extras.values()), request.layout)
+        places = [getattr(leaf, "sharding", leaf) for leaf in jax.tree_util.tree_leaves(given)]
+        if callable(request.layout) and (step := max(self._steps(), default=None)) is not None:
+            places += self._places_by(request.layout, step)
+        return any(map(layouts.spans_processes, places))
+
+    def _places_by(self, layout: Any, step: int) -> list[Any]:
+        """Where a callable puts the parameters of a step."""
+        try:
+            params = self._home.manifest(step).items[items.PARAMS].tree.leaves
+            return [
+                layout(leaf.path, jax.ShapeDtypeStruct(leaf.shape, numpy_dtype(leaf.dtype))) for leaf in params
+            ]
+        except Exception:  # whatever it is, restoring meets it too, and says so
+            return []
 
     # ------------------------------------------------------------ which step
 
     def has_steps(self) -> bool:
         """Whether there is anything to restore, as process 0 sees it."""
-        return self._job.agree(self._job.name("restore"), bool(self._steps()))
+        return self._job.decide(_CHOICE, lambda: bool(self._steps()))
 
     def best(self, request: items.Request) -> Checkpoint:
         """The step that the policies rank first, here and in the mirror."""
         away = self._mirror.history.all() if self._mirror is not None else []
-        number = self._job.agree(self._job.name("restore"), self._history.best(None, "min", beside=away))
+        number = self._job.decide(_CHOICE, lambda: self._history.best(None, "min", beside=away))
         if number is None:
             raise self._home.nothing_good({}, "no checkpoint has the metric that ranks them, or all are NaN")
         return self._restore(number, request)
 
     def one(self, step: int, request: items.Request) -> Checkpoint:
         """This step and no other."""
-        return self._restore(self._job.agree(self._job.name("restore"), step), request)
+        return self._restore(self._job.decide(_CHOICE, lambda: step), request)
 
     def newest(self, request: items.Request) -> Checkpoint:
         """The newest good step; those passed over as damaged count as if they were not there any more."""
         skipped: dict[int, str] = {}
+        ends = time.monotonic() + min(_PATIENCE_S, self._timeout_s / 2)
         while (candidate := self._newest_beside(skipped)) is not None:
             try:
                 found = self._restore(candidate, request, skipped)
@@ -67,16 +103,26 @@ class Restorer:
                 _log.warning("step %d is passed over as damaged: %s", candidate, problem)
                 self._journal.record("passed over", candidate, why=str(problem))
                 skipped[candidate] = str(problem)
-            except CheckpointNotFoundError:
-                continue  # the trainer deleted it under our hands, and has a newer one
+            except CheckpointNotFoundError as problem:  # the trainer has deleted it meanwhile, and has a newer one
+                still_listed = functools.partial(self._refuse_if_listed, candidate, ends, str(problem))
+                self._job.decide(_CHOICE, still_listed)
             else:
                 self._home.damaged.update(skipped)
                 return found
         raise self._home.nothing_good(skipped)
 
+    def _refuse_if_listed(self, step: int, ends: float, problem: str) -> None:
+        """Raises if process 0 still lists a step that another does not find."""
+        if step in self._steps() and time.monotonic() > ends:
+            raise CheckpointNotFoundError(
+                f"step {step} is listed in {self._home.directory} and not found: {problem}. If several processes "
+                "restore, all of them need one directory that is shared",
+                directory=str(self._home.directory), step=step,
+            )  # fmt: skip
+        time.sleep(_PAUSE_S)
+
     def _newest_beside(self, skipped: Mapping[int, str]) -> int | None:
-        newest: int | None = max(self._steps() - set(skipped), default=None)
-        return self._job.agree(self._job.name("restore"), newest)
+        return self._job.decide(_CHOICE, lambda: max(self._steps() - set(skipped), default=None))
 
     def _steps(self) -> set[int]:
         """The steps here and in the mirror; one that cannot be reached is missed if there is nothing here."""
@@ -90,12 +136,11 @@ class Restorer:
         try:
             return self._together(self._home, step, request, skipped or {})
         except (CorruptCheckpointError, CheckpointNotFoundError) as problem:
-            if self._mirror is None or not self._job.agree(
-                self._job.name("mirror"), step in self._mirror.steps(needed=False)
-            ):
+            mirror = self._mirror
+            if mirror is None or not self._job.decide(_CHOICE, lambda: step in mirror.steps(needed=False)):
                 raise
-            _log.warning("step %d is taken from %s: %s", step, self._mirror.catalog.directory, problem)
-            found = self._together(self._mirror.catalog, step, request, skipped or {})
+            _log.warning("step %d is taken from %s: %s", step, mirror.catalog.directory, problem)
+            found = self._together(mirror.catalog, step, request, skipped or {})
             if isinstance(problem, CorruptCheckpointError):
                 self._home.damaged.add(step)
             return found
@@ -103,15 +148,8 @@ class Restorer:
     def _together(
         self, home: Catalog, step: int, request: items.Request, skipped: Mapping[int, str]
     ) -> Checkpoint:
-        try:
-            name = self._job.name(f"the restore of step {step}")
-            return self._job.together(name, lambda: self._whole(home, step, request, skipped))
-        except OtherProcessError as problem:
-            if problem.kind == CorruptCheckpointError.__name__:
-                raise CorruptCheckpointError(str(problem), step=step) from None
-            if problem.kind == CheckpointNotFoundError.__name__:
-                raise CheckpointNotFoundError(str(problem), directory=str(home.directory), step=step) from None
-            raise
+        call = Call(f"the restore from step {step}")
+        return self._job.together(call, lambda: self._whole(home, step, request, skipped))
 
     # ------------------------------------------------------------ reading it
 
@@ -147,17 +185,22 @@ class Restorer:
             params = items.params_of(manifest, matched)
             targets = layouts.targets(request.layout, matched, params)
             manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
-            trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast)
+            sources = {
+                name: items.source(name, manifest.items[name], template, request.layout)
+                for name, template in templates.items()
+                if name in manifest.items
+            }
+            trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast, sources=sources)
             trees.fetch()
             return manifest, templates, passed, trees
 
         with reading.reported(directory):
             if request.broadcast:  # nothing is sent before all have read their part
-                name = self._job.name(f"the reading of step {step}")
-                manifest, templates, passed, trees = self._job.together(name, open_trees)
+                call = Call(f"the reading from step {step}")
+                manifest, templates, passed, trees = self._job.together(call, open_trees)
             else:
                 manifest, templates, passed, trees = open_trees()
-            values = trees.place() | reading.read_values(manifest, directory, templates)
+            values = trees.place() | reading.read_values(manifest, directory, trees.sources)
         if request.optimizer is not None and passed.missing:
             values[items.OPT_STATE] = _with_new_state(request.optimizer, values)
         _warn_of_partial(step, passed)

@@ -107,6 +107,7 @@ def _is_dtype(name: str) -> bool:
         return False
 
 
+_MOST_PROCESSES = 1 << 20
 COUNT: Callable[[Any], bool] = _is_count
 _KINDS = frozenset(("jax", "numpy", "key", "scalar", "int", "float", "bool", "complex", "str"))
 _ITEMS: Mapping[str, Any] = {
@@ -151,6 +152,8 @@ def _check_item(item: Mapping[str, Any], where: str) -> None:
     folder = item.get("folder", "")
     if folder not in ("", ".") and not stays_inside(folder):
         raise ValueError(f"{folder!r} would lie outside of the checkpoint")
+    processes = item.get("processes", 1)
+    _require(_is_chunk(processes) and processes <= _MOST_PROCESSES, f"{where}.processes", processes)
     if item["kind"] == "arrays":
         _check_leaves(item["leaves"], f"{where}.leaves")
         found: list[int] = []

@@ -5,6 +5,11 @@ load [STEP]         restores one onto all devices of all processes, and checks e
 shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says how many bytes it read
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
 clock               asks a clock of its own whether to save
+attempt STEP...     saves steps, and says what came of each; `2:0` is saved by process 0 alone
+differs             process 1 gives something else, in every way; says what came of it
+stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
+own save|load       each process has iterators of its own
+reader              each process in turn reads alone beside the others, then all do
 """
 
 import os
@@ -95,6 +100,157 @@ def load(directory, mesh, *step):
 BITS = np.array([0x80000000, 0x7FC00001, 0xFF800001, 0], np.uint32).view(np.float32)  # -0.0 and NaNs
 
 
+def attempt(directory, mesh, *steps):
+    own = directory.replace("INDEX", str(jax.process_index()))
+    manager = ckptmgr.CheckpointManager(own, timeout_s=TIMEOUT_S)
+    for each in steps:
+        step, _, only = each.partition(":")
+        if only in ("", str(jax.process_index())):
+            try:
+                came_of_it = bool(manager.save(int(step), spread(mesh, int(step))))
+            except ckptmgr.CheckpointError as problem:
+                came_of_it = f"{type(problem).__name__} {problem}"
+            say(step, came_of_it)
+    manager.close()
+    say("steps", *manager.steps())
+
+
+OTHERS = {
+    "tree": lambda tree: tree | {"more": np.zeros(2)},
+    "missing": lambda tree: {name: leaf for name, leaf in tree.items() if name != "odd"},
+    "dtype": lambda tree: tree | {"odd": tree["odd"].astype(np.float16)},
+    "shape": lambda tree: tree | {"odd": tree["odd"][:3]},
+    "kind": lambda tree: tree | {"number": float(tree["number"])},
+    "weak": lambda tree: tree | {"one": jax.lax.full((8,), 1.0) * 1.0},
+    "sharding": lambda tree: tree | {"w": whole_everywhere(tree["w"].shape, tree["b"].sharding)},
+    "container": lambda tree: tree | {"list": list(tree["list"])},
+}
+
+
+def whole_everywhere(shape, sharding):
+    return jax.make_array_from_callback(shape, sharding, lambda index: state(0)["w"][index])
+
+
+def differs(directory, mesh):
+    is_other = jax.process_index() == 1
+    with ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S) as manager:
+
+        def attempt(step, params, **given):
+            try:
+                return bool(manager.save(step, params, **given))
+            except ckptmgr.SaveError as problem:
+                return problem
+
+        for step, (name, change) in enumerate(OTHERS.items(), start=1):
+            tree = spread(mesh, step) | {"list": (np.zeros(1), np.ones(1))}
+            say(name, attempt(step, change(tree) if is_other else tree))
+        say("extra", attempt(100, spread(mesh, 1), extras={"mine": [1]} if is_other else None))
+        say("same", attempt(101, spread(mesh, 101)))
+    say("steps", *manager.steps())
+
+
+def stages(directory, mesh):
+    """One array on the devices of each process, one of its own in each, and one that all share."""
+
+    def array(shape, where, values):
+        return jax.make_array_from_callback(shape, where, lambda index: values[index], dtype=values.dtype)
+
+    def tree(fill):
+        found = {"all": array((8,), NamedSharding(mesh, P("data")), np.arange(8, dtype=np.float32) + fill)}
+        for process in range(jax.process_count()):
+            own = [device for device in jax.devices() if device.process_index == process]
+            grid = jax.sharding.Mesh(np.array(own), ("stage",))
+            values = np.arange(8, dtype=np.float32) * (process + 1) + fill
+            found[f"split {process}"] = array((8,), NamedSharding(grid, P("stage")), values)
+            found[f"whole {process}"] = array((8,), jax.sharding.SingleDeviceSharding(own[0]), values)
+        return found | {
+            "mine": jax.device_put(np.full(3, jax.process_index() + fill, np.float32), jax.local_devices()[0])
+        }
+
+    manager = ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S)
+    manager.save(1, tree(7.0)).result()
+    back = manager.restore(params=tree(0.0)).params
+    for name, expected in tree(7.0).items():
+        assert back[name].sharding == expected.sharding, name
+        for got, shard in zip(back[name].addressable_shards, expected.addressable_shards, strict=True):
+            assert np.array_equal(got.data, np.full(3, 7.0) if name == "mine" else shard.data), name
+    manager.close()
+    say("stages")
+
+
+class Iterator:
+    """A data iterator; `state` is JSON, bytes or numpy arrays."""
+
+    def __init__(self, state, is_global=False):
+        self.state, self.is_global = state, is_global
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+
+def states(process):
+    return {
+        "json": Iterator({"at": process, "files": ["a", "b"]}),
+        "bytes": Iterator(bytes([process, 255])),
+        "arrays": Iterator({"at": np.array([process, 7]), "rng": np.full(5, process + 0.5)}),
+        "all": Iterator({"at": process}, is_global=True),
+        "equal": Iterator({"at": np.arange(3)}),
+        "plain": {"host": process},
+    }
+
+
+def own(directory, mesh, what):
+    here, count = jax.process_index(), jax.process_count()
+    same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))  # noqa: E731
+    state_of = lambda extra: extra.state if isinstance(extra, Iterator) else extra  # noqa: E731
+    with ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S) as manager:
+        if what == "save":
+            manager.save(count, spread(mesh, 1), extras=states(here)).result()
+            manager.save(100 + count, spread(mesh, 1), extras=states(0)).result()
+        step = max(each for each in manager.steps() if each < 100)
+        for at, saved_by in (
+            (step, lambda name: 0 if name in ("all", "equal") else here),
+            (100 + step, lambda _: 0),
+        ):
+            for name in states(0):
+                template = states(50 + here)[name]
+                if at == step != count and name not in ("all", "equal"):
+                    with pytest.raises(ckptmgr.LayoutError, match=rf"{name} was saved by {step} processes"):
+                        manager.restore(at, extras={name: template})
+                    template, saved = Iterator(state_of(template), is_global=True), states(0)[name]
+                else:
+                    saved = states(saved_by(name))[name]
+                found = manager.restore(at, extras={name: template}).extras[name]
+                assert same(state_of(found), state_of(saved)), name
+        every = manager.restore(step, layout=ckptmgr.HOST).extras
+        for name in ("json", "bytes", "arrays", "plain"):
+            assert same(every[name], [state_of(states(process)[name]) for process in range(step)]), name
+        assert manager.verify(step)
+    say("own")
+
+
+def reader(directory, mesh):
+    def read(layout):
+        found = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S).restore(layout=layout)
+        assert found.params["number"] == found.step
+        return found.step
+
+    with ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S) as manager:
+        for step in (1, 2):
+            manager.save(step, spread(mesh, step)).result()
+            if jax.process_index() == step - 1:
+                assert read(ckptmgr.HOST) == step
+                assert read(jax.local_devices()[0]) == step
+        with ckptmgr.CheckpointManager(f"{directory}-beside", timeout_s=TIMEOUT_S) as beside:
+            beside.save(1, spread(mesh, 1)).result()
+        assert read(mesh) == read(lambda path, leaf: NamedSharding(mesh, P())) == 2
+        assert manager.restore(layout=ckptmgr.HOST).step == 2
+    say("read")
+
+
 def odds():
     """Arrays whose bits a sum of numbers would not keep, and shapes that are easily forgotten."""
     return {
@@ -115,8 +271,11 @@ def keys(step):
 
 
 def shared(directory, _, axes, broadcast):
-    shape = tuple(map(int, axes.split("x")))
-    mesh = jax.make_mesh(shape, ("copy", "part"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    shape = tuple(map(int, axes.rstrip("t").split("x")))
+    devices = np.array(jax.devices()).reshape(shape)
+    if axes.endswith("t"):  # the copies of a piece are not where one process ends and the next begins
+        devices = np.roll(devices.reshape(-1), 1).reshape(shape)
+    mesh = jax.sharding.Mesh(devices, ("copy", "part"), axis_types=(EXPLICIT if axes.endswith("t") else AUTO,) * 2)
     values = odds() if broadcast != "save" else {}
     if broadcast == "save":
         with ckptmgr.CheckpointManager(directory) as manager:
@@ -187,12 +346,14 @@ if __name__ == "__main__":
     import jax
     import ml_dtypes
     import optax
+    import pytest
     import tensorstore as ts
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
     import ckptmgr
 
+    AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
     MIRROR = os.environ.get("CKPTMGR_MIRROR")
     TIMEOUT_S = float(os.environ.get("CKPTMGR_TIMEOUT_S", "60"))
     if int(count) > 1:
@@ -202,7 +363,10 @@ if __name__ == "__main__":
     everything = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     say("joined")
     try:
-        known = {each.__name__: each for each in (save, load, shared, train, clock)}
+        known = {
+            each.__name__: each
+            for each in (save, load, shared, train, clock, attempt, differs, stages, own, reader)
+        }
         known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:
         say("failed", type(problem).__name__, problem)

@@ -29,7 +29,7 @@ MUTATIONS = [
     ),
     Mutation(
         1, "names are not flushed before the rename",
-        "storage/orbax.py", "            files.sync(folders)", "            pass",
+        "storage/orbax.py", "    files.sync(folders)\n", "",
         "tests/storage/test_orbax.py::test_everything_is_flushed_before_the_step_has_its_name",
     ),
     Mutation(
@@ -104,12 +104,12 @@ MUTATIONS = [
     ),
     Mutation(
         6, "what a failed save has written stays",
-        "storage/orbax.py", "                unfinished.rmtree()", "                pass",
+        "storage/orbax.py", "            draft.rmtree()", "            pass",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
         6, "a process that was waited for in vain is waited for again",
-        "job.py", "if problem is not None and absent(problem):", "if False:",
+        "job.py", "is_late=isinstance(problem, CheckpointTimeoutError)", "is_late=False",
         "tests/test_job.py::test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time",
     ),
     Mutation(

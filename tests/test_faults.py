@@ -41,6 +41,18 @@ def test_a_write_that_fails_at_any_point_is_said_and_harms_nothing(fault, tmp_pa
         assert saved(manager, 2) == 2
 
 
+def test_one_that_fails_waits_for_those_that_write_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "SLOW_S", 0.5)
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        with monkeypatch.context() as patch:
+            faults.install("fail file 1", patch.setattr)
+            faults.install("slow arrays 1", patch.setattr)
+            with pytest.raises(ckptmgr.SaveError):
+                manager.save(1, trainer.state(1)).result()
+        time.sleep(2 * faults.SLOW_S)
+        assert visible(tmp_path) == []
+
+
 @pytest.mark.parametrize("swaps", [True, False], ids=["swaps", "cannot swap"])
 @pytest.mark.parametrize("fault", ["fail arrays 1", "fail publish 1", "fail rename 1", "fail rename 2"])
 def test_a_replacement_that_fails_leaves_a_whole_step(fault, swaps, tmp_path, monkeypatch):
@@ -219,5 +231,5 @@ def test_saves_and_restores_reach_the_exporter_of_orbax(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("write_success", "read_start", "read_success"):
         assert f"jax_orbax_{name}_total 1.0" in done.stdout
-    assert "jax_checkpoint_write_async_commit_duration_sec" in done.stdout
+    assert "jax_orbax_write_finalize_duration_secs" in done.stdout
     assert 'jax_orbax_read_total_duration_secs_count{storage_type="other"} 1.0' in done.stdout

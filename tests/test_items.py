@@ -1,6 +1,7 @@
 """Every structure a JAX user has, in and out."""
 
 import dataclasses
+import unittest.mock
 from typing import NamedTuple
 
 import equinox
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 from jax.example_libraries import optimizers, stax
 
-from ckptmgr import CheckpointManager, StructureMismatchError
+from ckptmgr import CheckpointManager, StructureMismatchError, UnsupportedLeafError
 from ckptmgr.testing import assert_trees_equal
 
 
@@ -144,6 +145,91 @@ def test_changing_from_one_optimizer_to_another_is_refused_by_name(tmp_path):
             manager.restore(1, params=PARAMS, optimizer=optax.adam(1e-3))
         back = manager.restore(1, params=PARAMS, opt_state=optax.adam(1e-3).init(PARAMS), partial=True)
         assert_trees_equal(back.opt_state, optax.adam(1e-3).init(PARAMS))
+
+
+class Everything:
+    """Answers every name, as mocks, dicts with attributes and `nnx.Rngs` do."""
+
+    asked: list[str]
+
+    def __init__(self):
+        object.__setattr__(self, "asked", [])
+
+    def __getattr__(self, name):
+        self.asked.append(name)
+        return lambda *_: self
+
+
+class Delegating:
+    def __init__(self):
+        self.inner = [1]
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+@jax.tree_util.register_pytree_node_class
+class TreeWithState:
+    """A pytree first: its own words for its state are not used."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def get_state(self):
+        raise AssertionError("asked for its state")
+
+    set_state = get_state
+
+    def tree_flatten(self):
+        return (self.w,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@pytest.mark.parametrize("make", [Everything, Delegating, unittest.mock.Mock, unittest.mock.MagicMock])
+def test_what_answers_every_name_is_no_iterator_and_refused_by_name(make, tmp_path):
+    value = make()
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(UnsupportedLeafError, match=f"it: is a .*{make.__name__}"):
+            manager.save(1, {"w": 1.0}, extras={"it": value})
+        assert manager.steps() == []
+    assert not isinstance(value, unittest.mock.Mock) or value.mock_calls == []
+    assert not isinstance(value, Everything) or not set(value.asked) & {"get_state", "set_state"}
+
+
+def test_a_pytree_with_a_state_is_saved_as_a_tree(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": 1.0}, extras={"it": TreeWithState(np.arange(3.0))})
+        back = manager.restore(1, extras={"it": TreeWithState(np.zeros(3))}).extras["it"]
+    assert np.array_equal(back.w, np.arange(3.0))
+
+
+@pytest.mark.parametrize("drawn", [0, 3])
+def test_the_streams_of_nnx_come_back_exactly_and_saving_draws_nothing(drawn, tmp_path):
+    def used():
+        rngs = nnx.Rngs(0, dropout=1)
+        for _ in range(drawn):
+            rngs.dropout()
+        return rngs
+
+    def state(rngs):
+        return [np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+                for x in jax.tree_util.tree_leaves(rngs)]  # fmt: skip
+
+    rngs, untouched = used(), used()
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": 1.0}, extras={"rngs": rngs})
+        template = nnx.Rngs(7, dropout=8)
+        before = state(template)
+        back = manager.restore(1, extras={"rngs": template}).extras["rngs"]
+    for each, expected in ((rngs, state(untouched)), (template, before)):
+        assert all(np.array_equal(a, b) for a, b in zip(state(each), expected, strict=True))
+    expected = [jax.random.key_data(untouched.dropout()), jax.random.key_data(untouched.params())]
+    for each in (rngs, back):
+        drawn_next = [jax.random.key_data(each.dropout()), jax.random.key_data(each.params())]
+        assert all(np.array_equal(a, b) for a, b in zip(drawn_next, expected, strict=True))
 
 
 WRONG_OPTIMIZERS = {

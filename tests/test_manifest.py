@@ -92,6 +92,7 @@ def test_what_older_versions_can_read_keeps_their_format():
     newer = [
         manifest.Item("unread", why="nobody knows"),
         manifest.Item("json", file="metadata", folder="elsewhere"),
+        manifest.Item("json", file="metadata", processes=2),
         manifest.Item("arrays", structure.TreeSpec((text,), {"dict": {"a": 0}})),
     ]
     for item in newer:

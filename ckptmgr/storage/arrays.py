@@ -10,9 +10,10 @@ stored inside a node (`max_inline_value_bytes`), so that it is covered too.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,12 +64,17 @@ def _base(path: str) -> Any:
 class Snapshot:
     """The host copies of one item on their way to disk: all of them, or one wave of `max_bytes` after another."""
 
-    def __init__(self, plan: Plan, leaves: Sequence[Any], max_bytes: int | None) -> None:
+    def __init__(self, plan: Plan, leaves: Sequence[Any], max_bytes: int | None, *, is_own: bool = False) -> None:
         self.plan = plan
+        self.is_own = is_own
+        """Whether each process may have its own: then it is copied in all."""
         self._leaves = leaves
+        self._left_out: frozenset[int] = frozenset()
         self._waves = chunks.runs([each.nbytes for each in plan.stored], max_bytes)
         self.copied: list[tuple[int, list[Part]]] = []
         """The copies that wait to be written: the place of each leaf, and its parts."""
+        self.complete = threading.Event()
+        """Set once every leaf has been copied, or the save is over."""
 
     def start(self) -> None:
         """Starts the copies of the next wave; returns at once."""
@@ -77,18 +83,39 @@ class Snapshot:
     def collect(self) -> None:
         """Waits for the copies of the next wave."""
         wave = self._waves.pop(0)
-        parts = devices.collect(self.plan, self._leaves, wave)
-        self.copied = list(zip(wave, parts, strict=True))
+        parts = devices.collect(self.plan, self._leaves, wave, is_own=self.is_own)
+        self.copied = self._without(list(zip(wave, parts, strict=True)))
         if not self._waves:
-            self._leaves = ()
+            self.release()
 
     def has_more(self) -> bool:
         return bool(self._waves)
 
+    def digest(self) -> str:
+        """Equal for equal values."""
+        found = hashlib.sha256()
+        for _, parts in self.copied:
+            for _, part in parts:
+                found.update(part.tobytes())
+        return found.hexdigest()[:32]
 
-def own_part(directory: epath.Path) -> epath.Path:
-    """Where this process writes its part of an item; one that is alone writes the whole."""
-    return directory / f"{PART}{jax.process_index()}" if jax.process_count() > 1 else directory
+    def leave_out(self, places: Collection[int]) -> None:
+        """Leaves that another process writes."""
+        self._left_out = frozenset(places)
+        self.copied = self._without(self.copied)
+
+    def _without(self, copied: list[tuple[int, list[Part]]]) -> list[tuple[int, list[Part]]]:
+        return [(place, [] if place in self._left_out else parts) for place, parts in copied]
+
+    def release(self) -> None:
+        """Lets go of the leaves: the caller of `save` may do with them what it likes."""
+        self._leaves = ()
+        self.complete.set()
+
+
+def own_part() -> str:
+    """Where in an item this process writes its part; one that is alone writes the whole."""
+    return f"{PART}{jax.process_index()}" if jax.process_count() > 1 else ""
 
 
 def merge(directory: epath.Path) -> None:

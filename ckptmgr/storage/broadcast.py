@@ -1,9 +1,9 @@
 """Reading once what several processes hold, and sending it to the others over the devices' own network.
 
-The processes that hold the same pieces are a team. Each piece is read by one of its team; then the bytes of
-all go through one sum over the team, to which every other member adds zeros. They are summed as whole
-numbers: floats would lose the sign of -0.0. What is sent is the same in every process, so all programs are
-run in the same order; whether all could read their part must be agreed on before the first is run.
+Along the axes of a mesh that a leaf's PartitionSpec does not name, the devices hold copies of it. One of the
+copies is read, each of its pieces by the process that has the device. Then the bytes go through one sum along
+these axes, to which every other copy adds zeros: as whole numbers, as floats would lose the sign of -0.0.
+Every process runs the same programs in the same order; whether all could read must be agreed on before the first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,154 +19,147 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ckptmgr.layout import Target
-from ckptmgr.storage import arrays, devices
+from ckptmgr.storage import arrays, chunks, devices
 from ckptmgr.storage.chunks import Index, Values
 from ckptmgr.structure import numpy_dtype
 
-_BLOCK_BYTES = 64 << 20  # what one program sends
+_BLOCK_BYTES = 64 << 20  # what one program sends to a device
 _LEAST_BYTES = 64 << 10  # blocks are powers of two from here on, so that few programs are compiled
-Teams = tuple[tuple[int, ...], ...]
+Spelled = tuple[tuple[int, int, int], ...]
 
 
-class _Piece(NamedTuple):
-    where: Index
-    shape: tuple[int, ...]
-    team: tuple[int, ...]
-    """The processes that hold it."""
-    reader: int
+class _Copies(NamedTuple):
+    """Where the copies of a leaf are: a mesh, with an axis of copies and one of pieces."""
+
+    mesh: Mesh
+
+    @property
+    def here(self) -> list[tuple[int, Any]]:
+        """Which copy each device of this process belongs to."""
+        local = jax.process_index()
+        return [
+            (copy, each) for (copy, _), each in np.ndenumerate(self.mesh.devices) if each.process_index == local
+        ]
 
 
 class Shared:
     """The leaves that are read once; `leaves` are their places among all that are wanted."""
 
     def __init__(self, wanted: Sequence[arrays.Read], targets: Sequence[Target]) -> None:
-        self._wanted = wanted
-        self._pieces: dict[int, list[_Piece]] = {}
-        self._read: dict[int, list[Values]] = {}
-        load: collections.Counter[int] = collections.Counter()
-        for place, (each, target) in enumerate(zip(wanted, targets, strict=True)):
-            pieces = _pieces(each, target, load)
-            if each.spec.kind != "str" and any(len(piece.team) > 1 for piece in pieces):
-                self._pieces[place] = pieces
+        self._wanted, self._targets = wanted, targets
+        self._copies = {place: found for place, target in enumerate(targets) if (found := _copies(target))}
+        self._chosen: dict[int, int] = {}
+        """The copy of each leaf that is read: the one with least to read so far."""
+        self._read: dict[int, dict[Spelled, Values]] = {}
+        load: collections.Counter[tuple[_Copies, int]] = collections.Counter()
+        for place, copies in self._copies.items():
+            count = copies.mesh.devices.shape[0]
+            self._chosen[place] = min(range(count), key=lambda copy: (load[copies, copy], copy))
+            load[copies, self._chosen[place]] += self._nbytes(place)
 
     @property
     def leaves(self) -> list[int]:
-        """In an order in which those of the same teams are neighbours."""
-        return sorted(self._pieces, key=lambda place: (_teams(self._pieces[place]), place))
+        """In an order in which those of the same mesh are neighbours."""
+        order = {copies: number for number, copies in enumerate(dict.fromkeys(self._copies.values()))}
+        return sorted(self._copies, key=lambda place: (order[self._copies[place]], place))
 
     def read(self) -> None:
-        """Reads what this process reads for its teams; raises DamagedArrayError."""
-        here = jax.process_index()
-        own = {
-            place: self._wanted[place]._replace(pieces=[p.where for p in pieces if p.reader == here])
-            for place, pieces in self._pieces.items()
-        }
-        self._read = dict(zip(own, arrays.read(list(own.values())), strict=True))
+        """Reads what this process reads for all; raises DamagedArrayError."""
+        pieces = {place: self._pieces_read_here(place) for place in self._copies}
+        wanted = [self._wanted[place]._replace(pieces=list(own.values())) for place, own in pieces.items()]
+        for (place, own), values in zip(pieces.items(), arrays.read(wanted), strict=True):
+            self._read[place] = dict(zip(own, values, strict=True))
+
+    def _pieces_read_here(self, place: int) -> dict[Spelled, Index]:
+        chosen, shape = self._chosen[place], self._wanted[place].spec.shape
+        where = self._targets[place].place.devices_indices_map(shape)
+        own = [where[device] for copy, device in self._copies[place].here if copy == chosen]
+        return {devices.spell(index, shape): index for index in own}
 
     def send(self, places: Sequence[int]) -> dict[int, list[Values]]:
         """Each of these leaves in the pieces that this process holds, in the order of `devices.pieces`."""
         found: dict[int, list[Values]] = {}
-        by_teams: dict[Teams, list[int]] = {}
+        together: dict[_Copies, list[int]] = {}
         for place in places:
-            by_teams.setdefault(_teams(self._pieces[place]), []).append(place)
-        for teams, together in by_teams.items():
-            found |= self._send(teams, together)
+            together.setdefault(self._copies[place], []).append(place)
+        for copies, group in together.items():
+            for run in chunks.runs([self._nbytes(place) for place in group], _BLOCK_BYTES):
+                found |= self._send(copies, [group[each] for each in run])
         return found
 
-    def _send(self, teams: Teams, places: Sequence[int]) -> dict[int, list[Values]]:
-        here = jax.process_index()
-        mine = next((team for team in teams if here in team), None)
-        if mine is None:
+    def _send(self, copies: _Copies, places: Sequence[int]) -> dict[int, list[Values]]:
+        if not copies.here:
             return {place: [] for place in places}
-        sizes = {team: sum(self._nbytes(place, team) for place in places) for team in teams}
-        buffer = np.zeros(max(sizes.values()), np.uint8)
-        views = self._views(buffer, places, mine)
-        for place in places:
-            own = iter(self._read.pop(place))
-            for piece, view in views[place]:
-                if piece.reader == here:
-                    view[...] = np.ascontiguousarray(next(own)).reshape(-1).view(np.uint8)
-        _sum(buffer, teams)
-        return {place: [_piece(self._wanted[place], *each) for each in views[place]] for place in places}
+        sizes = [self._nbytes(place) for place in places]
+        spans = [slice(end - size, end) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
+        sent = {device: np.zeros(sum(sizes), np.uint8) for _, device in copies.here}
+        for place, span in zip(places, spans, strict=True):
+            read = self._read.pop(place)
+            for copy, device in copies.here:
+                if copy == self._chosen[place]:
+                    piece = read[self._spelled(place, device)]
+                    sent[device][span] = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+        came = _sum(copies.mesh, sent)
+        return {place: self._pieces(place, span, came) for place, span in zip(places, spans, strict=True)}
 
-    def _nbytes(self, place: int, team: tuple[int, ...]) -> int:
-        return sum(_nbytes(self._wanted[place], piece) for piece in self._pieces[place] if piece.team == team)
+    def _pieces(self, place: int, span: slice, came: dict[Any, Values]) -> list[Values]:
+        dtype, shape = numpy_dtype(self._wanted[place].spec.dtype), self._piece_shape(place)
+        by_index = {self._spelled(place, device): data[span] for device, data in came.items()}
+        wanted = devices.pieces(self._wanted[place].spec.shape, self._targets[place])
+        spelled = [devices.spell(index, self._wanted[place].spec.shape) for index in wanted]
+        return [by_index[each].view(dtype).reshape(shape) for each in spelled]
 
-    def _views(
-        self, buffer: Values, places: Sequence[int], team: tuple[int, ...]
-    ) -> dict[int, list[tuple[_Piece, Values]]]:
-        """Where each piece of the team lies in what is sent."""
-        found: dict[int, list[tuple[_Piece, Values]]] = {}
-        at = 0
-        for place in places:
-            rows: list[tuple[_Piece, Values]] = []
-            found[place] = rows
-            for piece in self._pieces[place]:
-                if piece.team == team:
-                    rows.append((piece, buffer[at : at + _nbytes(self._wanted[place], piece)]))
-                    at += rows[-1][1].nbytes
-        return found
+    def _spelled(self, place: int, device: Any) -> Spelled:
+        shape = self._wanted[place].spec.shape
+        return devices.spell(self._targets[place].place.devices_indices_map(shape)[device], shape)
 
+    def _piece_shape(self, place: int) -> tuple[int, ...]:
+        return tuple(self._targets[place].place.shard_shape(self._wanted[place].spec.shape))
 
-def _pieces(each: arrays.Read, target: Target, load: collections.Counter[int]) -> list[_Piece]:
-    """The distinct pieces of a leaf over all processes; each is read by the one with least to read so far."""
-    if not devices.is_sharded(target):
-        return []
-    shape, holders = each.spec.shape, collections.defaultdict(set)
-    indices: dict[Any, Index] = {}
-    for device, index in target.place.devices_indices_map(shape).items():
-        key = devices.spell(index, shape)
-        holders[key].add(device.process_index)
-        indices.setdefault(key, index)
-    found = []
-    for key, index in indices.items():
-        team = tuple(sorted(holders[key]))
-        reader = min(team, key=lambda process: (load[process], process))
-        size = tuple(len(range(*axis)) for axis in key)
-        found.append(_Piece(index, size, team, reader))
-        load[reader] += _nbytes(each, found[-1])
-    return found
+    def _nbytes(self, place: int) -> int:
+        return math.prod(self._piece_shape(place)) * numpy_dtype(self._wanted[place].spec.dtype).itemsize
 
 
-def _nbytes(each: arrays.Read, piece: _Piece) -> int:
-    return math.prod(piece.shape) * numpy_dtype(each.spec.dtype).itemsize
+def _copies(target: Target) -> _Copies | None:
+    """Where the copies of a leaf are; None if no two processes hold the same of it."""
+    place = target.place
+    if not devices.is_sharded(target) or not isinstance(place, NamedSharding):
+        return None
+    named = {axis for entry in place.spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
+    axes = [number for number, axis in enumerate(place.mesh.axis_names) if axis not in named]
+    grid = np.moveaxis(place.mesh.devices, axes, range(len(axes)))
+    grid = grid.reshape(math.prod(grid.shape[: len(axes)]), -1)
+    holders = [{device.process_index for device in column} for column in grid.T]
+    return _Copies(Mesh(grid, ("copy", "piece"))) if any(len(held) > 1 for held in holders) else None
 
 
-def _piece(each: arrays.Read, piece: _Piece, raw: Values) -> Values:
-    return raw.view(numpy_dtype(each.spec.dtype)).reshape(piece.shape)
+def _sum(mesh: Mesh, sent: dict[Any, Values]) -> dict[Any, Values]:
+    """The sums of what the copies of each piece have sent, on every device."""
+    nbytes = next(iter(sent.values())).size
+    came = {device: np.empty(nbytes, np.uint8) for device in sent}
+    for start in range(0, nbytes, _BLOCK_BYTES):
+        block = slice(start, min(nbytes, start + _BLOCK_BYTES))
+        size = block.stop - block.start
+        padded = max(_LEAST_BYTES, 1 << (size - 1).bit_length())
+        words = {device: np.zeros(padded, np.uint8) for device in sent}
+        for device, data in sent.items():
+            words[device][:size] = data[block]
+        for device, data in _sum_block(mesh, words).items():
+            came[device][block] = data[:size]
+    return came
 
 
-def _teams(pieces: Iterable[_Piece]) -> Teams:
-    return tuple(sorted({piece.team for piece in pieces}))
-
-
-def _sum(buffer: Values, teams: Teams) -> None:
-    """Makes the buffers of each team the sum of them all, block by block."""
-    for start in range(0, buffer.size, _BLOCK_BYTES):
-        block = buffer[start : start + _BLOCK_BYTES]
-        padded = np.zeros(max(_LEAST_BYTES, 1 << (block.size - 1).bit_length()), np.uint8)
-        padded[: block.size] = block
-        block[...] = _sum_block(padded.view(np.uint32), teams).view(np.uint8)[: block.size]
-
-
-def _sum_block(words: Values, teams: Teams) -> Values:
-    before, after = _shardings(teams)
-    device = next(iter(before.addressable_devices))
-    shape = (len(teams), len(teams[0]), words.size)
-    row = jax.device_put(words[None, None], device)
-    every = jax.make_array_from_single_device_arrays(shape, before, [row])
-    summed: Values = np.asarray(_add(after)(every).addressable_shards[0].data)[0]
-    return summed
+def _sum_block(mesh: Mesh, words: dict[Any, Values]) -> dict[Any, Values]:
+    before = NamedSharding(mesh, PartitionSpec("copy", "piece"))
+    rows = jax.device_put([data.view(np.uint32)[None, None] for data in words.values()], list(words))
+    shape = (*mesh.devices.shape, rows[0].size)
+    summed = _add(mesh)(jax.make_array_from_single_device_arrays(shape, before, rows))
+    shards = summed.addressable_shards
+    found = jax.device_get([shard.data for shard in shards])
+    return {shard.device: data[0].view(np.uint8) for shard, data in zip(shards, found, strict=True)}
 
 
 @functools.cache
-def _shardings(teams: Teams) -> tuple[NamedSharding, NamedSharding]:
-    """One device of each process: a row of the members of each team, then what they share."""
-    first: Mapping[int, Any] = {device.process_index: device for device in reversed(jax.devices())}
-    mesh = Mesh(np.array([[first[process] for process in team] for team in teams]), ("team", "member"))
-    return NamedSharding(mesh, PartitionSpec("team", "member")), NamedSharding(mesh, PartitionSpec("team"))
-
-
-@functools.cache
-def _add(after: NamedSharding) -> Any:
-    return jax.jit(lambda words: words.sum(axis=1, dtype=words.dtype), out_shardings=after)
+def _add(mesh: Mesh) -> Any:
+    after = NamedSharding(mesh, PartitionSpec("piece"))
+    return jax.jit(lambda words: words.sum(axis=0, dtype=words.dtype), out_shardings=after)

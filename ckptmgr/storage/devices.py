@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from ckptmgr import job
 from ckptmgr.layout import HERE, Target
 from ckptmgr.storage import chunks, stock
 from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values, chunk_shape, whole
-from ckptmgr.structure import TreeSpec, dtype_name, is_key, numpy_dtype, weaken
+from ckptmgr.structure import LeafSpec, TreeSpec, dtype_name, is_key, numpy_dtype, weaken
 
 Part = tuple[Index, Values]
 
@@ -46,6 +48,44 @@ class Plan:
         """Orbax's own files about the leaves."""
         shapes, cuts = [each.shape for each in self.stored], [each.chunks for each in self.stored]
         return stock.describe(self.tree, shapes, cuts, self.shardings)
+
+    @functools.cached_property
+    def lines(self) -> Sequence[str]:
+        """For each leaf what all processes must agree on: its path, a tab, and what it is."""
+        return [
+            f"{leaf.path}\t{_spell(leaf, at)}" for leaf, at in zip(self.tree.leaves, self.shardings, strict=True)
+        ]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return job.digest(json.dumps([self.lines, self.tree.outline]))
+
+    @functools.cached_property
+    def owners(self) -> Sequence[int]:
+        """The process that holds each leaf, the lowest of several; -1 if every process has one."""
+        return [-1 if at is None else min(_processes(at)) for at in self.shardings]
+
+
+def _processes(sharding: Any) -> set[int]:
+    return {device.process_index for device in sharding.device_set}
+
+
+def _spell(leaf: LeafSpec, sharding: Any) -> str:
+    """What a leaf is and where it lives; that of one process alone may be another in each process."""
+    said = f"{leaf.kind} {leaf}" + " weak" * leaf.weak + f" {leaf.impl}" * bool(leaf.impl)
+    if leaf.chunks is not None:
+        said += f" in chunks of {list(leaf.chunks)}"
+    if sharding is None or len(_processes(sharding)) == 1:
+        return said
+    mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+    order = sharding.device_set if mesh is None else mesh.devices.flat
+    ids = [device.id for device in order]
+    where = f"{len(ids)} devices ({job.digest(str(ids if mesh else sorted(ids)))[:8]})"
+    return (
+        f"{said} {leaf.partition} over {dict(mesh.shape)} of {where}"
+        if mesh is not None
+        else f"{said} over {where}"
+    )
 
 
 class Planner:
@@ -107,27 +147,33 @@ def _asked_for() -> Any:
     return jax.transfer_guard_device_to_host("allow")
 
 
-def collect(plan: Plan, leaves: Sequence[Any], places: range) -> list[list[Part]]:
+def collect(plan: Plan, leaves: Sequence[Any], places: range, *, is_own: bool = False) -> list[list[Part]]:
     """Waits for the copies of these leaves: for each the pieces that this process writes.
 
     The values are those of this moment whatever the caller does to the arrays afterwards: numpy
     arrays are copied, and of a jax array a reference is held, so that one that is donated is copied
-    by JAX instead of overwritten.
+    by JAX instead of overwritten. Of numpy arrays those of process 0 are written, unless each process has
+    its own.
     """
     with _asked_for():
-        return [_parts(leaves[place], plan.shardings[place]) for place in places]
+        return [_parts(leaves[place], plan.shardings[place], is_own) for place in places]
 
 
-def _parts(leaf: Any, sharding: Any) -> list[Part]:
-    if (sharding is None or sharding.is_fully_addressable) and jax.process_index() != 0:
-        return []  # each process has one: that of process 0 counts
+def _parts(leaf: Any, sharding: Any, is_own: bool) -> list[Part]:
     if sharding is None:
-        return [((), _as_bytes(np.array(leaf, order="C")))]
+        is_wanted = is_own or jax.process_index() == 0
+        return [((), _as_bytes(np.array(leaf, order="C")))] if is_wanted else []
+    if jax.process_index() not in _processes(sharding):
+        return []
     array = _plain(leaf)
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
         return [((), _as_bytes(np.asarray(array)))]
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    return [(shard.index, _as_bytes(np.asarray(shard.data))) for shard in shards]
+    return [(shard.index, _as_bytes(np.asarray(shard.data))) for shard in _written_here(array)]
+
+
+def _written_here(array: jax.Array) -> list[Any]:
+    """The pieces of an array that this process writes: the holder of its first replica writes a piece."""
+    return [shard for shard in array.addressable_shards if shard.replica_id == 0]
 
 
 _BYTES_ALONE = frozenset(map(numpy_dtype, BYTES_ALONE))
@@ -150,8 +196,9 @@ def pieces(shape: tuple[int, ...], target: Target) -> Sequence[Index]:
 
 def is_sharded(target: Target) -> bool:
     """Whether the pieces go to devices one by one; keys are made whole, then spread."""
-    sharded = isinstance(target.place, jax.sharding.Sharding) and len(target.place.device_set) > 1
-    return sharded and target.kind == "jax"
+    if not isinstance(target.place, jax.sharding.Sharding) or target.kind != "jax":
+        return False
+    return len(target.place.device_set) > 1 or not target.place.is_fully_addressable
 
 
 def spell(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
@@ -212,7 +259,8 @@ def _finish(arrived: Sequence[jax.Array], read: Sequence[Values], shape: tuple[i
     if target.kind == "key":
         return _keys(arrived[0], read[0], target)
     if is_sharded(target):
-        return jax.make_array_from_single_device_arrays(shape, target.place, list(arrived))
+        dtype = numpy_dtype(target.dtype)
+        return jax.make_array_from_single_device_arrays(shape, target.place, list(arrived), dtype=dtype)
     return arrived[0]
 
 

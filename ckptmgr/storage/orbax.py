@@ -1,12 +1,12 @@
 """Orbax's own manager, handlers and commit, put together so that the files stay Orbax's.
 
-Orbax keeps the temporary directory, the order of a commit, the barriers between processes and its
-metadata. Ours are the writers of the items, and the last act of a commit: the manifest, and the
-`fsync` that makes the rename worth something.
+Orbax makes the directories, writes its metadata, and calls the writers of the items and the commit in their
+order. The writers and the commit are ours: the manifest and every file are flushed before the rename.
 """
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import ctypes
@@ -14,30 +14,38 @@ import datetime
 import inspect
 import json
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckptmgr import catalog, job, paths, policy
+from ckptmgr import catalog, paths, policy
 from ckptmgr import manifest as manifests
-from ckptmgr.storage import arrays, chatter, files
+from ckptmgr.errors import CheckpointError
+from ckptmgr.job import Call, Job
+from ckptmgr.storage import arrays, files
 
 BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
 STEP_METADATA = "_CHECKPOINT_METADATA"
 METRICS, STEP = "metrics", "step"
 
-SIGNATURE = {"ckptmgr": {"format": manifests.FORMAT}}
+SIGNATURE = {"ckptmgr": {"format": 1}}
 """In Orbax's metadata of a step of ours: one that has it and no manifest has lost its manifest."""
 
 
 def json_file(item: str) -> str:
     """The file of an item that is a JSON value; Orbax reads metrics from a file of that name."""
     return METRICS if item == METRICS else "metadata"
+
+
+def own_place(process: int, file: str = "") -> str:
+    """Where in an item a process has its own: stock Orbax reads that of process 0."""
+    if file:
+        return f"process_{process}.json" if process else file
+    return f"process_{process}" if process else ""
 
 
 def checks_itself(name: str) -> bool:
@@ -50,130 +58,156 @@ def checks_itself(name: str) -> bool:
 
 
 class Store:
-    """One `orbax.checkpoint.CheckpointManager`, and what is to be done at the end of its commits."""
+    """Writes steps with Orbax's manager, synchronously: for a thread beside the training.
 
-    def __init__(self, directory: epath.Path, *, compression: str | None, timeout_s: float) -> None:
+    Of several processes only process 0 calls Orbax, which it tells that it is alone: Orbax's own barriers take
+    no bound from us, and some of them run programs on the devices, between those of the training. The others
+    write their arrays beside those of process 0.
+    """
+
+    def __init__(self, directory: epath.Path, *, compression: str | None, job: Job) -> None:
         self._directory = directory
         self._compression = compression
-        # How long processes wait for each other in a call of Orbax; then as long again to find out who is missing.
-        self.patience_s = timeout_s / 2
-        self._build_manifest: BuildManifest | None = None
-        self._writers = _Writers()
-        self._manager: ocp.CheckpointManager | None = self._open()
+        self._job = job
 
-    def _open(self) -> ocp.CheckpointManager:
+    def write(
+        self, step: int, items: Mapping[str, Any], build_manifest: BuildManifest, own: Collection[str] = ()
+    ) -> None:
+        """Returns once a step is durable; raises what stopped it, and leaves nothing of it.
+
+        `items` are Snapshots of arrays, and functions that give JSON values; of those in `own` each process
+        writes its own.
+        """
+        snapshots = {name: item for name, item in items.items() if isinstance(item, arrays.Snapshot)}
+        # In a bucket, where nothing can be renamed, a step is written under its own name.
+        unfinished = catalog.UNFINISHED if paths.is_local(self._directory) else ""
+        draft, final = self._directory / f"{step}{unfinished}", self._directory / str(step)
+        stages = _Stages(step, self._job)
+        try:
+            if self._job.leads:
+                self._lead(step, draft, items, lambda: _commit(draft, final, build_manifest), stages)
+            else:
+                self._follow(draft, snapshots, {name: items[name] for name in own}, stages)
+        except BaseException:
+            if self._job.leads:
+                _remove(draft)
+            raise
+        finally:
+            for snapshot in snapshots.values():
+                snapshot.release()
+
+    def _lead(
+        self, step: int, draft: epath.Path, items: Mapping[str, Any], commit: Callable[[], None], stages: _Stages
+    ) -> None:
+        everything = {
+            name: ocp.args.StandardSave(item) if isinstance(item, arrays.Snapshot) else ocp.args.JsonSave(item)
+            for name, item in items.items()
+        }
+        with concurrent.futures.ThreadPoolExecutor() as threads:  # at the first failure the others are waited for
+            manager = self._open(draft.name, commit, stages, threads)
+            try:
+                manager.save(step, args=ocp.args.Composite(**everything), force=True, custom_metadata=SIGNATURE)
+                stages.reach("commit")
+            except Exception as problem:
+                stages.fail(problem)
+                raise
+            finally:
+                manager.close()
+
+    def _open(
+        self, draft: str, commit: Callable[[], None], stages: _Stages, threads: concurrent.futures.Executor
+    ) -> ocp.CheckpointManager:
+        """A manager for one save: it costs 0.25 ms, and remembers nothing of the save before."""
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add(None, ocp.args.StandardSave, _ArraysHandler(self._compression, self._writers))
-        registry.add(None, ocp.args.JsonSave, _JsonHandler(json_file(""), self._writers))
-        registry.add(METRICS, ocp.args.JsonSave, _JsonHandler(json_file(METRICS), self._writers))
-        processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
+        registry.add(None, ocp.args.StandardSave, _ArraysHandler(self._compression, stages, threads))
+        registry.add(None, ocp.args.JsonSave, _JsonHandler(json_file(""), threads))
+        registry.add(METRICS, ocp.args.JsonSave, _JsonHandler(json_file(METRICS), threads))
         options = ocp.CheckpointManagerOptions(
-            step_name_format=_UnlistedSteps(),
+            step_name_format=_Draft(draft),
             preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
-            temporary_path_class=_commit_class(lambda: self._build_manifest),
-            file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
-            async_options=ocp.AsyncOptions(
-                timeout_secs=int(self.patience_s) or 1,
-                barrier_sync_fn=_Barrier(processes),
-                # Writers that wait for a directory nobody could create wait for minutes; a few mkdirs are
-                # quick, and what stops them is raised by `save` itself.
-                create_directories_asynchronously=False,
-            ),
-            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
+            temporary_path_class=_commit_class(commit),
+            enable_async_checkpointing=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
             create=False,  # `catalog` has made it
             save_root_metadata=False,
             lightweight_initialize=True,
         )
-        with chatter.ours():
-            return self._bounded(lambda: _Manager(self._directory, options=options, handler_registry=registry))
+        return _Manager(self._directory, options=options, handler_registry=registry)
 
-    def start(self, step: int, items: Mapping[str, Any], build_manifest: BuildManifest) -> None:
-        """Starts writing a step: `items` are Snapshots of arrays, and functions that give JSON values."""
-        manager = self._manager = self._manager or self._open()
-        with chatter.ours():
-            manager.reload()
-        self._build_manifest = build_manifest
-        arguments = {
-            name: ocp.args.StandardSave(item) if isinstance(item, arrays.Snapshot) else ocp.args.JsonSave(item)
-            for name, item in items.items()
-        }
-        self._writers.hold()
-        with self._recovering(step):
-            everything = ocp.args.Composite(**arguments)
-            self._bounded(lambda: manager.save(step, args=everything, force=True, custom_metadata=SIGNATURE))
-        self._writers.release()
-
-    def wait(self, step: int) -> None:
-        """Waits until the step is durable, or raises what stopped it."""
-        with self._recovering(step):
-            if self._manager is not None:
-                self._manager.wait_until_finished()
-
-    @contextlib.contextmanager
-    def _recovering(self, step: int) -> Iterator[None]:
+    def _follow(
+        self, draft: epath.Path, snapshots: Mapping[str, arrays.Snapshot], own: Mapping[str, Any], stages: _Stages
+    ) -> None:
+        """What a process that does not lead does: it writes its arrays once process 0 has made the directories."""
+        here = jax.process_index()
+        parts = {name: own_place(here) if name in own else arrays.own_part() for name in snapshots}
+        stages.reach("directories")
         try:
-            with chatter.ours():
-                yield
-        except BaseException as problem:
-            self._recover(step)
-            absent = job.absent(problem)
-            if not absent:
-                raise
-            raise TimeoutError(f"{job.spell(absent)} did not come in {self.patience_s} s") from problem
-
-    def _bounded(self, call: Callable[[], Any]) -> Any:
-        """Makes a call of Orbax in which processes wait for each other for as long as it pleases Orbax."""
-        if jax.process_count() == 1:
-            return call()
-        called: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                with chatter.ours():
-                    called.set_result(call())
-            except BaseException as problem:
-                called.set_exception(problem)
-
-        threading.Thread(target=run, name="ckptmgr: a call of Orbax", daemon=True).start()
-        try:
-            return called.result(self.patience_s)
-        except concurrent.futures.TimeoutError:
-            if called.done():
-                raise
-            raise TimeoutError(f"another process did not come in {self.patience_s} s") from None
-
-    def _recover(self, step: int) -> None:
-        """Makes room again; the next save opens a new manager: one whose commit failed keeps the failure."""
-        self._writers.settle(self.patience_s)
-        self._manager = None
-        unfinished = self._directory / f"{step}{catalog.UNFINISHED if paths.is_local(self._directory) else ''}"
-        if jax.process_index() == 0:
-            with contextlib.suppress(Exception):  # the failure that is on its way says more
-                if unfinished.exists():
-                    unfinished.rmtree()
-
-    def close(self) -> None:
-        if self._manager is not None:
-            with chatter.ours():
-                self._manager.close()
-
-
-class _Barrier:
-    """Where Orbax's threads wait for the other processes; one that did not come is not waited for again."""
-
-    def __init__(self, processes: set[int] | None) -> None:
-        self._sync = ocp.multihost.get_barrier_sync_fn(processes=processes)
-        self._broken: Exception | None = None
-
-    def __call__(self, *, key: str, timeout_ms: int) -> None:
-        if self._broken is not None:
-            raise self._broken
-        try:
-            self._sync(key=key, timeout_ms=timeout_ms)
+            for name in own.keys() - snapshots.keys():
+                files.write(draft / name / own_place(here, json_file(name)), json.dumps(own[name]()).encode())
+            with concurrent.futures.ThreadPoolExecutor() as threads:
+                for _ in threads.map(
+                    lambda name: _write(draft / name / parts[name], snapshots[name], self._compression), snapshots
+                ):
+                    pass
         except Exception as problem:
-            if job.absent(problem):
-                self._broken = problem
+            stages.fail(problem)
             raise
+        stages.reach("arrays")
+        stages.reach("commit")
+
+
+class _Stages:
+    """Where the processes of a job wait for each other in a save; what fails in one fails in all.
+
+    "directories": process 0 has made them. "arrays": all have written theirs. "commit": the step has its name.
+    """
+
+    def __init__(self, step: int, job: Job) -> None:
+        self._step, self._job = step, job
+        self._ahead = ["directories", "arrays", "commit"]
+
+    def reach(self, stage: str) -> None:
+        """Passes a stage, once; raises what has failed in another process."""
+        if stage in self._ahead:
+            self._pass(None)
+
+    def fail(self, problem: Exception) -> None:
+        """Tells the others at the next stage; a failure that came from them is known to all."""
+        if self._ahead:
+            with contextlib.suppress(CheckpointError):
+                self._pass(problem)
+
+    def _pass(self, problem: Exception | None) -> None:
+        stage = self._ahead.pop(0)
+        call = Call(f"the {stage}", self._step)
+        try:
+            if stage == "arrays":
+                self._job.share(call, problem)
+            else:
+                self._job.tell(call, problem)
+        except Exception:
+            self._ahead.clear()
+            raise
+
+
+def _write(directory: epath.Path, snapshot: arrays.Snapshot, compression: str | None) -> None:
+    """Writes this process's part of an item."""
+    arrays.write_wave(directory, snapshot, compression)
+    while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
+        snapshot.collect()
+        arrays.write_wave(directory, snapshot, compression)
+
+
+def _remove(draft: epath.Path) -> None:
+    """Removes what a failed save has left; the failure that is on its way says more than one here."""
+    with contextlib.suppress(Exception):
+        if draft.exists():
+            draft.rmtree()
+
+
+async def _in(threads: concurrent.futures.Executor, write: Callable[[], None]) -> None:
+    """Writes an item beside the others."""
+    await asyncio.get_running_loop().run_in_executor(threads, write)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -182,11 +216,17 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-class _UnlistedSteps(ocp.path.step.NameFormat[Any]):
-    """Steps named as Orbax names them, and never listed: `catalog` lists them, from disk, when asked."""
+class _Draft(ocp.path.step.NameFormat[Any]):
+    """Orbax is told to save a draft, which `_commit` makes the step. Nothing is listed: `catalog` lists steps.
+
+    Were Orbax told the step's own name, it would remove a step that is there before it writes the new one.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def build_name(self, step: int) -> str:
-        return str(step)
+        return self._name
 
     def build_metadata(self, step_path: epath.Path, step: int | None = None) -> None:
         return None
@@ -198,87 +238,48 @@ class _UnlistedSteps(ocp.path.step.NameFormat[Any]):
         raise ValueError(f"step {step} is not listed")
 
 
-class _Writers:
-    """The threads that write the items of one step."""
-
-    def __init__(self) -> None:
-        self._started: list[Any] = []
-        self._go = threading.Event()
-
-    def hold(self) -> None:
-        """None begins before `release`: one that runs beside the caller of `save` only holds it up."""
-        self._started.clear()
-        self._go.clear()
-
-    def release(self) -> None:
-        self._go.set()
-
-    def start(self, write: Callable[[], None]) -> list[Any]:
-        """Starts one; what Orbax waits for."""
-
-        async def when_released() -> None:  # Orbax runs it in a thread of its own
-            self._go.wait()
-            write()
-
-        future = ocp.future.CommitFutureAwaitingContractedSignals(when_released(), name="ckptmgr_writer")
-        self._started.append(future)
-        return [future]
-
-    def settle(self, timeout_s: float) -> None:
-        """Waits until all have ended, however: Orbax goes on at the first that fails."""
-        self.release()
-        for future in self._started:
-            with contextlib.suppress(Exception):
-                future.result(timeout_s)
-
-
 class _ArraysHandler(ocp.StandardCheckpointHandler):
     """Writes the Snapshot it is given; recorded on disk under the name of the handler it stands for."""
 
-    def __init__(self, compression: str | None, writers: _Writers) -> None:
+    def __init__(self, compression: str | None, stages: _Stages, threads: concurrent.futures.Executor) -> None:
         super().__init__()
         self._compression = compression
-        self._writers = writers
+        self._threads = threads
+        self._stages = stages
 
     @classmethod
     def typestr(cls) -> str:
         return str(ocp.StandardCheckpointHandler.typestr())
 
     async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
-        snapshot, compression = args.item, self._compression
-        part = arrays.own_part(directory)
-        while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
-            arrays.write_wave(part, snapshot, compression)
-            snapshot.collect()
+        self._stages.reach("directories")
+        await _in(self._threads, lambda: self._write(directory, args.item))
+        return []
 
-        def write() -> None:
-            arrays.write_wave(part, snapshot, compression)
-            if jax.process_index() == 0:
-                arrays.describe(directory, snapshot.plan)
-
-        return self._writers.start(write)
+    def _write(self, directory: epath.Path, snapshot: arrays.Snapshot) -> None:
+        _write(directory / arrays.own_part(), snapshot, self._compression)
+        arrays.describe(directory, snapshot.plan)
 
     def finalize(self, directory: epath.Path) -> None:
-        """Called by process 0 once all have written."""
+        self._stages.reach("arrays")
         arrays.merge(directory)
 
 
 class _JsonHandler(ocp.JsonCheckpointHandler):
-    """Writes what the function it is given returns, so that no metric is waited for in the caller."""
+    """Writes what the function it is given returns: the caller of `save` waits for no metric."""
 
-    def __init__(self, filename: str, writers: _Writers) -> None:
+    def __init__(self, filename: str, threads: concurrent.futures.Executor) -> None:
         super().__init__(filename)
         self._name = filename
-        self._writers = writers
+        self._threads = threads
 
     @classmethod
     def typestr(cls) -> str:
         return str(ocp.JsonCheckpointHandler.typestr())
 
     async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
-        if jax.process_index() != 0:
-            return []
-        return self._writers.start(lambda: files.write(directory / self._name, json.dumps(args.item()).encode()))
+        await _in(self._threads, lambda: files.write(directory / self._name, json.dumps(args.item()).encode()))
+        return []
 
     def finalize(self, directory: epath.Path) -> None: ...
 
@@ -286,57 +287,45 @@ class _JsonHandler(ocp.JsonCheckpointHandler):
 # ---------------------------------------------------------------- the commit
 
 
-def _commit_class(manifest: Callable[[], BuildManifest | None]) -> type[Any]:
-    """Orbax's commit by rename, with the manifest and the fsyncs before it.
+def _commit_class(commit: Callable[[], None]) -> type[Any]:
+    """Where Orbax writes, which is in place: `commit` gives the step its name.
 
-    Orbax asks for one temporary path for the step and one for each item in it. Only the step's is
-    renamed: an item inside a directory that nobody sees needs no second name.
+    Orbax asks for one path for the step and one for each item in it.
     """
 
-    class Commit(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    class Commit(ocp.path.atomicity.CommitFileTemporaryPath):
         metadata_store: Any = None
 
         @classmethod
         def from_final(cls, final_path: epath.Path, **options: Any) -> Commit:
-            store = options.get("checkpoint_metadata_store")
-            if store is None:
-                return cls(final_path, final_path)
-            commit: Commit
-            if paths.is_local(final_path):
-                commit = super().from_final(final_path, **options)
-            else:  # object stores cannot rename: there the last file says that the step is whole
-                commit = cls(final_path, final_path, **options)
-            commit.metadata_store = store
-            return commit
+            made = cls(final_path, final_path, **options)
+            made.metadata_store = options.get("checkpoint_metadata_store")
+            return made
 
         async def finalize(self) -> None:
-            if self.metadata_store is not None:
-                self._seal(manifest())
-                if paths.is_local(self.get()):
-                    _publish(self.get(), self.get_final())
-                else:
-                    self._say_committed()
-
-        def _seal(self, build: BuildManifest | None) -> None:
-            directory = self.get()
-            self.metadata_store.wait_until_finished()
-            self.metadata_store.update(file_path=directory / STEP_METADATA, commit_timestamp_nsecs=time.time_ns())
-            self.metadata_store.wait_until_finished()
-            if paths.is_local(directory):
-                self._say_committed()
-            files.flush(directory / STEP_METADATA)
-            folders, sizes = files.walk(directory)
-            if build is not None:
-                files.write(
-                    directory / manifests.NAME, build(manifests.record_files(directory, sizes, checks_itself))
+            if self.metadata_store is not None:  # that of the step; its items need nothing
+                self.metadata_store.update(
+                    file_path=self.get() / STEP_METADATA, commit_timestamp_nsecs=time.time_ns()
                 )
-            files.sync(folders)
-
-        def _say_committed(self) -> None:
-            said = f"Checkpoint commit was successful to {self.get_final()}"
-            files.write(self.get() / catalog.COMMITTED, said.encode())
+                commit()
 
     return Commit
+
+
+def _commit(draft: epath.Path, final: epath.Path, build_manifest: BuildManifest) -> None:
+    """Makes a draft the step: every file is flushed, the manifest written, then it gets its name."""
+    said = f"Checkpoint commit was successful to {final}".encode()
+    if paths.is_local(draft):
+        files.write(draft / catalog.COMMITTED, said)
+    files.flush(draft / STEP_METADATA)
+    folders, sizes = files.walk(draft)
+    recorded = manifests.record_files(draft, sizes, checks_itself)
+    files.write(draft / manifests.NAME, build_manifest(recorded))
+    files.sync(folders)
+    if paths.is_local(draft):
+        _publish(draft, final)
+    else:  # object stores cannot rename: there the last file says that the step is whole
+        files.write(draft / catalog.COMMITTED, said)
 
 
 def _publish(written: epath.Path, final: epath.Path) -> None:

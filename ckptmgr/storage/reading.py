@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from ckptmgr import manifest as manifests
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.layout import Target
 from ckptmgr.storage import arrays, broadcast, chunks, devices, stock, stock_steps
+from ckptmgr.storage.orbax import own_place
 
 _COPIED_BYTES = 2 << 20  # JAX copies small leaves once more: not all of them at a time
 
@@ -37,6 +38,7 @@ def reported(directory: epath.Path) -> Iterator[None]:
 class Trees:
     """The trees of arrays of a step, each leaf on its way to where its target wants it.
 
+    `sources` says whose state of an item is read, where the processes that saved it had each their own.
     With `shares` what several processes hold is read once: `fetch` reads this process's part, and all must
     have done so before `place` is called in any.
     """
@@ -49,23 +51,29 @@ class Trees:
         targets: Sequence[Sequence[Target]],
         *,
         shares: bool,
+        sources: Mapping[str, int | None],
     ) -> None:
+        self.sources = sources
         self._step = manifest.step
-        self._matched = matched
-        self._targets = [target for places in targets for target in places]
+        self._matched: list[items.Matched] = []
+        self._targets: list[Target] = []
         self._wanted: list[arrays.Read] = []
         self._folders: dict[str, epath.Path] = {}
         for each, places in zip(matched, targets, strict=True):
             item = manifest.items.get(each.item, manifests.Item("arrays"))
+            source = sources.get(each.item, 0)
             plain = manifest.written_here and item.compression is None
-            folder = directory / item.place(each.item)
-            opener = arrays.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt, plain=plain)
-            self._folders[each.item] = folder
-            saved = [row.saved for row in each.rows if row.saved is not None]
-            self._wanted += [
-                arrays.Read(each.item, opener, spec, devices.pieces(spec.shape, target))
-                for spec, target in zip(saved, places, strict=True)
-            ]
+            for process in range(item.processes) if source is None else [source]:
+                folder = directory / item.place(each.item) / own_place(process)
+                opener = arrays.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt, plain=plain)
+                self._folders[each.item] = folder
+                saved = [row.saved for row in each.rows if row.saved is not None]
+                self._matched.append(each)
+                self._targets += places
+                self._wanted += [
+                    arrays.Read(each.item, opener, spec, devices.pieces(spec.shape, target))
+                    for spec, target in zip(saved, places, strict=True)
+                ]
         self._shared = broadcast.Shared(self._wanted, self._targets) if shares else None
 
     def fetch(self) -> None:
@@ -86,10 +94,14 @@ class Trees:
             for group in self._groups(sorted(set(range(len(self._wanted))) - set(shared))):
                 placed |= self._placed(group, self._read(group))
         arrived = (placed[place] for place in range(len(self._wanted)))
-        return {
-            each.item: each.assemble([row.given if row.saved is None else next(arrived) for row in each.rows])
-            for each in self._matched
-        }
+        found: dict[str, Any] = {}
+        for each in self._matched:
+            tree = each.assemble([row.given if row.saved is None else next(arrived) for row in each.rows])
+            if self.sources.get(each.item, 0) is None:
+                found.setdefault(each.item, []).append(tree)
+            else:
+                found[each.item] = tree
+        return found
 
     def _read(self, group: Sequence[int]) -> list[list[chunks.Values]]:
         """The values of these leaves; those that are a str lie in a file of their own."""
@@ -120,20 +132,24 @@ class Trees:
             ) from problem  # fmt: skip
 
 
-def read_values(manifest: manifests.Manifest, directory: epath.Path, names: Iterable[str]) -> dict[str, Any]:
-    """The JSON values among these items."""
-    asked = {name: manifest.items[name] for name in names if name in manifest.items}
-    return {
-        name: read_value(manifest, directory, name)
-        for name, item in asked.items()
-        if item.kind in ("json", "bytes")
-    }
+def read_values(
+    manifest: manifests.Manifest, directory: epath.Path, sources: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """The JSON values among these items: that of one process, or a list of all."""
+    found: dict[str, Any] = {}
+    for name, process in sources.items():
+        item = manifest.items[name]
+        if item.kind in ("json", "bytes"):
+            each = range(item.processes) if process is None else [process]
+            values = [read_value(manifest, directory, name, one) for one in each]
+            found[name] = values if process is None else values[0]
+    return found
 
 
-def read_value(manifest: manifests.Manifest, directory: epath.Path, name: str) -> Any:
+def read_value(manifest: manifests.Manifest, directory: epath.Path, name: str, process: int = 0) -> Any:
     """One of them; raises CorruptCheckpointError."""
     item = manifest.items[name]
-    file = f"{item.place(name)}/{item.file}"
+    file = f"{item.place(name)}/{own_place(process, item.file)}"
     try:
         return items.from_json(item, json.loads((directory / file).read_bytes()))
     except (ValueError, TypeError, OSError, RecursionError) as problem:

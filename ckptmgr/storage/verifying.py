@@ -11,7 +11,7 @@ from etils import epath
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import Damage, VerifyReport
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.storage import arrays, reading, stock
+from ckptmgr.storage import arrays, orbax, reading, stock
 
 Progress = Callable[[int, int], object]
 _BATCH_BYTES = 256 << 20  # what is held in memory at a time
@@ -25,9 +25,9 @@ def verify(manifest: manifests.Manifest, directory: epath.Path, on_progress: Pro
         if item.kind != "arrays":
             damages += _damaged_values(manifest, directory, name)
             continue
-        folder = directory / item.place(name)
-        opener = arrays.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt)
-        for spec in item.tree.leaves:
+        for process, spec in itertools.product(range(item.processes), item.tree.leaves):
+            folder = directory / item.place(name) / orbax.own_place(process)
+            opener = arrays.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt)
             damages += _damages(arrays.Read(name, opener, spec), folder)
             leaves += 1
             nbytes += manifests.leaf_nbytes(spec)

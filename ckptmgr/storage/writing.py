@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckptmgr import items
+import jax
+
+from ckptmgr import items, job
 from ckptmgr import manifest as manifests
 from ckptmgr.options import Options
 from ckptmgr.storage import arrays, devices, orbax
@@ -21,11 +24,70 @@ class Copied:
     contents: Mapping[str, Any]
     """A Snapshot for each item of arrays; for any other a function that gives its JSON value."""
     manifest: manifests.Manifest
+    may_differ: Sequence[str] = ()
+    """The items of which each process of a job may have its own."""
+    own: set[str] = dataclasses.field(default_factory=set)
+    """Those of which each has."""
+
+    @property
+    def _snapshots(self) -> dict[str, arrays.Snapshot]:
+        return {name: each for name, each in sorted(self.contents.items()) if isinstance(each, arrays.Snapshot)}
+
+    def spec(self) -> job.Spec:
+        """What the processes of a job must agree on before any of it is written."""
+        kinds = [
+            f"{name}\t{item.kind}{f' with {item.compression}' if item.compression else ''}"
+            for name, item in sorted(self.manifest.items.items())
+        ]
+        plans = {name: snapshot.plan for name, snapshot in self._snapshots.items()}
+
+        def lines() -> list[str]:
+            leaves = [f"{name}{line}" for name, plan in plans.items() for line in plan.lines]
+            return kinds + leaves + [f"the containers of {name}\t{plan.digest}" for name, plan in plans.items()]
+
+        return job.Spec(
+            job.digest(json.dumps([kinds, [plan.digest for plan in plans.values()]])),
+            lines,
+            [owner for plan in plans.values() for owner in plan.owners],
+            list(map(self._digest, self.may_differ)),
+            self._settle,
+        )
+
+    def _digest(self, name: str) -> str:
+        found = self.contents[name]
+        return found.digest() if isinstance(found, arrays.Snapshot) else job.digest(json.dumps(found()))
+
+    def _settle(self, owners: Sequence[int], differs: Sequence[bool]) -> None:
+        """Leaves to others what they write."""
+        self.own.update(name for name, each in zip(self.may_differ, differs, strict=True) if each)
+        by_leaf = iter(owners)
+        for name, snapshot in self._snapshots.items():
+            settled = [next(by_leaf) for _ in snapshot.plan.owners]
+            if name not in self.own:
+                snapshot.leave_out(_of_others(snapshot.plan.owners, settled))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits until every leaf is copied: under `max_host_bytes` what is written makes room for the next."""
+        return all(snapshot.complete.wait(timeout_s) for snapshot in self._snapshots.values())
 
     def build_manifest(self, files: Mapping[str, manifests.File]) -> bytes:
         """The manifest, once the files are written and the metrics have arrived."""
         metrics = self.contents[items.METRICS]()
-        return manifests.encode(dataclasses.replace(self.manifest, files=files, metrics=metrics))
+        each = {
+            name: dataclasses.replace(item, processes=jax.process_count() if name in self.own else 1)
+            for name, item in self.manifest.items.items()
+        }
+        return manifests.encode(dataclasses.replace(self.manifest, items=each, files=files, metrics=metrics))
+
+
+def _of_others(owners: Sequence[int], settled: Sequence[int]) -> list[int]:
+    """The leaves that are here and that another process writes: each has one, and that of process 0 counts."""
+    here = jax.process_index()
+    return [
+        place
+        for place, (owner, writer) in enumerate(zip(owners, settled, strict=True))
+        if (owner == -1 and here != 0) or (owner == here and writer != here)
+    ]
 
 
 class Copier:
@@ -53,12 +115,16 @@ class Copier:
             metadata=self._options.metadata,
             versions=manifests.versions(),
         )
-        return Copied({**snapshots, **{name: value.get for name, value in values.items()}}, manifest)
+        may_differ = [name for name, value in values.items() if value.is_own]
+        may_differ += [name for name, snapshot in snapshots.items() if snapshot.is_own]
+        contents = {**snapshots, **{name: value.get for name, value in values.items()}}
+        return Copied(contents, manifest, sorted(may_differ))
 
     def _snapshot(self, name: str, tree: items.Tree, of: int) -> arrays.Snapshot:
         bound = self._options.max_host_bytes
         plan = self._planner.plan(name, tree.spec, tree.leaves)
-        return arrays.Snapshot(plan, tree.leaves, bound and bound // of)
+        is_own = tree.is_own and jax.process_count() > 1 and all(at is None for at in plan.shardings)
+        return arrays.Snapshot(plan, tree.leaves, bound and not is_own and bound // of, is_own=is_own)
 
     def _of_arrays(self, snapshot: arrays.Snapshot) -> manifests.Item:
         return manifests.Item("arrays", snapshot.plan.tree, compression=self._options.compression)
