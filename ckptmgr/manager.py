@@ -25,6 +25,7 @@ from ckptmgr import (
     job,
     journal,
     lifecycle,
+    matching,
     opening,
     options,
     paths,
@@ -414,9 +415,9 @@ class CheckpointManager:
     def _request(
         self, *, extras: Mapping[str, Any] | None, layout: Any, rename: Mapping[str, str] | None,
         broadcast: bool, **templates: Any,
-    ) -> items.Request:  # fmt: skip
+    ) -> matching.Request:  # fmt: skip
         """Checks what is asked for before anything is looked up."""
-        return items.Request(
+        return matching.Request(
             extras=extras or {},
             layout=layouts.check(layout),
             rename=rename or {},
@@ -467,7 +468,7 @@ class CheckpointManager:
         """How the templates differ from a step; falsy if they do not."""
         step = policy.step_number(step)
         self._catalog.require(step)
-        return items.compare(self._catalog.manifest(step), params, opt_state)
+        return matching.compare(self._catalog.manifest(step), params, opt_state)
 
     def verify(
         self, step: int | None = None, *, on_progress: Callable[[int, int], object] | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from ckptmgr import items, job, journal
+from ckptmgr import items, job, journal, matching
 from ckptmgr import layout as layouts
 from ckptmgr import manifest as manifests
 from ckptmgr.catalog import Catalog
@@ -20,6 +20,7 @@ from ckptmgr.difference import StructureDiff
 from ckptmgr.errors import CheckpointNotFoundError, CheckpointTimeoutError, CorruptCheckpointError
 from ckptmgr.history import History
 from ckptmgr.job import Call, Job
+from ckptmgr.matching import Request
 from ckptmgr.mirror import Mirror
 from ckptmgr.storage import reading
 from ckptmgr.structure import numpy_dtype
@@ -45,7 +46,7 @@ class Restorer:
         self._of_run, self._journal, self._timeout_s = job, journal, timeout_s
         self._job = job
 
-    def among(self, request: items.Request) -> Restorer:
+    def among(self, request: Request) -> Restorer:
         """The same, agreeing with the processes that have to restore the same step.
 
         A run opened for writing is open in all processes, and they agree on every restore. A reader may be open
@@ -57,7 +58,7 @@ class Restorer:
         joined._job = job.shared("readers", self._timeout_s)
         return joined
 
-    def _spans_processes(self, request: items.Request) -> bool:
+    def _spans_processes(self, request: Request) -> bool:
         given = (request.params, request.opt_state, list(request.extras.values()), request.layout)
         places = [getattr(leaf, "sharding", leaf) for leaf in jax.tree_util.tree_leaves(given)]
         if callable(request.layout) and (step := max(self._steps(), default=None)) is not None:
@@ -80,7 +81,7 @@ class Restorer:
         """Whether there is anything to restore, as process 0 sees it."""
         return self._job.decide(_CHOICE, lambda: bool(self._steps()))
 
-    def best(self, request: items.Request) -> Checkpoint:
+    def best(self, request: Request) -> Checkpoint:
         """The step that the policies rank first, here and in the mirror."""
         away = self._mirror.history.all() if self._mirror is not None else []
         number = self._job.decide(_CHOICE, lambda: self._history.best(None, "min", beside=away))
@@ -88,11 +89,11 @@ class Restorer:
             raise self._home.nothing_good({}, "no checkpoint has the metric that ranks them, or all are NaN")
         return self._restore(number, request)
 
-    def one(self, step: int, request: items.Request) -> Checkpoint:
+    def one(self, step: int, request: Request) -> Checkpoint:
         """This step and no other."""
         return self._restore(self._job.decide(_CHOICE, lambda: step), request)
 
-    def newest(self, request: items.Request) -> Checkpoint:
+    def newest(self, request: Request) -> Checkpoint:
         """The newest good step; those passed over as damaged count as if they were not there any more."""
         skipped: dict[int, str] = {}
         ends = time.monotonic() + min(_PATIENCE_S, self._timeout_s / 2)
@@ -131,7 +132,7 @@ class Restorer:
 
     # ------------------------------------------------------------ from where
 
-    def _restore(self, step: int, request: items.Request, skipped: Mapping[int, str] | None = None) -> Checkpoint:
+    def _restore(self, step: int, request: Request, skipped: Mapping[int, str] | None = None) -> Checkpoint:
         """Restores a step in every process, or in none; from the mirror if it is damaged here, or not here."""
         try:
             return self._together(self._home, step, request, skipped or {})
@@ -145,15 +146,13 @@ class Restorer:
                 self._home.damaged.add(step)
             return found
 
-    def _together(
-        self, home: Catalog, step: int, request: items.Request, skipped: Mapping[int, str]
-    ) -> Checkpoint:
+    def _together(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
         call = Call(f"the restore from step {step}")
         return self._job.together(call, lambda: self._whole(home, step, request, skipped))
 
     # ------------------------------------------------------------ reading it
 
-    def _whole(self, home: Catalog, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
+    def _whole(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
         """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
         home.require(step)
         ends = time.monotonic() + self._timeout_s
@@ -175,14 +174,14 @@ class Restorer:
         waiting_for = f"a moment to read step {step} in which no writer replaces it"
         raise CheckpointTimeoutError(f"no {waiting_for} in {self._timeout_s} s", waiting_for=waiting_for)
 
-    def _read(self, home: Catalog, step: int, request: items.Request, skipped: Mapping[int, str]) -> Checkpoint:
+    def _read(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
         directory = home.path(step)
 
         def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], StructureDiff, reading.Trees]:
             manifest = home.manifest(step, fresh=True)
             templates = request.templates(manifest)
-            matched, passed = items.match(manifest, templates, request)
-            params = items.params_of(manifest, matched)
+            matched, passed = matching.match(manifest, templates, request)
+            params = matching.params_of(manifest, matched)
             targets = layouts.targets(request.layout, matched, params)
             manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
             sources = {

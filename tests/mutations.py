@@ -157,7 +157,7 @@ MUTATIONS = [
     ),
     Mutation(
         10, "the template decides about weak types",
-        "items.py", "return wants._replace(kind=\"jax\", dtype=saved.dtype, weak=saved.weak)",
+        "matching.py", "return wants._replace(kind=\"jax\", dtype=saved.dtype, weak=saved.weak)",
         "return wants._replace(kind=\"jax\", dtype=saved.dtype)",
         "tests/test_exactness.py::test_what_was_saved_decides_about_weak_types",
     ),
@@ -179,7 +179,7 @@ MUTATIONS = [
     ),
     Mutation(
         16, "a rename that matches nothing is accepted",
-        "items.py", "if rule not in used]", "if False]",
+        "matching.py", "if rule not in used]", "if False]",
         "tests/test_exactness.py::test_a_rename_that_matches_nothing_is_refused",
     ),
 ]  # fmt: skip

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckptmgr import items
+from ckptmgr import items, matching
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.layout import Target
@@ -47,7 +47,7 @@ class Trees:
         self,
         manifest: manifests.Manifest,
         directory: epath.Path,
-        matched: Sequence[items.Matched],
+        matched: Sequence[matching.Matched],
         targets: Sequence[Sequence[Target]],
         *,
         shares: bool,
@@ -55,7 +55,7 @@ class Trees:
     ) -> None:
         self.sources = sources
         self._step = manifest.step
-        self._matched: list[items.Matched] = []
+        self._matched: list[matching.Matched] = []
         self._targets: list[Target] = []
         self._wanted: list[arrays.Read] = []
         self._folders: dict[str, epath.Path] = {}
