@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 
+from etils import epath
+
 from ckptmgr import bucket, paths, policy
 from ckptmgr.catalog import Catalog
 from ckptmgr.checkpoint import CheckpointInfo
@@ -18,6 +20,14 @@ from ckptmgr.storage import reading
 _log = logging.getLogger("ckptmgr")
 
 
+def check_mirror(mirror: epath.Path | None, home: epath.Path) -> None:
+    """Refuses a mirror that cannot be one, before anything is made on disk."""
+    if mirror == home:
+        raise ValueError(f"mirror={str(mirror)!r} is the directory itself; a second home is another place")
+    if mirror is not None and not paths.is_local(home):
+        raise ValueError(f"mirror={str(mirror)!r}: only a directory on a disk is copied, not {home}")
+
+
 class Aftermath:
     """Of a job's processes the one that leads does all of it; a failure here is logged and harms no save."""
 
@@ -28,14 +38,9 @@ class Aftermath:
         self.mirror = self._open_mirror()
 
     def _open_mirror(self) -> Mirror | None:
-        away, home = self._options.mirror, self._home.directory
-        if away is None:
+        if self._options.mirror is None:
             return None
-        if away == home:
-            raise ValueError(f"mirror={str(away)!r} is the directory itself; a second home is another place")
-        if not paths.is_local(home):
-            raise ValueError(f"mirror={str(away)!r}: only a directory on a disk is copied, not {home}")
-        found = bucket.open_catalog(away, reading.read_stock)
+        found = bucket.open_catalog(self._options.mirror, reading.read_stock)
         return Mirror(self._home, found, self._options.mirror_keep, self._options.timeout_s, self._retain)
 
     def follow(self, info: CheckpointInfo) -> None:

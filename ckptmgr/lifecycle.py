@@ -39,14 +39,19 @@ class Background:
         self._worker: int | None = None
         _running.add(self)
 
-    def start(self, what: str, run: Callable[[], None]) -> None:
+    def start(self, what: str, run: Callable[[], None], about: Any = None) -> None:
         """Starts a task once the one before it is done; `what` names it in a timeout."""
         self.wait()
-        self._accepted.append(_Task(what, run))
+        self._accepted.append(_Task(what, run, about))
         self._start_thread()
 
+    @property
+    def about(self) -> Any:
+        """What the task that runs is about, as `start` was told; None if none does."""
+        return next((task.about for task in tuple(self._accepted)), None)
+
     def _start_thread(self) -> None:
-        what = next((task.what for task in self._accepted), "nothing")
+        what = next((task.what for task in tuple(self._accepted)), "nothing")
         threading.Thread(target=self._work, name=f"ckptmgr: {what}", daemon=True).start()
 
     def _work(self) -> None:
@@ -90,6 +95,7 @@ class Background:
 class _Task:
     what: str
     run: Callable[[], None]
+    about: Any
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -103,6 +102,7 @@ class CheckpointManager:
         }  # fmt: skip
         self._options = options.check(given, adapt_save=orbax.adapt_save, adapt_keep=orbax.adapt_keep)
         self._directory = paths.resolve(directory)
+        aftermath.check_mirror(self._options.mirror, self._directory)
         self._catalog = bucket.open_catalog(self._directory, reading.read_stock)
         self._history = history.History(self._catalog, self._options.keep)
         self._composer = items.Composer()
@@ -194,7 +194,6 @@ class CheckpointManager:
             return copied
 
         copied = self._job.together(Call("the save", step), copy, writing.Copied.spec)
-        self._last = CheckpointInfo(step=step, time=copied.manifest.time)
         reason = "forced" if force else "preempted" if self.preempted else "due"
         return self._hand_over(copied, store, reason, called)
 
@@ -244,24 +243,27 @@ class CheckpointManager:
 
     def _hand_over(self, copied: writing.Copied, store: orbax.Store, reason: str, called: float) -> SaveResult:
         """Has the step written beside the caller, then what follows from it done."""
-        step, blocked_s = copied.manifest.step, concurrent.futures.Future[float]()
+        step, handed_over = copied.manifest.step, time.perf_counter()
 
         def commit() -> CheckpointInfo:
             store.write(step, copied.contents, copied.build_manifest, copied.own)
             durable_s = time.perf_counter() - called
+            blocked_s = max(handed_over, copied.completed_at()) - called
             info = self._history.glance(self._catalog.manifest(step))
-            return dataclasses.replace(info, blocked_s=blocked_s.result(), durable_s=durable_s)
+            return dataclasses.replace(info, blocked_s=blocked_s, durable_s=durable_s)
 
         def failed(failure: SaveError) -> None:
             self._last = None
             self._journal.record("failed", step, why=str(failure.__cause__))
 
         told = self._pending.follow(step, commit, failed, self._aftermath.follow)
+        self._last = CheckpointInfo(step=step, time=copied.manifest.time)
         try:
             if not copied.wait(self._options.timeout_s):
                 self._pending.join(0)  # says what takes so long
-        finally:
-            blocked_s.set_result(time.perf_counter() - called)
+        except BaseException:
+            copied.abandon()
+            raise
         if not self._options.asynchronous:
             self._pending.wait()
         return SaveResult(step, reason, told, self._pending.acknowledge)
@@ -284,10 +286,10 @@ class CheckpointManager:
         After a CheckpointTimeoutError it is still being written, and `close` may be called again.
         """
         self._pending.join()
-        store, self._store = self._store, None
-        if store is not None:
+        if self._store is not None:
             self._aftermath.wait()
             self._writer.release()
+            self._store = None  # last: a call that was interrupted may be made again
         self._pending.raise_failure()
 
     @contextlib.contextmanager

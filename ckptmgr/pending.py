@@ -19,7 +19,7 @@ class Pending:
 
     def __init__(self, timeout_s: float, job: Job) -> None:
         self._job = job
-        self.step: int | None = None
+        self._committed: int | None = None
         self._background = Background(timeout_s)
         self._failure: SaveError | None = None
 
@@ -32,7 +32,7 @@ class Pending:
     ) -> concurrent.futures.Future[CheckpointInfo]:
         """Runs `commit`, which returns once the step is durable, in a thread, and `failed` or `then` after it."""
         told: concurrent.futures.Future[CheckpointInfo] = concurrent.futures.Future()
-        self.step = step
+        self._committed = None
 
         def finish() -> None:
             try:
@@ -46,12 +46,18 @@ class Pending:
                 told.set_exception(failure)
                 return
             finally:
-                self.step = None
+                self._committed = step
             told.set_result(info)
             then(info)
 
-        self._background.start(f"the save of step {step}", finish)
+        self._background.start(f"the save of step {step}", finish, step)
         return told
+
+    @property
+    def step(self) -> int | None:
+        """The step that is being written; None once it is durable, or has failed."""
+        step: int | None = self._background.about
+        return None if step == self._committed else step
 
     def join(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being written, and what follows from it is done."""

@@ -181,12 +181,12 @@ def test_a_write_that_fails_at_any_point_is_said_and_harms_nothing(run, fault, m
         assert reader.verify()
 
 
-def test_a_write_that_fails_in_the_call_itself_is_a_failed_save_too(run, monkeypatch):
+def test_a_write_that_fails_while_its_caller_waits_for_the_copies_is_a_failed_save_too(run, monkeypatch):
     with ckptmgr.CheckpointManager(run, max_host_bytes=1) as manager:  # so that `save` writes all but the last
         with monkeypatch.context() as patch:
             faults.install("refuse arrays 1", patch.setattr)
             with pytest.raises(ckptmgr.SaveError, match="step 1 could not be saved: Service Unavailable"):
-                manager.save(1, trainer.state(1))
+                manager.save(1, trainer.state(1)).result()
         assert manager.steps() == []
     with ckptmgr.CheckpointManager(run) as manager:  # the server for gs:// cannot take one file in several waves
         manager.save(1, trainer.state(1)).result()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -75,6 +76,9 @@ class Snapshot:
         """The copies that wait to be written: the place of each leaf, and its parts."""
         self.complete = threading.Event()
         """Set once every leaf has been copied, or the save is over."""
+        self.completed_at = 0.0
+        """When it was, on the clock of `time.perf_counter`."""
+        self._is_abandoned = False
 
     def start(self) -> None:
         """Starts the copies of the next wave; returns at once."""
@@ -84,12 +88,18 @@ class Snapshot:
         """Waits for the copies of the next wave."""
         wave = self._waves.pop(0)
         parts = devices.collect(self.plan, self._leaves, wave, is_own=self.is_own)
+        if self._is_abandoned:
+            raise InterruptedError("the call of save was interrupted before everything was copied")
         self.copied = self._without(list(zip(wave, parts, strict=True)))
         if not self._waves:
             self.release()
 
     def has_more(self) -> bool:
         return bool(self._waves)
+
+    def abandon(self) -> None:
+        """The call of `save` has ended: its caller may change what is not copied yet, which must not be saved."""
+        self._is_abandoned = True
 
     def digest(self) -> str:
         """Equal for equal values."""
@@ -110,6 +120,8 @@ class Snapshot:
     def release(self) -> None:
         """Lets go of the leaves: the caller of `save` may do with them what it likes."""
         self._leaves = ()
+        if not self.complete.is_set():
+            self.completed_at = time.perf_counter()
         self.complete.set()
 
 

@@ -70,6 +70,15 @@ class Copied:
         """Waits until every leaf is copied: under `max_host_bytes` what is written makes room for the next."""
         return all(snapshot.complete.wait(timeout_s) for snapshot in self._snapshots.values())
 
+    def completed_at(self) -> float:
+        """When every leaf had been copied, on the clock of `time.perf_counter`."""
+        return max((snapshot.completed_at for snapshot in self._snapshots.values()), default=0.0)
+
+    def abandon(self) -> None:
+        """Nothing of this is saved unless every leaf has been copied by now."""
+        for snapshot in self._snapshots.values():
+            snapshot.abandon()
+
     def build_manifest(self, files: Mapping[str, manifests.File]) -> bytes:
         """The manifest, once the files are written and the metrics have arrived."""
         metrics = self.contents[items.METRICS]()
