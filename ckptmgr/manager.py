@@ -256,9 +256,9 @@ class CheckpointManager:
             self._last = None
             self._journal.record("failed", step, why=str(failure.__cause__))
 
-        told = self._pending.follow(step, commit, failed, self._aftermath.follow)
-        self._last = CheckpointInfo(step=step, time=copied.manifest.time)
         try:
+            told = self._pending.follow(step, commit, failed, self._aftermath.follow)
+            self._last = CheckpointInfo(step=step, time=copied.manifest.time)
             if not copied.wait(self._options.timeout_s):
                 self._pending.join(0)  # says what takes so long
         except BaseException:

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import interrupted
 import numpy as np
 import pytest
+from conftest import counted
 
 from ckptmgr import CheckpointManager, CheckpointTimeoutError, lifecycle
 
@@ -45,3 +47,12 @@ def test_one_task_at_a_time_in_order():
         background.start(f"task {number}", lambda number=number: seen.append(number))
     background.wait(5)
     assert seen == list(range(20))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("max_host_bytes", [0, 300_000], ids=["whole", "in waves"])
+def test_ctrl_c_at_any_moment_loses_nothing_and_the_manager_goes_on(max_host_bytes, tmp_path):
+    for seed in range(counted(1, full=10)):
+        command = [sys.executable, interrupted.__file__, tmp_path / str(seed), str(seed), "50"]
+        done = subprocess.run([*command, str(max_host_bytes)], capture_output=True, text=True, timeout=200)
+        assert done.stdout == "lost [] of True\n", done.stderr[-3000:]
