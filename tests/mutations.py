@@ -173,6 +173,21 @@ MUTATIONS = [
         "tests/test_exactness.py::test_bits_types_and_places_are_those_of_the_run",
     ),
     Mutation(
+        14, "what the processes save is not compared",
+        "job.py", "        if is_other:\n", "        if False:\n",
+        "tests/test_job.py::test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_written",
+    ),
+    Mutation(
+        14, "a directory that is not shared is not looked for",
+        "opening.py", "while token and not _has(directory, token):", "while False:",
+        "tests/test_job.py::test_directories_that_are_not_shared_are_refused_in_all",
+    ),
+    Mutation(
+        12, "what a caller changed after an interrupt is saved",
+        "storage/arrays.py", "        if self._is_abandoned:\n", "        if False:\n",
+        "tests/test_lifecycle.py::test_ctrl_c_at_any_moment_loses_nothing_and_the_manager_goes_on",
+    ),
+    Mutation(
         16, "nothing is said of what `partial` kept",
         "restoring.py", "        _warn_of_partial(step, passed)\n", "",
         "tests/test_exactness.py::test_partial_says_what_it_kept_and_what_it_did_not_read",

@@ -21,6 +21,7 @@ import ckptmgr
 
 pytestmark = pytest.mark.xdist_group("job")
 SCRIPT = Path(member.__file__)
+COUNTS = [2, 4][: counted(1, full=2)]
 
 
 def start(count, directory, *what, devices=2, faults=None, timeout_s=60.0):
@@ -160,7 +161,9 @@ def test_a_failure_that_one_process_knows_is_raised_in_all_and_the_next_save_wor
     assert visible(tmp_path) == ["1", "6"]
 
 
-def test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_written(tmp_path):
+@pytest.mark.soak
+@pytest.mark.parametrize("count", COUNTS)
+def test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_written(count, tmp_path):
     first = {
         "tree": "params['more']: missing in process 0, numpy float64[2] in process 1",
         "missing": "params['odd']: numpy int8[7] in process 0, missing in process 1",
@@ -172,7 +175,7 @@ def test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_wr
         "container": "the containers of params",
         "extra": "mine: missing in process 0, json in process 1",
     }
-    for index, said in enumerate(lines(start(2, tmp_path, "differs"))):
+    for index, said in enumerate(lines(start(count, tmp_path, "differs"))):
         for line, (name, why) in zip(said, first.items(), strict=False):
             assert line.startswith(f"{name} {'process 0: ' if index else ''}the save of step ")
             assert why in line, line
@@ -212,13 +215,17 @@ def test_each_process_gets_its_own_iterator_back_and_another_number_is_told(coun
     assert np.array_equal(back.arrays["rng"], np.full(5, 0.5))
 
 
-def test_a_reader_in_one_process_alone_holds_up_nobody(tmp_path):
-    assert finish(start(2, tmp_path, "reader")) == ["read"] * 2
+@pytest.mark.soak
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_reader_in_one_process_alone_holds_up_nobody(count, tmp_path):
+    assert finish(start(count, tmp_path, "reader")) == ["read"] * count
 
 
-def test_directories_that_are_not_shared_are_refused_in_all(tmp_path):
+@pytest.mark.soak
+@pytest.mark.parametrize("count", COUNTS)
+def test_directories_that_are_not_shared_are_refused_in_all(count, tmp_path):
     timeout_s, began = 8, time.monotonic()
-    processes = start(2, tmp_path / "INDEX", "attempt", "1", timeout_s=timeout_s)
+    processes = start(count, tmp_path / "INDEX", "attempt", "1", timeout_s=timeout_s)
     try:
         for process in processes:
             assert process.stdout.readline() == "joined\n"
@@ -229,7 +236,7 @@ def test_directories_that_are_not_shared_are_refused_in_all(tmp_path):
         end(processes)
     for one in said:
         assert re.search(
-            f"failed SaveError .*the directory is not shared: process 1 does not find in {tmp_path}/1", one
+            rf"failed SaveError .*the directory is not shared: process (\d) does not find in {tmp_path}/\1", one
         )
     assert visible(tmp_path) == ["0"]
 
