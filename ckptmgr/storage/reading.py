@@ -110,7 +110,7 @@ class Trees:
         return [self._text(each) if each.spec.kind == "str" else next(stored) for each in wanted]
 
     def _text(self, each: arrays.Read) -> list[chunks.Values]:
-        return [np.asarray(stock.text(each, self._folders[each.item]), object)]
+        return [np.asarray(text(each, self._folders[each.item]), object)]
 
     def _groups(self, places: Sequence[int]) -> Iterator[list[int]]:
         for group in chunks.runs([self._wanted[place].copied_nbytes for place in places], _COPIED_BYTES):
@@ -130,6 +130,17 @@ class Trees:
                 f"step {self._step}: {problem.leaf} cannot be read: {problem}",
                 step=self._step, path=problem.item, leaf=problem.leaf,
             ) from problem  # fmt: skip
+
+
+def text(each: arrays.Read, folder: epath.Path) -> str:
+    """A leaf that is a str, from the file in which Orbax keeps those; raises DamagedArrayError."""
+    try:
+        found = json.loads((folder / stock.TEXTS).read_bytes())[each.spec.name]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as problem:
+        raise each.damaged(f"{stock.TEXTS} cannot be read: {problem}") from problem
+    if not isinstance(found, str):
+        raise each.damaged(f"{stock.TEXTS} holds {str(found)[:100]} instead of a str")
+    return found
 
 
 def read_values(

@@ -14,9 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
-from ckptmgr.storage import arrays
 from ckptmgr.structure import Keys, LeafSpec, Outline, TreeSpec
 
 TREE, SHARDINGS, ARRAYS, TEXTS = "_METADATA", "_sharding", "array_metadatas", "_strings.json"
@@ -149,17 +147,6 @@ def key_leaf(leaf: LeafSpec, impl: str) -> LeafSpec:
     """The typed keys whose words a leaf holds."""
     keys = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
     return leaf._replace(kind="key", shape=leaf.shape[:-1], dtype=str(keys.dtype), impl=impl)
-
-
-def text(each: arrays.Read, folder: epath.Path) -> str:
-    """A leaf that is a str, from the file in which Orbax keeps those; raises DamagedArrayError."""
-    try:
-        found = json.loads((folder / TEXTS).read_bytes())[each.spec.name]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as problem:
-        raise each.damaged(f"{TEXTS} cannot be read: {problem}") from problem
-    if not isinstance(found, str):
-        raise each.damaged(f"{TEXTS} holds {str(found)[:100]} instead of a str")
-    return found
 
 
 def _random_keys(read: ReadJson) -> dict[str, str]:

@@ -11,7 +11,7 @@ from etils import epath
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import Damage, VerifyReport
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.storage import arrays, orbax, reading, stock
+from ckptmgr.storage import arrays, orbax, reading
 
 Progress = Callable[[int, int], object]
 _BATCH_BYTES = 256 << 20  # what is held in memory at a time
@@ -77,7 +77,7 @@ def _damages(read: arrays.Read, folder: epath.Path) -> list[Damage]:
     """What is wrong with one array, read whole but not held whole."""
     try:
         if read.spec.kind == "str":
-            stock.text(read, folder)
+            reading.text(read, folder)
             return []
         array = arrays.opened(read)
         chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array without axes
