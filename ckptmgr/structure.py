@@ -100,8 +100,9 @@ def describe(tree: Any, *, item: str, is_template: bool = False) -> TreeSpec:
     problems = walk.problems + ([] if is_template else collisions(walk.leaves))
     if problems:
         lines = "\n".join(f"  {item}{path}: {reason}" for path, reason in problems)
+        cannot = "is no template" if is_template else "cannot be saved"
         raise UnsupportedLeafError(
-            f"{item} cannot be saved because of {len(problems)} of its leaves:\n{lines}", leaf=problems[0][0]
+            f"{item} {cannot} because of {len(problems)} of its leaves:\n{lines}", leaf=problems[0][0]
         )
     return TreeSpec(tuple(walk.leaves), outline, tuple(walk.empty))
 
@@ -178,16 +179,27 @@ def _key(entry: tuple[Any, ...]) -> Any:
 
 
 def collisions(leaves: Iterable[LeafSpec]) -> list[tuple[str, str]]:
-    """Path and reason of every leaf whose name on disk another leaf has."""
+    """Path and reason of every leaf that has no name of its own on disk."""
     seen: dict[str, LeafSpec] = {}
     problems = []
     for leaf in leaves:
+        if not leaf.name.isprintable() and _is_no_utf8(leaf.name):
+            problems.append((leaf.path, "has a name that UTF-8 cannot spell; rename it"))
+            continue
         first = seen.setdefault(leaf.name, leaf)
         if first is not leaf:
             problems.append(
                 (leaf.path, f"has the name {leaf.name!r} on disk, and so has {first.path}; rename one")
             )
     return problems
+
+
+def _is_no_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 # ---------------------------------------------------------------- describing a leaf
@@ -220,8 +232,12 @@ def describe_leaf(leaf: Any, path: str, keys: Keys, *, is_template: bool = False
     if type(leaf) in (np.ndarray, np.memmap):
         return spec("numpy", leaf.shape, dtype_name(_storable(leaf.dtype)))
     raise _UnsupportedError(
-        f"is a {type(leaf).__module__}.{type(leaf).__qualname__}, not an array or a number; "
-        "what is not an array can be saved as an entry of extras"
+        f"is a {type(leaf).__module__}.{type(leaf).__qualname__}, not an array or a number"
+        + (
+            ""
+            if is_template
+            else "; save it as an entry of its own in extras, if it is JSON, bytes or an iterator"
+        )
     )
 
 

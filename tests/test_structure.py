@@ -24,6 +24,11 @@ def paths(tree):
     return [leaf.path for leaf in describe_params(tree).leaves]
 
 
+def test_a_name_that_utf8_cannot_spell_is_refused_before_anything_is_written():
+    with pytest.raises(UnsupportedLeafError, match="UTF-8 cannot spell"):
+        structure.describe({"\ud800": np.ones(2)}, item="params")
+
+
 def test_paths_are_those_of_keystr_in_the_order_of_jax():
     tree = {"b": [1, {"x": 2.0}], "a": Pair(jnp.ones(2), (None, np.ones(1)))}
     expected = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
