@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 
 from etils import epath
 
@@ -34,6 +35,7 @@ class Aftermath:
     def __init__(self, options: Options, home: Catalog, history: History, job: Job, journal: Journal) -> None:
         self._options, self._home, self._history = options, home, history
         self._job, self._journal = job, journal
+        self._has_warned = False
         self._retaining = threading.Lock()  # the mirror's thread has its own reasons
         self.mirror = self._open_mirror()
 
@@ -46,9 +48,25 @@ class Aftermath:
     def follow(self, info: CheckpointInfo) -> None:
         """Does what follows from the commit of a step."""
         if self._job.leads:
+            self._keep_for_now(info.step)
             self._tell(info)
             self.update_mirror(info.step)
             self._retain()
+
+    def _keep_for_now(self, step: int) -> None:
+        """Retention counts steps by their numbers; what was just saved is kept although later ones are there."""
+        for history in (self._history, *([self.mirror.history] if self.mirror is not None else [])):
+            history.committed = step
+        if self._options.keep and paths.is_local(self._home.directory):  # a bucket is asked for little
+            self._warn_of_later([each for each in self._home.steps() if each > step], step)
+
+    def _warn_of_later(self, later: Sequence[int], step: int) -> None:
+        if later and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "step %d was saved below the newest step %d. Retention and restore() go by the numbers of steps: "
+                "to go on from here, delete the %d later steps", step, later[-1], len(later)
+            )  # fmt: skip
 
     def update_mirror(self, *new: int) -> None:
         """Has the mirror look at what is here, new steps above all; returns at once."""

@@ -24,13 +24,15 @@ class History:
     def __init__(self, catalog: Catalog, keep: Sequence[policy.KeepPolicy]) -> None:
         self._catalog = catalog
         self._keep = keep
+        self.committed: int | None = None
+        """The step that was committed last by this process: it may be below the newest."""
 
     def all(self) -> list[CheckpointInfo]:
         """Every readable checkpoint, in order of steps."""
         pinned = self._catalog.pinned()
         counted = [step for step in self._catalog.steps() if step not in self._catalog.damaged]
         found = [info for step in counted if (info := self._read(step, pinned)) is not None]
-        reasons = policy.reasons_to_keep(self._keep, found, pinned)
+        reasons = policy.reasons_to_keep(self._keep, found, pinned, self.committed)
         return [dataclasses.replace(info, kept=reasons[info.step]) for info in found]
 
     def newest(self) -> CheckpointInfo | None:

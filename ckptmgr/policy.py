@@ -163,12 +163,12 @@ def parse(text: str) -> KeepPolicy:
 
 
 def reasons_to_keep(
-    policies: Sequence[KeepPolicy], history: Sequence[Record], pinned: set[int]
+    policies: Sequence[KeepPolicy], history: Sequence[Record], pinned: set[int], committed: int | None = None
 ) -> dict[int, tuple[str, ...]]:
     """Why each step of `history` is kept; an empty tuple means that it may be deleted.
 
-    Without policies everything is kept. The newest step and pinned steps are kept whatever the
-    policies say: what a run resumes from is never theirs to delete.
+    Without policies everything is kept. The newest step, pinned steps and the step that was `committed` last are
+    kept whatever the policies say: what a run resumes from is never theirs to delete.
     """
     wanted = {policy: policy.keep(history) for policy in dict.fromkeys(policies)}
     newest = max((record.step for record in history), default=None)
@@ -176,6 +176,7 @@ def reasons_to_keep(
     def reasons(step: int) -> tuple[str, ...]:
         found = [_spell(policy) for policy, steps in wanted.items() if step in steps]
         found += ["pinned"] * (step in pinned) + ["newest"] * (step == newest)
+        found += ["just saved"] * (step == committed != newest)
         return tuple(found) if wanted else (*found, "keep=None")
 
     return {record.step: reasons(record.step) for record in history}

@@ -41,3 +41,15 @@ def test_what_is_kept_is_what_the_oracle_says(tmp_path, seed):
     manager.close()
     assert manager.steps() == oracle(losses)
     assert sorted(map(int, visible(tmp_path))) == manager.steps()
+
+
+def test_what_was_just_saved_is_kept_although_later_steps_are_there(tmp_path, caplog):
+    with CheckpointManager(tmp_path, keep=2) as manager:
+        for step in (50, 90, 100):
+            manager.save(step, {"w": jnp.zeros(2)})
+        for step in (51, 52):  # somebody has gone back to 50
+            manager.save(step, {"w": jnp.ones(2)})
+            manager.wait()
+            assert manager.steps() == [step, 90, 100]
+            assert manager.info(step).kept == ("just saved",)
+    assert caplog.text.count("was saved below the newest step 100") == 1
