@@ -306,7 +306,12 @@ def _place(leaf: str, answer: Any, meshes: _Meshes) -> Place:
                 "restore inside `with jax.set_mesh(mesh)`",
                 leaf=leaf,
             )
-        return NamedSharding(mesh, answer)
+        try:
+            return NamedSharding(mesh, answer)
+        except ValueError as problem:
+            raise LayoutError(
+                f"layout has {answer} for {leaf}, which does not fit {mesh}: {problem}", leaf=leaf
+            ) from None
     if not _is_placement(answer):
         raise LayoutError(f"layout has {answer!r} for {leaf}, which is no Sharding or PartitionSpec", leaf=leaf)
     if isinstance(answer, jax.Device):

@@ -712,3 +712,10 @@ def test_a_leaf_of_too_few_axes_for_a_layout_is_called_that(tmp_path):
 def test_a_run_does_not_start_with_the_state_of_no_params(tmp_path):
     with CheckpointManager(tmp_path) as manager, pytest.raises(ValueError, match="give params= too"):
         manager.restore_or(optimizer=TX)
+
+
+def test_a_spec_with_an_axis_that_the_mesh_lacks_is_refused(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(8)})
+        with jax.set_mesh(jax.make_mesh((8,), ("x",))), pytest.raises(LayoutError, match="does not fit"):
+            manager.restore(layout=P("y"))
