@@ -72,12 +72,18 @@ class Bucket(Catalog):
         return self.path(step)
 
     def _entries(self) -> Mapping[str, bool]:
-        """What is in it; what is a directory is not asked, which would be a request for each."""
+        """What is in it; what is a directory is not asked, which would be a request for each.
+
+        Some clients list the directory itself, which may have the name of one of its steps: paths tell them apart.
+        """
         self._look_anew()
+        client = self._client()
+        own = client._strip_protocol(str(self.directory))
         try:
-            return {entry.name: True for entry in self.directory.iterdir() if entry.name != self.directory.name}
+            found = [path.rstrip("/") for path in client.ls(own, detail=False)]
         except FileNotFoundError:
             return {}
+        return {path.rpartition("/")[2]: True for path in found if path != own}
 
     def _look_anew(self) -> None:
         """Makes the client forget what it has listed: others write there too."""

@@ -16,6 +16,7 @@ named otherwise are read: `names` finds how.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -302,7 +303,7 @@ class Catalog:
         """What is in it, and whether that is a directory; of a directory that is not there, nothing."""
         try:
             with os.scandir(self.directory) as entries:
-                return {entry.name: entry.is_dir() for entry in entries}
+                return {entry.name: _is_folder(entry) for entry in entries}
         except FileNotFoundError:
             return {}
 
@@ -313,10 +314,23 @@ def is_checkpoint(directory: str) -> bool:
         return True
     try:
         with os.scandir(directory) as entries:
-            folders = [entry.path for entry in entries if entry.is_dir()]
+            folders = [entry.path for entry in entries if _is_folder(entry)]
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
+    except OSError as problem:
+        if problem.errno == errno.ELOOP:  # a symlink to itself
+            return False
+        raise
     return any(os.path.lexists(os.path.join(folder, name)) for folder in folders for name in _ITEM_SIGNS)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as problem:
+        if problem.errno == errno.ELOOP:  # a symlink to itself
+            return False
+        raise
 
 
 def remove(leftover: epath.Path) -> None:

@@ -7,11 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import cast
 
-import ml_dtypes
-import numpy as np
+import jax.numpy as jnp
 
 from ckptmgr.errors import StructureMismatchError
-from ckptmgr.structure import LeafSpec, TreeSpec, collisions, containers
+from ckptmgr.structure import LeafSpec, TreeSpec, collisions, containers, numpy_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +21,9 @@ class LeafDiff:
     saved: LeafSpec | None
     template: LeafSpec | None
     problem: str
-    """"missing" (from the checkpoint), "unexpected" (by the template), "shape", "dtype", or "key": one side
-    holds typed PRNG keys that the other has not, which no cast makes of numbers."""
+    """"missing" (from the checkpoint), "unexpected" (by the template), "shape", "dtype", "key" or "text" (one side
+    has typed PRNG keys or a str, and the other does not: neither is cast), or "value" (the template has an array,
+    and the checkpoint a JSON value or bytes)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,8 @@ _ADVICE = {
     "unexpected": "not in the template (partial=True ignores it)",
     "shape": "another shape",
     "dtype": "another dtype (cast=True converts)",
+    "text": "a str is never cast",
+    "value": "the item is no tree of arrays: give a template without arrays, or None, to get its value",
     "key": "PRNG keys are never cast; see jax.random.key_data and jax.random.wrap_key_data",
 }
 
@@ -127,16 +129,20 @@ def _problem(saved: LeafSpec | None, template: LeafSpec | None) -> str | None:
         return "key"
     if saved.shape != template.shape:
         return "shape"
-    return None if _same_values(saved, template) else "dtype"
+    if "str" in (saved.kind, template.kind) and saved.kind != template.kind:
+        return "text"
+    return None if same_values(saved, template) else "dtype"
 
 
-def _same_values(saved: LeafSpec, template: LeafSpec) -> bool:
+_FAMILIES = {"int": jnp.integer, "float": jnp.floating, "bool": jnp.bool_, "complex": jnp.complexfloating}
+
+
+def same_values(saved: LeafSpec, template: LeafSpec) -> bool:
     """Whether the saved values fit the template's leaf without a conversion that could change them."""
     if saved.dtype == template.dtype:
         return True
-    if template.kind in ("int", "float", "bool"):  # a Python number holds any
-        kind = np.dtype(getattr(ml_dtypes, saved.dtype, saved.dtype)).kind
-        return kind in {"int": "iu", "float": "f", "bool": "b"}[template.kind]
+    if saved.kind != "key" and template.kind in _FAMILIES:  # a Python number holds any of its kind
+        return bool(jnp.issubdtype(numpy_dtype(saved.dtype), _FAMILIES[template.kind]))
     return False
 
 
@@ -155,6 +161,13 @@ def rename_rules(rename: Mapping[str, str]) -> dict[re.Pattern[str], str]:
         raise ValueError(f"rename: {problem.pattern!r} is no regular expression: {problem}") from None
 
 
+def _substituted(old: re.Pattern[str], new: str, path: str) -> tuple[str, int]:
+    try:
+        return old.subn(new, path)
+    except (re.error, IndexError) as problem:  # a group that `old` does not have
+        raise ValueError(f"rename: {new!r} cannot replace {old.pattern!r}: {problem}") from None
+
+
 def renamed(
     saved: TreeSpec, rules: Mapping[re.Pattern[str], str], template: TreeSpec, used: set[re.Pattern[str]]
 ) -> TreeSpec:
@@ -166,7 +179,7 @@ def renamed(
     def apply(leaf: LeafSpec) -> LeafSpec:
         path = leaf.path
         for old, new in rules.items():
-            path, count = old.subn(new, path)
+            path, count = _substituted(old, new, path)
             if count:
                 used.add(old)
         keys = leaf.keys if path == leaf.path else by_path.get(path, (path,))

@@ -103,10 +103,10 @@ def _target(leaf: str, row: Row, place: Place) -> Target:
 
 def _check_fits(leaf: str, shape: tuple[int, ...], sharding: Sharding) -> None:
     try:
+        if isinstance(sharding, NamedSharding) and len(sharding.spec) > len(shape):  # JAX says IndexError
+            raise ValueError(f"the leaf has {len(shape)} axes, and {sharding.spec} has {len(sharding.spec)}")
         sharding.shard_shape(shape)
-        if isinstance(sharding, NamedSharding) and len(sharding.spec) > len(shape):
-            raise ValueError(f"it has {len(shape)} axes")
-    except (ValueError, IndexError) as problem:  # JAX indexes past the axes of a spec that is too long
+    except ValueError as problem:
         raise LayoutError(f"{leaf} of shape {shape} does not fit {sharding}: {problem}", leaf=leaf) from None
 
 
@@ -150,16 +150,20 @@ def _own_or_follow(wanted: Wanted, params: Wanted, places: Sequence[Place], mesh
     rest = _replicated(places) if wanted.item == "opt_state" else HERE
     followed = _follow(wanted, params, places, rest)
     return [
-        _same(_own(row, meshes), place, row.wants.shape) for row, place in zip(wanted.rows, followed, strict=True)
+        _same(_own(row, meshes, place), place, row.wants.shape)
+        for row, place in zip(wanted.rows, followed, strict=True)
     ]
 
 
-def _own(row: Row, meshes: _Meshes) -> Place | None:
-    """Where the template's leaf is; None for an abstract leaf that does not say."""
+def _own(row: Row, meshes: _Meshes, followed: Place = None) -> Place | None:
+    """Where the template's leaf is; None for an abstract leaf that does not say.
+
+    Of several meshes that an abstract leaf may mean, it is the one of the leaf that it follows.
+    """
     if isinstance(row.given, jax.Array) and not row.given.committed:
         return HERE
     sharding = getattr(row.given, "sharding", None)
-    return meshes.concrete(sharding, row.wants.path) if isinstance(sharding, Sharding) else None
+    return meshes.concrete(sharding, row.wants.path, followed) if isinstance(sharding, Sharding) else None
 
 
 def _same(own: Place | None, followed: Place, shape: tuple[int, ...]) -> Place:
@@ -184,18 +188,20 @@ class _Meshes:
         named = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
         return [mesh for mesh in (jax.sharding.get_mesh(), *dict.fromkeys(named)) if isinstance(mesh, Mesh)]
 
-    def concrete(self, sharding: Sharding, leaf: str) -> Sharding | None:
+    def concrete(self, sharding: Sharding, leaf: str, followed: Place = None) -> Sharding | None:
         """The same on devices; None if it names no axis of any mesh."""
         mesh = getattr(sharding, "mesh", None)
         if not isinstance(sharding, NamedSharding) or not isinstance(mesh, AbstractMesh):
             return sharding
         if mesh.empty:
             return None
-        mesh = self._find(mesh, leaf)
+        mesh = self._find(mesh, leaf, followed)
         return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
-    def _find(self, abstract: AbstractMesh, leaf: str) -> Mesh:
-        for mesh in self._known:
+    def _find(self, abstract: AbstractMesh, leaf: str, followed: Place) -> Mesh:
+        for mesh in (getattr(followed, "mesh", None), *self._known):
+            if not isinstance(mesh, Mesh):
+                continue
             if (mesh.axis_names, mesh.axis_sizes) == (abstract.axis_names, abstract.axis_sizes):
                 return mesh
         if abstract.size != jax.device_count():
@@ -300,7 +306,12 @@ def _place(leaf: str, answer: Any, meshes: _Meshes) -> Place:
                 "restore inside `with jax.set_mesh(mesh)`",
                 leaf=leaf,
             )
-        return NamedSharding(mesh, answer)
+        try:
+            return NamedSharding(mesh, answer)
+        except ValueError as problem:
+            raise LayoutError(
+                f"layout has {answer} for {leaf}, which does not fit {mesh}: {problem}", leaf=leaf
+            ) from None
     if not _is_placement(answer):
         raise LayoutError(f"layout has {answer!r} for {leaf}, which is no Sharding or PartitionSpec", leaf=leaf)
     if isinstance(answer, jax.Device):

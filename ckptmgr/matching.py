@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ckptmgr import difference, items, structure
 from ckptmgr.difference import LeafDiff, StructureDiff
@@ -68,6 +69,9 @@ class Request:
         if self.optimizer is not None and not callable(getattr(self.optimizer, "init", None)):
             kind = f"{type(self.optimizer).__module__}.{type(self.optimizer).__qualname__}"
             raise TypeError(f"optimizer takes an optimizer of optax, not {kind}: give its state as opt_state=")
+        for name in (PARAMS, OPT_STATE):
+            if name in self.extras:
+                raise ValueError(f"extras cannot have {name!r}: give it as {name}=")
         for option in ("cast", "partial"):
             _check_choice(option, getattr(self, option))
         if self.rename and not self._has_template():
@@ -151,6 +155,7 @@ def match(
         if item is not None and item.kind == "unread":
             raise UnsupportedLeafError(f"step {manifest.step}: {name} is not restored: {item.why}", leaf=name)
         if item is not None and item.kind != "arrays":
+            refused += _arrays_of(name, template)
             continue
         if item is not None or (name in RESERVED and (template is None or "missing" in allowed)):
             pair, differs = _match_tree(name, item or Item("arrays"), template, rules, used, manifest.written_here)
@@ -166,6 +171,20 @@ def match(
     if unused := [rule.pattern for rule in rules if rule not in used]:
         raise ValueError(f"rename: {unused[0]!r} matches no leaf of {' or '.join(templates)}")
     return matched, passed
+
+
+def _arrays_of(name: str, template: Any) -> StructureDiff:
+    """The arrays of the template of an item that was saved as a JSON value or as bytes."""
+    if items.is_iterator(template):
+        return StructureDiff()
+    leaves = structure.describe(template, item=name, is_template=True).leaves if _has_arrays(template) else ()
+    arrays = [leaf for leaf in leaves if leaf.kind in ("jax", "numpy", "key")]
+    return StructureDiff(tuple(LeafDiff(f"{name}{leaf.path}", None, leaf, "value") for leaf in arrays))
+
+
+def _has_arrays(template: Any) -> bool:
+    kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+    return any(isinstance(leaf, kinds) for leaf in jax.tree_util.tree_leaves(template))
 
 
 def _without_value(name: str, template: Any, differs: StructureDiff, request: Request) -> StructureDiff:
@@ -191,7 +210,7 @@ def _with_saved_dtypes(pair: Matched, differs: StructureDiff) -> tuple[Matched, 
     """
     changed = {leaf.path: leaf for leaf in differs.dtype if leaf.saved and leaf.template and _alike(leaf)}
     rows = [
-        row._replace(wants=row.wants._replace(dtype=row.saved.dtype))
+        row._replace(wants=row.wants._replace(dtype=row.saved.dtype, weak=row.saved.weak))
         if row.saved and f"{pair.item}{row.wants.path}" in changed
         else row
         for row in pair.rows
@@ -293,7 +312,8 @@ def _as_saved(saved: LeafSpec | None, wants: LeafSpec) -> LeafSpec:
     """
     if saved is None or saved.kind != "jax":
         return wants
-    if wants.kind in ("int", "float", "bool", "complex") or (wants.kind == "jax" and wants.dtype == saved.dtype):
+    is_number = wants.kind in ("int", "float", "bool", "complex") and difference.same_values(saved, wants)
+    if is_number or (wants.kind == "jax" and wants.dtype == saved.dtype):
         return wants._replace(kind="jax", dtype=saved.dtype, weak=saved.weak)
     return wants
 

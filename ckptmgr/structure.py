@@ -100,9 +100,9 @@ def describe(tree: Any, *, item: str, is_template: bool = False) -> TreeSpec:
     problems = walk.problems + ([] if is_template else collisions(walk.leaves))
     if problems:
         lines = "\n".join(f"  {item}{path}: {reason}" for path, reason in problems)
-        cannot = "is no template" if is_template else "cannot be saved"
+        what = f"the template of {item} cannot be restored" if is_template else f"{item} cannot be saved"
         raise UnsupportedLeafError(
-            f"{item} {cannot} because of {len(problems)} of its leaves:\n{lines}", leaf=problems[0][0]
+            f"{what} because of {len(problems)} of its leaves:\n{lines}", leaf=problems[0][0]
         )
     return TreeSpec(tuple(walk.leaves), outline, tuple(walk.empty))
 
@@ -205,6 +205,9 @@ def _is_no_utf8(name: str) -> bool:
 # ---------------------------------------------------------------- describing a leaf
 
 
+_INSTEAD = "save it as an entry of its own in extras, if it is JSON, bytes or an iterator"
+
+
 class _UnsupportedError(Exception):
     """Why a leaf cannot be stored."""
 
@@ -231,14 +234,9 @@ def describe_leaf(leaf: Any, path: str, keys: Keys, *, is_template: bool = False
         return spec("scalar", (), dtype_name(_storable(leaf.dtype)))
     if type(leaf) in (np.ndarray, np.memmap):
         return spec("numpy", leaf.shape, dtype_name(_storable(leaf.dtype)))
-    raise _UnsupportedError(
-        f"is a {type(leaf).__module__}.{type(leaf).__qualname__}, not an array or a number"
-        + (
-            ""
-            if is_template
-            else "; save it as an entry of its own in extras, if it is JSON, bytes or an iterator"
-        )
-    )
+    kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+    advice = "leave it out" if is_template else _INSTEAD
+    raise _UnsupportedError(f"is a {kind}, not an array or a number; {advice}")
 
 
 def _array_facts(leaf: Any) -> tuple[str, tuple[int, ...], str]:

@@ -56,3 +56,11 @@ def test_paths():
     assert str(paths.resolve("gs://bucket/run")) == "gs://bucket/run"
     assert paths.resolve("a/../b") == epath.Path(os.getcwd()) / "b"
     assert paths.resolve("~/x") == epath.Path(os.path.expanduser("~")) / "x"
+
+
+def test_a_symlink_to_itself_is_no_step(run):
+    (run / "9").mkdir()
+    for link in (run / "latest", run / "11", run / "9" / "items"):
+        link.symlink_to(link)
+    assert CheckpointManager(run, read_only=True).steps() == [5, 10]
+    assert CheckpointManager(run, read_only=True).restore().step == 10

@@ -602,3 +602,120 @@ def test_an_extra_cannot_have_the_name_of_a_part_or_a_file_of_a_checkpoint(tmp_p
             manager.save(1, {"w": jnp.ones(2)}, extras={"pinned": {"n": 1}, "_mine": {"n": 2}}).result().pinned
             is False
         )
+
+
+# ---------------------------------------------------------------- other meshes than that of jax.set_mesh
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+def test_weak_leaves_come_back_where_they_were_whatever_mesh_is_set(is_set, tmp_path):
+    half = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+    params = {
+        "spread": jax.device_put(jnp.full(8, 0.5), NamedSharding(half, P("x"))),
+        "bound": jax.device_put(jnp.asarray(0.5), jax.devices()[0]),
+        "elsewhere": jax.device_put(jnp.asarray(0.5), jax.devices()[3]),
+        "free": jnp.asarray(0.5),
+    }
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, params)
+        with jax.set_mesh(jax.make_mesh((8,), ("y",))) if is_set else contextlib.nullcontext():
+            back = manager.restore(params=params).params
+    for name, leaf in params.items():
+        assert (back[name].sharding, back[name].committed) == (leaf.sharding, leaf.committed), name
+    assert_trees_equal(back, params)
+
+
+def test_the_state_of_an_optimizer_follows_params_on_two_meshes(tmp_path):
+    first, second = (
+        jax.make_mesh((4,), ("x",), devices=devices) for devices in (jax.devices()[:4], jax.devices()[4:])
+    )
+    params = {
+        name: jax.device_put(jnp.arange(8.0), NamedSharding(mesh, P("x")))
+        for name, mesh in (("a", first), ("b", second))
+    }
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, params, TX.init(params))
+        back = manager.restore(params=params, optimizer=TX)
+    for name, leaf in params.items():
+        assert back.opt_state[0].mu[name].sharding == leaf.sharding
+
+
+# ---------------------------------------------------------------- what does not fit is refused
+
+
+def test_a_dtype_that_an_update_has_changed_keeps_its_weak_type_too(tmp_path):
+    tx = optax.GradientTransformation(lambda _: {"rate": jnp.asarray(0.3)}, TX.update)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(3)}, {"rate": jnp.asarray(0.5, jnp.bfloat16)})
+        back = manager.restore(params={"w": jnp.ones(3)}, optimizer=tx)
+    assert back.opt_state["rate"].dtype == jnp.bfloat16
+    assert not back.opt_state["rate"].weak_type
+
+
+@pytest.mark.parametrize(
+    ("saved", "template"),
+    [(jnp.asarray(0.5, jnp.bfloat16), 0.1), (jnp.asarray(3, jnp.int4), 1), (jnp.asarray(1 + 2j), 0j)],
+)
+def test_a_python_number_is_a_template_for_an_array_of_its_kind(saved, template, tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"n": saved})
+        assert_trees_equal(manager.restore(params={"n": template}).params, {"n": saved})
+
+
+def test_cast_makes_a_python_number_of_an_array_of_another_kind(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"n": jnp.asarray(2.0)})
+        back = manager.restore(params={"n": 1}, cast=True).params
+    assert type(back["n"]) is int
+    assert back["n"] == 2
+
+
+def test_arrays_are_not_restored_from_an_extra_that_is_a_json_value(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(3)}, extras={"batch_stats": {}, "data": {"n": 3}})
+        with pytest.raises(StructureMismatchError, match=r"batch_stats\['mean'\] .* no tree of arrays"):
+            manager.restore(extras={"batch_stats": {"mean": jnp.zeros(3)}})
+        for template in (None, {"n": 0}):
+            assert manager.restore(extras={"data": template}).extras == {"data": {"n": 3}}
+
+
+@pytest.mark.parametrize("name", ["params", "opt_state"])
+def test_an_extra_never_takes_the_place_of_a_template(name, tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(3)})
+        with pytest.raises(ValueError, match=f"give it as {name}="):
+            manager.restore(params={"v": jnp.ones(3)}, extras={name: {"w": jnp.ones(3)}})
+
+
+def test_a_replacement_with_a_group_that_its_rule_lacks_is_refused(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(3)})
+        for new in (r"\2", r"\g<name>"):
+            with pytest.raises(ValueError, match=r"rename: .* cannot replace 'w'"):
+                manager.restore(params={"v": jnp.ones(3)}, rename={"w": new})
+
+
+def test_a_template_that_cannot_be_restored_is_called_that(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"f": jnp.ones(3)})
+        with pytest.raises(ckptmgr.UnsupportedLeafError, match="the template of params cannot be restored"):
+            manager.restore(params={"f": jnp.sin})
+
+
+def test_a_leaf_of_too_few_axes_for_a_layout_is_called_that(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"n": jnp.asarray(1.0)})
+        with pytest.raises(LayoutError, match="the leaf has 0 axes"):
+            manager.restore(layout=NamedSharding(jax.make_mesh((8,), ("x",)), P("x")))
+
+
+def test_a_run_does_not_start_with_the_state_of_no_params(tmp_path):
+    with CheckpointManager(tmp_path) as manager, pytest.raises(ValueError, match="give params= too"):
+        manager.restore_or(optimizer=TX)
+
+
+def test_a_spec_with_an_axis_that_the_mesh_lacks_is_refused(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(8)})
+        with jax.set_mesh(jax.make_mesh((8,), ("x",))), pytest.raises(LayoutError, match="does not fit"):
+            manager.restore(layout=P("y"))

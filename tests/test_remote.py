@@ -282,3 +282,10 @@ def test_no_credential_is_logged(run, caplog):
     said = "".join(record.getMessage() for record in caplog.records if record.name == "ckptmgr")
     assert "saved" in said
     assert "not-a-secret" not in said
+
+
+def test_a_run_may_have_the_name_of_one_of_its_steps(run):
+    with ckptmgr.CheckpointManager(f"{run}/7") as manager:
+        for step in (7, 8):
+            manager.save(step, trainer.state(step)).result()
+        assert manager.steps() == [7, 8]

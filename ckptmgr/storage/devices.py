@@ -276,17 +276,26 @@ def _keys(here: jax.Array, words: Values, target: Target) -> Any:
     return jax.device_put(keys, place) if isinstance(place, jax.sharding.Sharding) else keys
 
 
+_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
+
+
 def _weakly_typed(leaves: list[Any], targets: Sequence[Target]) -> list[Any]:
-    """The same bits, with JAX's weak type where it was saved: one program for the leaves of each mesh."""
+    """The same bits, with JAX's weak type where it was saved: one program for the leaves of each mesh.
+
+    A program runs on the mesh of `jax.set_mesh`, and takes no arrays of another: each has the mesh of its leaves.
+    One leaf that is committed to its device would commit all results of its program.
+    """
     groups: dict[Any, list[int]] = {}
     for place, target in enumerate(targets):
         if target.weak and target.kind == "jax":
             sharding = leaves[place].sharding
-            groups.setdefault(getattr(sharding, "mesh", sharding), []).append(place)
+            group = getattr(sharding, "mesh", sharding), leaves[place].committed
+            groups.setdefault(group, []).append(place)
     with jax.debug_nans(False), jax.debug_infs(False):  # a leaf may hold them: nothing is computed here
-        for places in groups.values():
+        for (where, _), places in groups.items():
             strong = [leaves[place] for place in places]
-            weakened = weaken([_in_default_memory(array) for array in strong])
+            with jax.set_mesh(where if isinstance(where, jax.sharding.Mesh) else _NO_MESH):
+                weakened = weaken([_in_default_memory(array) for array in strong])
             for place, array, weak in zip(places, strong, weakened, strict=True):
                 leaves[place] = jax.device_put(weak, array.sharding) if array.committed else weak
     return leaves

@@ -157,7 +157,15 @@ def _random_keys(read: ReadJson) -> dict[str, str]:
 
 def _partition(text: str | None) -> tuple[Any, ...] | None:
     spec = json.loads(text).get("partition_spec") if text else None
-    return None if spec is None else tuple(tuple(axes) if isinstance(axes, list) else axes for axes in spec)
+    return None if spec is None else tuple(map(_axes, spec))
+
+
+def _axes(found: Any) -> Any:
+    """One entry of a PartitionSpec; raises TypeError for what is none."""
+    names = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{found!r} names no axes of a mesh")
+    return tuple(found) if isinstance(found, list) else found
 
 
 class _Below(dict[Any, Any]):

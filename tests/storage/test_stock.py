@@ -217,3 +217,11 @@ def test_a_damaged_stock_checkpoint_is_named(stock, tmp_path):
     (copy / "7" / "params" / "_METADATA").write_text("{}")
     with pytest.raises(CorruptCheckpointError, match="params"):
         CheckpointManager(copy, read_only=True).restore(7)
+
+
+def test_a_partition_that_names_no_axes_is_no_layout_and_no_damage(tmp_path):
+    with ocp.CheckpointManager(tmp_path) as stock:
+        stock.save(1, args=ARGS.Composite(params=ARGS.StandardSave({"w": jnp.arange(8.0)})))
+    (tmp_path / "1" / "params" / "_sharding").write_text('{"dw==": "{\\"partition_spec\\": [5]}"}')
+    back = CheckpointManager(tmp_path, read_only=True).restore(layout=jax.make_mesh((8,), ("x",)))
+    assert_trees_equal(back.params, {"w": jnp.arange(8.0)})
