@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ckptmgr.errors import LayoutError
-from ckptmgr.structure import Keys, Row
+from ckptmgr.structure import Keys, Row, abstract
 
 _log = logging.getLogger("ckptmgr")
 
@@ -87,6 +87,23 @@ def targets(layout: Layout, wanted: Sequence[Wanted], params: Wanted) -> list[li
         ]
         for each, chosen in zip(wanted, places, strict=True)
     ]
+
+
+def kept(layout: Layout, wanted: Sequence[Wanted], params: Wanted) -> list[list[Row]]:
+    """The rows of each item, with what `partial` keeps from the template where the layout wants it."""
+    return [
+        [
+            row if row.saved else row._replace(given=_moved(row, place))
+            for row, place in zip(each.rows, chosen, strict=True)
+        ]
+        for each, chosen in zip(wanted, _places(layout, wanted, params), strict=True)
+    ]
+
+
+def _moved(row: Row, place: Place) -> Any:
+    if not isinstance(row.given, jax.Array) or place is HERE or (place is HOST and row.wants.kind == "key"):
+        return row.given
+    return jax.device_get(row.given) if place is HOST else jax.device_put(row.given, place)
 
 
 def _target(leaf: str, row: Row, place: Place) -> Target:
@@ -263,10 +280,10 @@ def _by_function(
     layout: Callable[[str, jax.ShapeDtypeStruct], Any], params: Wanted, meshes: _Meshes
 ) -> list[Place]:
     def place(row: Row) -> Place:
-        wants = row.wants
-        answer = (
-            layout(wants.path, jax.ShapeDtypeStruct(wants.shape, wants.dtype)) if wants.kind == "jax" else None
-        )
+        leaf = row.wants if row.wants.kind == "jax" else row.saved
+        answer = None
+        if leaf is not None and row.wants.kind in ("jax", "key"):
+            answer = layout(row.wants.path, abstract(leaf))
         return _answered(params, row, answer, meshes)
 
     return [place(row) for row in params.rows]

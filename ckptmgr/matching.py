@@ -322,11 +322,5 @@ def _state_template(manifest: Manifest, optimizer: Any, params: Any) -> Any:
     """The abstract opt_state of an optax optimizer, from the params template or those saved."""
     if params is None:
         tree = manifest.items[PARAMS].tree if PARAMS in manifest.items else TreeSpec((), None)
-        params = structure.rebuild(tree.outline, list(map(_abstract, tree.leaves)))
+        params = structure.rebuild(tree.outline, list(map(structure.abstract, tree.leaves)))
     return jax.eval_shape(optimizer.init, params)
-
-
-def _abstract(leaf: LeafSpec) -> Any:
-    if leaf.kind == "key":
-        return jax.eval_shape(lambda: jnp.broadcast_to(jax.random.key(0, impl=leaf.impl), leaf.shape))
-    return jax.eval_shape(lambda: jnp.zeros(leaf.shape, leaf.dtype))

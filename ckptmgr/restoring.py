@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import time
@@ -23,7 +24,7 @@ from ckptmgr.job import Call, Job
 from ckptmgr.matching import Request
 from ckptmgr.mirror import Mirror
 from ckptmgr.storage import reading
-from ckptmgr.structure import numpy_dtype
+from ckptmgr.structure import abstract
 
 _log = logging.getLogger("ckptmgr")
 _PATIENCE_S, _PAUSE_S = 30.0, 0.02  # a network's file system may show a new step late
@@ -69,9 +70,7 @@ class Restorer:
         """Where a callable puts the parameters of a step."""
         try:
             params = self._home.manifest(step).items[items.PARAMS].tree.leaves
-            return [
-                layout(leaf.path, jax.ShapeDtypeStruct(leaf.shape, numpy_dtype(leaf.dtype))) for leaf in params
-            ]
+            return [layout(leaf.path, abstract(leaf)) for leaf in params if leaf.kind in ("jax", "key")]
         except Exception:  # whatever it is, restoring meets it too, and says so
             return []
 
@@ -182,6 +181,9 @@ class Restorer:
             templates = request.templates(manifest)
             matched, passed = matching.match(manifest, templates, request)
             params = matching.params_of(manifest, matched)
+            if passed.missing and request.layout is not None:
+                kept = layouts.kept(request.layout, matched, params)
+                matched = [dataclasses.replace(each, rows=rows) for each, rows in zip(matched, kept, strict=True)]
             targets = layouts.targets(request.layout, matched, params)
             manifests.check_files(manifest, directory, {*templates, items.STEP, items.METRICS})
             sources = {
@@ -201,7 +203,7 @@ class Restorer:
                 manifest, templates, passed, trees = open_trees()
             values = trees.place() | reading.read_values(manifest, directory, trees.sources)
         if request.optimizer is not None and passed.missing:
-            values[items.OPT_STATE] = _with_new_state(request.optimizer, values)
+            values[items.OPT_STATE] = _with_new_state(request, values)
         _warn_of_partial(step, passed)
         absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
         _log.info("step %d restored from %s", step, directory)
@@ -219,9 +221,10 @@ class Restorer:
         )
 
 
-def _with_new_state(optimizer: Any, values: Mapping[str, Any]) -> Any:
+def _with_new_state(request: Request, values: Mapping[str, Any]) -> Any:
     """The opt_state, where the checkpoint lacks a leaf with that of a new state of these params."""
-    new = first_state(optimizer, values[items.PARAMS])
+    new = first_state(request.optimizer, values[items.PARAMS])
+    new = jax.device_get(new) if request.layout is layouts.HOST else new
     return jax.tree.map(
         lambda kept, made: made if isinstance(kept, jax.ShapeDtypeStruct) else kept, values[items.OPT_STATE], new
     )

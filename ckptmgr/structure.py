@@ -306,6 +306,16 @@ def partition_of(sharding: Any) -> tuple[Any, ...] | None:
     return tuple(sharding.spec) if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
+def abstract(leaf: LeafSpec) -> jax.ShapeDtypeStruct:
+    """A leaf without its values, as `jax.eval_shape` gives it."""
+    if leaf.kind == "key":
+        found: jax.ShapeDtypeStruct = jax.eval_shape(
+            lambda: jnp.broadcast_to(jax.random.key(0, impl=leaf.impl), leaf.shape)
+        )
+        return found
+    return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(numpy_dtype(leaf.dtype)))
+
+
 # ---------------------------------------------------------------- plain containers again
 
 

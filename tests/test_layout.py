@@ -415,3 +415,31 @@ def test_saved_on_one_mesh_and_restored_on_another_every_bit_is_the_same(make_me
             back = manager.restore(layout=layout).params["x"]
             assert layout is meshes[1] or back.sharding == second
             assert np.asarray(back).tobytes() == values.tobytes()
+
+
+def test_what_partial_keeps_goes_where_the_layout_wants_it(tmp_path, make_mesh):
+    mesh = make_mesh(x=8)
+    place = NamedSharding(mesh, PartitionSpec("x"))
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(8)})
+    reader = CheckpointManager(tmp_path, read_only=True)
+    template = {"w": jnp.zeros(8), "new": jax.device_put(jnp.arange(8.0), jax.devices()[0])}
+    for layout in (place, {"w": place, "new": place}, lambda path, leaf: place):
+        found = reader.restore(params=template, layout=layout, partial=True).params
+        assert {leaf.sharding for leaf in found.values()} == {place}
+        assert np.array_equal(found["new"], np.arange(8.0))
+    found = reader.restore(params=template, optimizer=optax.adam(1.0), layout=ckptmgr.HOST, partial=True)
+    assert {type(leaf) for leaf in jax.tree.leaves((found.params, found.opt_state))} == {np.ndarray}
+
+
+def test_a_callable_is_asked_about_keys_too(tmp_path, make_mesh):
+    everywhere = NamedSharding(make_mesh(x=8), PartitionSpec())
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(8), "key": jax.random.key(3, impl="rbg"), "n": 3})
+    asked = {}
+    found = CheckpointManager(tmp_path, read_only=True).restore(
+        layout=lambda path, leaf: asked.update({path: leaf}) or everywhere
+    )
+    assert {leaf.sharding for leaf in (found.params["w"], found.params["key"])} == {everywhere}
+    assert str(asked["['key']"].dtype) == "key<rbg>"
+    assert set(asked) == {"['w']", "['key']"}
