@@ -249,16 +249,16 @@ class CheckpointManager:
             store.write(step, copied.contents, copied.build_manifest, copied.own)
             durable_s = time.perf_counter() - called
             blocked_s = max(handed_over, copied.completed_at()) - called
-            info = self._history.glance(self._catalog.manifest(step))
+            info = self._history.glance(self._catalog.manifest(step, fresh=True))  # not that of a step it replaced
             return dataclasses.replace(info, blocked_s=blocked_s, durable_s=durable_s)
 
         def failed(failure: SaveError) -> None:
             self._last = None
             self._journal.record("failed", step, why=str(failure.__cause__))
 
-        told = self._pending.follow(step, commit, failed, self._aftermath.follow)
-        self._last = CheckpointInfo(step=step, time=copied.manifest.time)
         try:
+            told = self._pending.follow(step, commit, failed, self._aftermath.follow)
+            self._last = CheckpointInfo(step=step, time=copied.manifest.time)
             if not copied.wait(self._options.timeout_s):
                 self._pending.join(0)  # says what takes so long
         except BaseException:

@@ -41,9 +41,9 @@ class Pending:
                 failure = SaveError(f"step {step} could not be saved: {problem}", step=step)
                 failure.__cause__ = problem
                 self._failure = failure
-                failed(failure)
                 _log.error("%s", failure)  # heard even if no next call comes
                 told.set_exception(failure)
+                failed(failure)
                 return
             finally:
                 self._committed = step
