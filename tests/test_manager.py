@@ -1,11 +1,13 @@
 """The story of a save and a restore, as a caller sees it."""
 
+import concurrent.futures
 import json
 import logging
 import os
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -214,6 +216,21 @@ def test_on_commit_is_told_of_each_checkpoint_and_what_it_raises_harms_nothing(t
     assert "no network" in caplog.text
 
 
+def test_of_threads_that_save_the_same_step_one_does(tmp_path):
+    def save(number):
+        ready.wait(10)
+        try:
+            return bool(manager.save(1, {"w": np.full(100000, number)}))
+        except ckptmgr.CheckpointExistsError:
+            return False
+
+    ready = threading.Barrier(4)
+    with CheckpointManager(tmp_path) as manager, concurrent.futures.ThreadPoolExecutor(4) as threads:
+        saved = list(threads.map(save, range(4)))
+        assert sorted(saved) == [False, False, False, True]
+        assert manager.restore(1).params["w"][0] == saved.index(True)
+
+
 def test_a_callback_that_exits_does_not_stop_retention(tmp_path, caplog):
     with CheckpointManager(tmp_path, on_commit=lambda info: sys.exit("enough"), keep=1) as manager:
         manager.save(1, PARAMS)
@@ -343,6 +360,21 @@ def test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it(run, mo
         manager.wait()
         assert manager.steps() == [4]
     assert "step 4 could not be saved" in caplog.text
+
+
+def test_an_old_result_does_not_hide_the_failure_of_a_later_save(tmp_path, monkeypatch):
+    manager = CheckpointManager(tmp_path)
+    monkeypatch.setattr(orbax.Store, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    first = manager.save(1, PARAMS)
+    with pytest.raises(ckptmgr.SaveError, match="step 1"):
+        manager.wait()
+    second = manager.save(2, PARAMS)
+    while not second.done():
+        time.sleep(0.01)
+    with pytest.raises(ckptmgr.SaveError, match="step 1"):
+        first.result()
+    with pytest.raises(ckptmgr.SaveError, match="step 2"):
+        manager.close()
 
 
 def test_a_failed_save_ends_its_result_whatever_fails_beside_it(tmp_path, caplog):
