@@ -91,7 +91,7 @@ class Aftermath:
         for callback in self._options.on_commit:
             try:
                 callback(info)
-            except Exception:
+            except BaseException:  # sys.exit() among them: it would end this thread alone
                 _log.exception("step %d: on_commit callback %r failed", info.step, callback)
 
     def _retain(self) -> None:

@@ -102,7 +102,7 @@ class SaveResult:
         step: int,
         reason: str,
         commit: concurrent.futures.Future[CheckpointInfo] | None = None,
-        acknowledge: Callable[[], None] = lambda: None,
+        acknowledge: Callable[[SaveError], None] = lambda failure: None,
     ) -> None:
         self.step = step
         self.reason = reason
@@ -131,8 +131,8 @@ class SaveResult:
             raise SaveError(f"step {self.step} was not saved: {self.reason}", step=self.step)
         try:
             return self._commit.result(timeout_s)
-        except SaveError:
-            self._acknowledge()
+        except SaveError as failure:
+            self._acknowledge(failure)
             raise
         except concurrent.futures.TimeoutError:
             waiting_for = f"the save of step {self.step}"

@@ -23,7 +23,7 @@ from ckptmgr import structure
 from ckptmgr.errors import LayoutError
 from ckptmgr.layout import HOST
 from ckptmgr.manifest import Item
-from ckptmgr.structure import TreeSpec, is_weak
+from ckptmgr.structure import TreeSpec, is_key, is_weak
 
 PARAMS, OPT_STATE, STEP, METRICS = "params", "opt_state", "step", "metrics"
 RESERVED = frozenset({PARAMS, OPT_STATE, STEP, METRICS})
@@ -83,7 +83,7 @@ class Composer:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
         key = (treedef, list(map(_signature, leaves)))
         known = self._known.get(item)
-        if known is None or known[0] != key:
+        if known is None or not _is_alike(known[0], key):
             known = self._known[item] = (key, structure.describe(tree, item=item))
         return Tree(known[1], leaves)
 
@@ -97,6 +97,14 @@ class Composer:
         if _is_json(value):  # a copy: the caller goes on
             return Value(functools.partial(json.loads, json.dumps(value)), "json", is_own)
         return dataclasses.replace(self.tree(name, value), is_own=is_own)
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    """Whether two trees have the same structure; what a node holds as static may refuse to be compared."""
+    try:
+        return bool(one == other)
+    except ValueError:  # numpy arrays, whose comparison is an array
+        return False
 
 
 def _check_name(name: Any) -> None:
@@ -140,10 +148,10 @@ def _metrics(metrics: Mapping[str, Any]) -> Value:
 def _metric(name: Any, value: Any) -> Any:
     if not isinstance(name, str):
         raise TypeError(f"metrics: the name {name!r} is not a str")
-    if isinstance(value, jax.Array) and value.ndim == 0:
+    if isinstance(value, jax.Array) and value.ndim == 0 and not jnp.iscomplexobj(value) and not is_key(value):
         with jax.debug_nans(False), jax.debug_infs(False):  # a loss may be either: nothing is computed here
             return jnp.copy(value)  # not waited for, and ours: the caller may donate its own
-    if isinstance(value, int | float | np.number | np.ndarray) and np.ndim(value) == 0:
+    if isinstance(value, int | float | np.number | np.ndarray) and np.ndim(value) == 0 and np.isrealobj(value):
         return float(value)
     raise TypeError(f"metrics: {name!r} is {value!r}, not one number")
 

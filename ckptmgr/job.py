@@ -89,6 +89,7 @@ class Job:
         self._prefix = f"ckptmgr/{name}"
         self._client = distributed.global_state.client if self.count > 1 else None
         self._number = 0  # of the next entry of the log
+        self._is_saying = False
         self._kept: list[str] = []  # entries that may not have been read by all
         self._given_up: set[Call] = set()
         self._turn = threading.RLock()
@@ -207,8 +208,13 @@ class Job:
     def _say(self, call: Call, **said: Any) -> None:
         assert self._client is not None
         key = f"{self._prefix}/log/{self._number}"
+        if self._is_saying and key in dict(self._client.key_value_dir_get(f"{self._prefix}/log/")):
+            self._number += 1  # an interrupt came when the entry was made and not yet counted
+            key = f"{self._prefix}/log/{self._number}"
+        self._is_saying = True
         self._client.key_value_set(key, json.dumps({"call": call, **said}))
         self._number += 1
+        self._is_saying = False
         self._kept.append(key)
 
     def _gather_or_say(self, call: Call, own: Report) -> list[Report]:

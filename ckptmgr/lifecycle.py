@@ -40,7 +40,13 @@ class Background:
         _running.add(self)
 
     def start(self, what: str, run: Callable[[], None], about: Any = None) -> None:
-        """Starts a task once the one before it is done; `what` names it in a timeout."""
+        """Starts a task once the one before it is done; `what` names it in a timeout.
+
+        A task that starts another (a callback that saves, say) cannot wait for it: the other is run at once.
+        """
+        if self.is_current():
+            run()
+            return
         self.wait()
         self._accepted.append(_Task(what, run, about))
         self._start_thread()
@@ -66,6 +72,8 @@ class Background:
     def _run(self, task: _Task) -> None:
         try:
             task.run()
+        except BaseException:
+            _log.exception("%s failed", task.what)
         finally:
             self._accepted.popleft()
             task.done.set()

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -108,6 +109,7 @@ class CheckpointManager:
         self._composer = items.Composer()
         self._copier = writing.Copier(self._options)
         self._last: CheckpointInfo | None = None
+        self._turn = threading.RLock()  # threads that save take turns; a handler of signals may save too
         self._store: orbax.Store | None = None
         self._preemption = lifecycle.Preemption()
         timeout_s = self._options.timeout_s
@@ -177,25 +179,26 @@ class CheckpointManager:
           SaveError: the save before this one failed, or this one did.
         """
         called = time.perf_counter()
-        step = policy.step_number(step)
-        store = self._writable(step)
-        refusal = self._refuse(step, force, on_exists)
-        if refusal:
-            return SaveResult(step, refusal)
-        if params is None and opt_state is None:
-            raise ValueError("save needs params, or an opt_state that holds them")
+        with contextlib.nullcontext() if self._pending.is_current() else self._turn:
+            step = policy.step_number(step)
+            store = self._writable(step)
+            refusal = self._refuse(step, force, on_exists)
+            if refusal:
+                return SaveResult(step, refusal)
+            if params is None and opt_state is None:
+                raise ValueError("save needs params, or an opt_state that holds them")
 
-        def copy() -> writing.Copied:
-            self._catalog.check_free(step)
-            composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
-            self._pending.wait()
-            copied = self._copier.copy(step, self._options.clock(), composed)
-            self._make_room(step)
-            return copied
+            def copy() -> writing.Copied:
+                self._catalog.check_free(step)
+                composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
+                self._pending.wait()
+                copied = self._copier.copy(step, self._options.clock(), composed)
+                self._make_room(step)
+                return copied
 
-        copied = self._job.together(Call("the save", step), copy, writing.Copied.spec)
-        reason = "forced" if force else "preempted" if self.preempted else "due"
-        return self._hand_over(copied, store, reason, called)
+            copied = self._job.together(Call("the save", step), copy, writing.Copied.spec)
+            reason = "forced" if force else "preempted" if self.preempted else "due"
+            return self._hand_over(copied, store, reason, called)
 
     def _make_room(self, step: int) -> None:
         """A damaged step of this number is kept under another name: the run walked back, and comes by again."""
@@ -249,7 +252,7 @@ class CheckpointManager:
             store.write(step, copied.contents, copied.build_manifest, copied.own)
             durable_s = time.perf_counter() - called
             blocked_s = max(handed_over, copied.completed_at()) - called
-            info = self._history.glance(self._catalog.manifest(step))
+            info = self._history.glance(self._catalog.manifest(step, fresh=True))  # not that of a step it replaced
             return dataclasses.replace(info, blocked_s=blocked_s, durable_s=durable_s)
 
         def failed(failure: SaveError) -> None:

@@ -68,7 +68,12 @@ class Mirror:
             if self._is_running:
                 return
             self._is_running = True
-        self._background.start(f"the copying to {self.catalog.directory}", self._run)
+        try:
+            self._background.start(f"the copying to {self.catalog.directory}", self._run)
+        except BaseException:
+            with self._lock:
+                self._is_running = False
+            raise
 
     def owes(self, step: int) -> bool:
         """Whether a step is still to be copied, so that it must not be deleted at home yet.
@@ -125,12 +130,21 @@ class Mirror:
         try:
             self._copy(step)
         except (CheckpointError, FileNotFoundError) as problem:
-            if self._home.identity(step) is None or self._home.manifest(step, fresh=True).time != time:
+            if not self._is_still_there(step, time):
                 return True
             _log.error("step %d is not copied to %s: %s", step, self.catalog.directory, problem)
             return False
         _log.info("step %d copied to %s", step, self.catalog.directory)
         return True
+
+    def _is_still_there(self, step: int, time: float) -> bool:
+        """Whether a step is the one that was saved then, be it damaged."""
+        try:
+            return self._home.manifest(step, fresh=True).time == time
+        except CheckpointNotFoundError:
+            return False
+        except CheckpointError:
+            return True
 
     def _look(self) -> dict[int, float]:
         """What is to be copied now, and when each was saved."""
@@ -186,7 +200,7 @@ class Mirror:
 
     def _check(self, step: int, draft: epath.Path) -> None:
         """Reads the copy back; one that is damaged, here or at its source, is begun anew another time."""
-        manifest = self._home.manifest(step)
+        manifest = self._home.manifest(step, fresh=True)  # the draft has the file, which may be damaged by now
         marked_later = {name: file for name, file in manifest.files.items() if name != catalog.COMMITTED}
         report = verifying.verify(dataclasses.replace(manifest, files=marked_later), draft, None)
         if not report:

@@ -41,9 +41,9 @@ class Pending:
                 failure = SaveError(f"step {step} could not be saved: {problem}", step=step)
                 failure.__cause__ = problem
                 self._failure = failure
-                failed(failure)
                 _log.error("%s", failure)  # heard even if no next call comes
                 told.set_exception(failure)
+                failed(failure)
                 return
             finally:
                 self._committed = step
@@ -76,12 +76,17 @@ class Pending:
 
     def settle(self, step: int) -> None:
         """Waits for a step that is being written: to its caller it is there already."""
-        if step == self.step and not self._background.is_current():
+        if step == self.step and not self.is_current():
             self.wait()
 
-    def acknowledge(self) -> None:
-        """A failure that `SaveResult.result` has raised is not raised again."""
-        self._failure = None
+    def acknowledge(self, failure: SaveError) -> None:
+        """A failure that `SaveResult.result` has raised is not raised again; a later one is."""
+        if self._failure is failure:
+            self._failure = None
+
+    def is_current(self) -> bool:
+        """Whether the caller is a callback of the save that is being finished, which must not wait for itself."""
+        return self._background.is_current()
 
     def raise_failure(self) -> None:
         """Raises the failure of the last save, once."""

@@ -261,3 +261,25 @@ def test_a_python_number_comes_back_as_one_from_an_abstract_template(tmp_path, n
         wrong = jax.ShapeDtypeStruct((), jnp.int32 if isinstance(number, float) else jnp.float16)
         with pytest.raises(StructureMismatchError, match=r"params\['number'\]"):
             manager.restore(params={"w": jnp.ones(2), "number": wrong})
+
+
+def test_a_tree_whose_static_part_cannot_be_compared_is_saved_again(tmp_path):
+    class Table:
+        def __init__(self, value, static):
+            self.value, self.static = value, static
+
+    jax.tree_util.register_pytree_node(
+        Table, lambda table: ((table.value,), table.static), lambda static, values: Table(*values, static)
+    )
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, Table(np.full(3, step), np.ones(2)))
+        template = Table(np.zeros(3, int), np.ones(2))
+        assert [manager.restore(step, params=template).params.value[0] for step in (1, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize("value", [np.complex64(1j), np.array(1j), jnp.array(1j), jax.random.key(0)], ids=str)
+def test_a_metric_that_is_no_real_number_is_refused_by_name(value, tmp_path):
+    said = r"metrics: 'loss' is [\s\S]*, not one number"
+    with CheckpointManager(tmp_path) as manager, pytest.raises(TypeError, match=said):
+        manager.save(1, {"w": np.ones(1)}, metrics={"loss": value})

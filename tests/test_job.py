@@ -18,6 +18,7 @@ from conftest import counted, free_port, visible
 from test_crash import last, rest
 
 import ckptmgr
+from ckptmgr import job
 
 pytestmark = pytest.mark.xdist_group("job")
 SCRIPT = Path(member.__file__)
@@ -59,6 +60,32 @@ def end(processes):
         process.stdout.close()
         process.stderr.close()
         process.wait()
+
+
+class Interrupted:
+    """The client of a coordinator that holds everything itself; an interrupt comes as the first entry is made."""
+
+    def __init__(self):
+        self.held, self.is_interrupted = {}, False
+
+    def key_value_set(self, key, value):
+        assert key not in self.held
+        self.held[key] = value
+        if not self.is_interrupted:
+            self.is_interrupted = True
+            raise KeyboardInterrupt
+
+    def key_value_dir_get(self, prefix):
+        return [each for each in self.held.items() if each[0].startswith(prefix)]
+
+
+def test_an_interrupt_as_process_0_decides_leaves_it_able_to_decide_again():
+    line = job.Job("line", 1.0)
+    line._client = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        line.decide(job.Call("a save", 1), lambda: "one")
+    assert line.decide(job.Call("a save", 2), lambda: "two") == "two"
+    assert [json.loads(said)["found"] for said in line._client.held.values()] == ["one", "two"]
 
 
 def test_two_processes_save_and_one_two_or_four_restore(tmp_path):

@@ -1,10 +1,13 @@
 """The story of a save and a restore, as a caller sees it."""
 
+import concurrent.futures
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from conftest import visible
 
 import ckptmgr
 from ckptmgr import CheckpointManager, best, every_steps, latest
+from ckptmgr.storage import orbax
 from ckptmgr.testing import assert_trees_equal
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
@@ -212,6 +216,94 @@ def test_on_commit_is_told_of_each_checkpoint_and_what_it_raises_harms_nothing(t
     assert "no network" in caplog.text
 
 
+def test_of_threads_that_save_the_same_step_one_does(tmp_path):
+    def save(number):
+        ready.wait(10)
+        try:
+            return bool(manager.save(1, {"w": np.full(100000, number)}))
+        except ckptmgr.CheckpointExistsError:
+            return False
+
+    ready = threading.Barrier(4)
+    with CheckpointManager(tmp_path) as manager, concurrent.futures.ThreadPoolExecutor(4) as threads:
+        saved = list(threads.map(save, range(4)))
+        assert sorted(saved) == [False, False, False, True]
+        assert manager.restore(1).params["w"][0] == saved.index(True)
+
+
+def test_a_callback_that_exits_does_not_stop_retention(tmp_path, caplog):
+    with CheckpointManager(tmp_path, on_commit=lambda info: sys.exit("enough"), keep=1) as manager:
+        manager.save(1, PARAMS)
+        manager.save(2, PARAMS)
+        manager.wait()
+        assert manager.steps() == [2]
+    assert "enough" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"max_host_bytes": 1000}, {"asynchronous": False}], ids=str)
+def test_a_save_that_a_callback_makes_is_durable_when_it_returns(options, tmp_path):
+    def values(fill):
+        return {name: np.full(1000, fill) for name in "ab"}
+
+    def again(info):
+        if info.step == 1:
+            params = values(2.0)
+            manager.save(2, params).result(10)
+            found.append(manager.steps())
+            for leaf in params.values():
+                leaf[:] = 9.0
+
+    found = []
+    with CheckpointManager(tmp_path, on_commit=again, timeout_s=20, **options) as manager:
+        manager.save(1, values(1.0))
+        manager.wait()
+        assert found == [[1, 2]]
+        assert_trees_equal(manager.restore(2).params, values(2.0))
+
+
+def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_have_changed(tmp_path, monkeypatch):
+    params, released = {name: np.zeros(1000) for name in "ab"}, threading.Event()
+    start, write = threading.Thread.start, orbax.Store.write
+
+    def interrupted(thread):
+        start(thread)
+        if thread.name.startswith("ckptmgr: the save"):
+            raise KeyboardInterrupt
+
+    def held(*given):
+        released.wait(10)
+        write(*given)
+
+    with CheckpointManager(tmp_path, max_host_bytes=1000) as manager:
+        monkeypatch.setattr(orbax.Store, "write", held)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                manager.save(1, params)
+        params["b"][:] = 9.0
+        released.set()
+        with pytest.raises(ckptmgr.SaveError, match="was interrupted before everything was copied"):
+            manager.wait()
+        assert manager.steps() == []
+
+
+def test_what_is_looked_at_while_a_step_is_replaced_is_not_remembered(tmp_path, monkeypatch):
+    write = orbax.Store.write
+
+    def look_then_write(*given):
+        assert manager.infos()[0].metrics["loss"] == 1.0
+        write(*given)
+
+    away = tmp_path / "away"
+    with CheckpointManager(tmp_path / "home", mirror=away) as manager:
+        manager.save(1, PARAMS, metrics={"loss": 1.0})
+        manager.wait()
+        monkeypatch.setattr(orbax.Store, "write", look_then_write)
+        told = manager.save(1, PARAMS, metrics={"loss": 2.0}, on_exists="replace").result()
+        assert told.metrics["loss"] == manager.info(1).metrics["loss"] == 2.0
+    assert CheckpointManager(away, read_only=True).info(1).metrics["loss"] == 2.0
+
+
 def test_metadata_versions_and_time_are_recorded(tmp_path):
     with CheckpointManager(tmp_path, metadata={"git": "abc", "lr": 0.1}, clock=lambda: 42.0) as manager:
         manager.save(1, PARAMS, state())
@@ -268,6 +360,30 @@ def test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it(run, mo
         manager.wait()
         assert manager.steps() == [4]
     assert "step 4 could not be saved" in caplog.text
+
+
+def test_an_old_result_does_not_hide_the_failure_of_a_later_save(tmp_path, monkeypatch):
+    manager = CheckpointManager(tmp_path)
+    monkeypatch.setattr(orbax.Store, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    first = manager.save(1, PARAMS)
+    with pytest.raises(ckptmgr.SaveError, match="step 1"):
+        manager.wait()
+    second = manager.save(2, PARAMS)
+    while not second.done():
+        time.sleep(0.01)
+    with pytest.raises(ckptmgr.SaveError, match="step 1"):
+        first.result()
+    with pytest.raises(ckptmgr.SaveError, match="step 2"):
+        manager.close()
+
+
+def test_a_failed_save_ends_its_result_whatever_fails_beside_it(tmp_path, caplog):
+    manager = CheckpointManager(tmp_path, clock=lambda: np.float32(5))  # neither manifest nor journal can say it
+    result = manager.save(1, PARAMS)
+    with pytest.raises(ckptmgr.SaveError, match=r"step 1 could not be saved: .*float32"):
+        result.result(10)
+    manager.close()
+    assert "the save of step 1 failed" in caplog.text
 
 
 # ---------------------------------------------------------------- restoring

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -19,7 +20,7 @@ from test_job import finish
 from test_job import start as start_job
 
 import ckptmgr
-from ckptmgr import catalog
+from ckptmgr import catalog, lifecycle, mirror
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),
@@ -138,6 +139,39 @@ def test_a_damaged_step_is_not_copied_and_the_others_are(home, tmp_path, caplog)
         assert steps_in(tmp_path / "away") == [1, 3]
     assert f"step 2 is not copied to {tmp_path / 'away'}: the copy is damaged" in caplog.text
     assert visible(tmp_path / "away") == ["1", "3"]
+
+
+def test_a_step_whose_manifest_was_damaged_after_it_was_read_is_not_copied(home, tmp_path, monkeypatch, caplog):
+    copy, saved = mirror.Mirror._copy, threading.Event()
+
+    def damage_first(self, step):
+        saved.wait(20)
+        if step == 2:
+            (home / "2" / "manifest.json").write_text("{")
+        copy(self, step)
+
+    monkeypatch.setattr(mirror.Mirror, "_copy", damage_first)
+    with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away", timeout_s=20) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, trainer.state(step)).result()
+        saved.set()
+    assert steps_in(tmp_path / "away") == [1, 3]
+    assert "step 2 is not copied" in caplog.text
+
+
+def test_an_interrupt_as_copying_starts_does_not_stop_later_copies(home, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away") as manager:
+        save(manager, 1)
+        manager.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(lifecycle.Background, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                manager.pin(1)
+        save(manager, 2)
+    assert steps_in(tmp_path / "away") == [1, 2]
 
 
 def test_a_copy_that_was_damaged_on_its_way_is_never_shown(home, tmp_path, monkeypatch, caplog):

@@ -130,10 +130,11 @@ class Copier:
         return Copied(contents, manifest, sorted(may_differ))
 
     def _snapshot(self, name: str, tree: items.Tree, of: int) -> arrays.Snapshot:
-        bound = self._options.max_host_bytes
         plan = self._planner.plan(name, tree.spec, tree.leaves)
         is_own = tree.is_own and jax.process_count() > 1 and all(at is None for at in plan.shardings)
-        return arrays.Snapshot(plan, tree.leaves, bound and not is_own and bound // of, is_own=is_own)
+        bound = self._options.max_host_bytes
+        share = None if bound is None or is_own else bound // of  # what processes compare is copied whole
+        return arrays.Snapshot(plan, tree.leaves, share, is_own=is_own)
 
     def _of_arrays(self, snapshot: arrays.Snapshot) -> manifests.Item:
         return manifests.Item("arrays", snapshot.plan.tree, compression=self._options.compression)
