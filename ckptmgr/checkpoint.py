@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
+from ckptmgr.lifecycle import Outcome
 from ckptmgr.structure import LeafSpec
 
 
@@ -101,7 +101,7 @@ class SaveResult:
         self,
         step: int,
         reason: str,
-        commit: concurrent.futures.Future[CheckpointInfo] | None = None,
+        commit: Outcome | None = None,
         acknowledge: Callable[[SaveError], None] = lambda failure: None,
     ) -> None:
         self.step = step
@@ -119,7 +119,7 @@ class SaveResult:
 
     def done(self) -> bool:
         """Whether nothing is being written any more for this step: it is durable, or failed."""
-        return self._commit is None or self._commit.done()
+        return self._commit is None or self._commit.is_set()
 
     def result(self, timeout_s: float | None = None) -> CheckpointInfo:
         """Waits until the checkpoint is durable.
@@ -129,13 +129,12 @@ class SaveResult:
         """
         if self._commit is None:
             raise SaveError(f"step {self.step} was not saved: {self.reason}", step=self.step)
-        try:
-            return self._commit.result(timeout_s)
-        except SaveError as failure:
-            self._acknowledge(failure)
-            raise
-        except concurrent.futures.TimeoutError:
+        if not self._commit.wait(timeout_s):
             waiting_for = f"the save of step {self.step}"
-            raise CheckpointTimeoutError(
-                f"{waiting_for} took longer than {timeout_s} s", waiting_for=waiting_for
-            ) from None
+            raise CheckpointTimeoutError(f"{waiting_for} took longer than {timeout_s} s", waiting_for=waiting_for)
+        failure = self._commit.failure
+        if isinstance(failure, SaveError):
+            self._acknowledge(failure)
+            raise failure
+        info: CheckpointInfo = self._commit.value
+        return info

@@ -24,6 +24,42 @@ _log = logging.getLogger("ckptmgr")
 _running: weakref.WeakSet[Background] = weakref.WeakSet()
 
 
+class Moment:
+    """Comes once, and is waited for; an interrupt of who waits harms nobody.
+
+    Of `threading.Event` and of futures it may: Ctrl-C in `Condition.__enter__`, which is Python, leaves their lock
+    held, and who sets them waits for ever. Here each who waits has a lock of its own.
+    """
+
+    def __init__(self) -> None:
+        self._has_come = False
+        self._waiting: collections.deque[threading.Lock] = collections.deque()
+
+    def is_set(self) -> bool:
+        return self._has_come
+
+    def set(self) -> None:
+        self._has_come = True
+        while self._waiting:
+            self._waiting.popleft().release()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it has come within these seconds."""
+        own = threading.Lock()
+        own.acquire()
+        self._waiting.append(own)
+        if not self._has_come:  # else `set` may have looked before
+            own.acquire(timeout=-1 if timeout_s is None else min(max(timeout_s, 0), threading.TIMEOUT_MAX))
+        return self._has_come
+
+
+class Outcome(Moment):
+    """What becomes of a task: `value`, or `failure`, once `set` was called."""
+
+    value: Any = None
+    failure: Exception | None = None
+
+
 class Background:
     """Runs one task at a time beside its caller; `timeout_s` bounds every wait for it.
 
@@ -104,7 +140,7 @@ class _Task:
     what: str
     run: Callable[[], None]
     about: Any
-    done: threading.Event = dataclasses.field(default_factory=threading.Event)
+    done: Moment = dataclasses.field(default_factory=Moment)
 
 
 def _forget() -> None:

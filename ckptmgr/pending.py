@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 from collections.abc import Callable
 
 from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
 from ckptmgr.job import Job
-from ckptmgr.lifecycle import Background
+from ckptmgr.lifecycle import Background, Outcome
 
 _log = logging.getLogger("ckptmgr")
 
@@ -29,9 +28,9 @@ class Pending:
         commit: Callable[[], CheckpointInfo],
         failed: Callable[[SaveError], None],
         then: Callable[[CheckpointInfo], None],
-    ) -> concurrent.futures.Future[CheckpointInfo]:
+    ) -> Outcome:
         """Runs `commit`, which returns once the step is durable, in a thread, and `failed` or `then` after it."""
-        told: concurrent.futures.Future[CheckpointInfo] = concurrent.futures.Future()
+        told = Outcome()
         self._committed = None
 
         def finish() -> None:
@@ -42,12 +41,14 @@ class Pending:
                 failure.__cause__ = problem
                 self._failure = failure
                 _log.error("%s", failure)  # heard even if no next call comes
-                told.set_exception(failure)
+                told.failure = failure
+                told.set()
                 failed(failure)
                 return
             finally:
                 self._committed = step
-            told.set_result(info)
+            told.value = info
+            told.set()
             then(info)
 
         self._background.start(f"the save of step {step}", finish, step)

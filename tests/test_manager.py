@@ -1,6 +1,7 @@
 """The story of a save and a restore, as a caller sees it."""
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
@@ -285,6 +286,30 @@ def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_ha
         with pytest.raises(ckptmgr.SaveError, match="was interrupted before everything was copied"):
             manager.wait()
         assert manager.steps() == []
+
+
+@pytest.mark.parametrize("wait", ["wait", "result"])
+def test_an_interrupt_inside_a_wait_leaves_no_lock_that_the_writing_needs(wait, tmp_path, monkeypatch):
+    enter, main, write = threading.Condition.__enter__, threading.get_ident(), orbax.Store.write
+
+    def interrupted(condition):
+        enter(condition)
+        if threading.get_ident() == main:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    def slow(*given):
+        time.sleep(0.2)
+        write(*given)
+
+    with CheckpointManager(tmp_path, timeout_s=20) as manager:
+        monkeypatch.setattr(orbax.Store, "write", slow)
+        result = manager.save(1, PARAMS)
+        monkeypatch.setattr(threading.Condition, "__enter__", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            result.result() if wait == "result" else manager.wait()
+        monkeypatch.undo()
+        assert result.result(10).step == 1
 
 
 def test_what_is_looked_at_while_a_step_is_replaced_is_not_remembered(tmp_path, monkeypatch):

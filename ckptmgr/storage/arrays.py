@@ -22,6 +22,7 @@ import tensorstore as ts
 from etils import epath
 
 from ckptmgr import paths
+from ckptmgr.lifecycle import Moment
 from ckptmgr.storage import chunks, devices, files
 from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values
 from ckptmgr.storage.devices import Part, Plan
@@ -74,7 +75,7 @@ class Snapshot:
         self._waves = chunks.runs([each.nbytes for each in plan.stored], max_bytes)
         self.copied: list[tuple[int, list[Part]]] = []
         """The copies that wait to be written: the place of each leaf, and its parts."""
-        self.complete = threading.Event()
+        self.complete = Moment()
         """Set once every leaf has been copied, or the save is over."""
         self.completed_at = 0.0
         """When it was, on the clock of `time.perf_counter`."""
