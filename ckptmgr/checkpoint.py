@@ -103,12 +103,14 @@ class SaveResult:
         reason: str,
         commit: Outcome | None = None,
         acknowledge: Callable[[SaveError], None] = lambda failure: None,
+        timeout_s: float | None = None,
     ) -> None:
         self.step = step
         self.reason = reason
         """Why the step was saved, or why it was not."""
         self._commit = commit
         self._acknowledge = acknowledge
+        self._timeout_s = timeout_s
 
     def __bool__(self) -> bool:
         return self._commit is not None
@@ -124,9 +126,10 @@ class SaveResult:
     def result(self, timeout_s: float | None = None) -> CheckpointInfo:
         """Waits until the checkpoint is durable.
 
-        Raises SaveError if it could not be written or was never started, and CheckpointTimeoutError
-        after `timeout_s` seconds.
+        Raises SaveError if it could not be written or was never started, and CheckpointTimeoutError after
+        `timeout_s` seconds (default: the manager's).
         """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         if self._commit is None:
             raise SaveError(f"step {self.step} was not saved: {self.reason}", step=self.step)
         if not self._commit.wait(timeout_s):

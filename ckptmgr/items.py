@@ -70,6 +70,9 @@ class Composer:
         self, step: int, params: Any, opt_state: Any, extras: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> dict[str, Tree | Value]:
         """Raises UnsupportedLeafError, TypeError or ValueError naming what cannot be saved."""
+        for name, given in (("extras", extras), ("metrics", metrics)):
+            if not isinstance(given, Mapping):
+                raise TypeError(f"{name} takes a mapping of names to values, not {type(given).__name__}")
         found: dict[str, Tree | Value] = {}
         if params is not None:
             found[PARAMS] = self.tree(PARAMS, params)

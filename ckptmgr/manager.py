@@ -269,7 +269,7 @@ class CheckpointManager:
             raise
         if not self._options.asynchronous:
             self._pending.wait()
-        return SaveResult(step, reason, told, self._pending.acknowledge)
+        return SaveResult(step, reason, told, self._pending.acknowledge, self._options.timeout_s)
 
     # ------------------------------------------------------------ waiting and closing
 

@@ -64,6 +64,8 @@ class Request:
     broadcast: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.extras, Mapping):
+            raise TypeError(f"extras takes a mapping of names to templates, not {type(self.extras).__name__}")
         if self.optimizer is not None and self.opt_state is not None:
             raise ValueError("restore takes opt_state or optimizer, not both: each stands for the other")
         if self.optimizer is not None and not callable(getattr(self.optimizer, "init", None)):

@@ -29,14 +29,16 @@ def open_run(directory: epath.Path, catalog: Catalog, timeout_s: float) -> tuple
             catalog.tidy()
         return [job.new_name(), str(directory), _write_token(directory) if line.count > 1 else ""]
 
-    name, there, token = line.decide(call, claim)
-    if not line.leads:
-        claimed.append(Writer(directory, speaks=False))
+    token = ""
     try:
+        name, there, token = line.decide(call, claim)
+        if not line.leads:
+            claimed.append(Writer(directory, speaks=False))
         line.together(call, lambda: _look_for(token, directory, there, line))
         return name, claimed[0]
     except BaseException:
-        claimed[0].release()
+        for each in claimed:
+            each.release()
         raise
     finally:
         if line.leads and token:
@@ -47,7 +49,8 @@ def _write_token(directory: epath.Path) -> str:
     """A file that every process must find where it looks for the run; a bucket is shared anyway."""
     token = secrets.token_hex(8) if paths.is_local(directory) else ""
     if token:
-        (directory / TOKEN).write_text(token)
+        with open(directory / TOKEN, "w", opener=paths.open_to_write) as file:
+            file.write(token)
     return token
 
 

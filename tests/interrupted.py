@@ -30,6 +30,8 @@ def interrupt_soon(seconds):
 def main(directory, seed, count, max_host_bytes):
     draw, step, accepted, lost = random.Random(int(seed)), 0, set(), set()
     manager = ckptmgr.CheckpointManager(directory, max_host_bytes=int(max_host_bytes) or None, timeout_s=60)
+    manager.save(step, values(step)).result()  # on a busy machine no other may be accepted
+    accepted.add(step)
     for _ in range(int(count)):
         params = {}
         try:

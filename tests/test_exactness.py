@@ -573,6 +573,17 @@ def test_what_is_no_step_is_refused_by_every_call(name, tmp_path):
         assert manager.steps() == [5]
 
 
+def test_extras_and_metrics_that_are_no_mappings_are_refused_by_name(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        for name in ("extras", "metrics"):
+            with pytest.raises(TypeError, match=f"{name} takes a mapping of names to values, not list"):
+                manager.save(1, {"w": 1.0}, **{name: [1]})
+        manager.save(1, {"w": 1.0})
+        for call in (manager.restore, manager.restore_or):
+            with pytest.raises(TypeError, match="extras takes a mapping of names to templates, not list"):
+                call(extras=[1])
+
+
 def test_an_extra_cannot_have_the_name_of_a_part_or_a_file_of_a_checkpoint(tmp_path):
     """All names that lie in steps, ours and Orbax's, and what Orbax reserves in its sources."""
     import orbax.checkpoint as ocp
