@@ -184,8 +184,8 @@ def _own(row: Row, meshes: _Meshes, followed: Place = None) -> Place | None:
 
 
 def _same(own: Place | None, followed: Place, shape: tuple[int, ...]) -> Place:
-    """A leaf's own place; where the leaf that it follows is in the same place, in the same words: P("x", None) is
-    P("x") for JAX's compiled programs, and not for a comparison."""
+    """A leaf's own place, spelled as that of the leaf that it follows if both are the same place: P("x", None) and
+    P("x") are equal for JAX's programs, and not for `==`."""
     if own is None:
         return followed
     both = isinstance(own, Sharding) and isinstance(followed, Sharding)
@@ -212,8 +212,8 @@ class _Meshes:
             return sharding
         if mesh.empty:
             return None
-        mesh = self._find(mesh, leaf, followed)
-        return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+        kind = sharding.memory_kind or getattr(followed, "memory_kind", None)
+        return NamedSharding(self._find(mesh, leaf, followed), sharding.spec, memory_kind=kind)
 
     def _find(self, abstract: AbstractMesh, leaf: str, followed: Place) -> Mesh:
         for mesh in (getattr(followed, "mesh", None), *self._known):

@@ -730,3 +730,14 @@ def test_a_spec_with_an_axis_that_the_mesh_lacks_is_refused(tmp_path):
         manager.save(1, {"w": jnp.ones(8)})
         with jax.set_mesh(jax.make_mesh((8,), ("x",))), pytest.raises(LayoutError, match="does not fit"):
             manager.restore(layout=P("y"))
+
+
+@pytest.mark.parametrize("kind", ["default", "auto"])
+def test_the_state_of_params_in_the_memory_of_the_host_follows_them_there(kind, tmp_path):
+    mesh = MESHES[kind]()
+    params = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P("fsdp"), memory_kind="pinned_host"))}
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(TX.init, params))
+    save(tmp_path, params, state)
+    found = CheckpointManager(tmp_path, read_only=True).restore(params=params, optimizer=TX)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(found.opt_state)} == {"pinned_host"}
+    assert found.opt_state[0].mu["w"].sharding == params["w"].sharding
