@@ -1,4 +1,4 @@
-"""What follows from a commit: it is told, copied to the mirror, and what no policy keeps is deleted."""
+"""After a commit: callbacks, mirror, retention."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def _check_name(name: Any) -> None:
 
 
 def _signature(leaf: Any) -> Any:
-    """Equal for leaves that are stored alike; a deleted array is like no other, and looked at again."""
+    """Equal for leaves that are stored alike; a deleted array never matches."""
     if isinstance(leaf, jax.Array):
         return leaf.shape, leaf.dtype, leaf.sharding, is_weak(leaf), leaf.is_deleted()
     if isinstance(leaf, np.ndarray):

@@ -25,10 +25,11 @@ _running: weakref.WeakSet[Background] = weakref.WeakSet()
 
 
 class Moment:
-    """Comes once, and is waited for; an interrupt of who waits harms nobody.
+    """An event that is set once. Ctrl-C in a thread that waits for it does not stop the thread that sets it.
 
-    Of `threading.Event` and of futures it may: Ctrl-C in `Condition.__enter__`, which is Python, leaves their lock
-    held, and who sets them waits for ever. Here each who waits has a lock of its own.
+    With `threading.Event` and futures it may: their lock is taken in Python code (`Condition.__enter__`). If
+    Ctrl-C comes there, the lock stays held, and the thread that sets the event waits for ever. Here each waiting
+    thread has a lock of its own.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class Moment:
 
 
 class Outcome(Moment):
-    """What becomes of a task: `value`, or `failure`, once `set` was called."""
+    """The result of a task: `value` or `failure`, once it is set."""
 
     value: Any = None
     failure: Exception | None = None

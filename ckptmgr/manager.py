@@ -201,7 +201,7 @@ class CheckpointManager:
             return self._hand_over(copied, store, reason, called)
 
     def _make_room(self, step: int) -> None:
-        """A damaged step of this number is kept under another name: the run walked back, and comes by again."""
+        """Renames a damaged step so that its number can be saved again."""
         if step in self._catalog.damaged and self._job.leads:
             _log.warning("step %d is damaged and set aside as %s", step, self._catalog.set_aside(step))
         self._catalog.forget(step)

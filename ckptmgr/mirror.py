@@ -1,8 +1,8 @@
 """A second home of a run: every committed checkpoint is copied there, beside the training.
 
 A copy is made as a draft, the file that tells one save from another first. It is read back whole, and only
-then made a step: by a rename on a disk, by a last file in a bucket. A draft that was begun before a crash is
-gone on with if it is of the same save. The copy is a run directory like any other.
+then made a step: by a rename on a disk, by a last file in a bucket. A draft left by a crash is continued if it
+belongs to the same save. The copy is a run directory like any other.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Mirror:
     def owes(self, step: int) -> bool:
         """Whether a step is still to be copied, so that it must not be deleted at home yet.
 
-        Nothing is owed while copying fails: a mirror that is away must not fill the disk at home.
+        If copying fails, retention may still delete local steps, so that the disk does not fill.
         """
         with self._lock:
             return self._owed is None or step in self._owed or step in self._announced

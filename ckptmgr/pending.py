@@ -76,7 +76,7 @@ class Pending:
         self.raise_failure()
 
     def settle(self, step: int) -> None:
-        """Waits for a step that is being written: to its caller it is there already."""
+        """If this step is still being written, waits for it."""
         if step == self.step and not self.is_current():
             self.wait()
 

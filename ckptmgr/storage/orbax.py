@@ -50,7 +50,9 @@ def own_place(process: int, file: str = "") -> str:
 
 def checks_itself(name: str) -> bool:
     """Whether TensorStore checks this file of a step as it reads it: OCDBT's manifests, nodes and chunks."""
-    is_read = name.endswith("/manifest.ocdbt") and f"/{arrays.PART}" not in name  # of a part its merger was all
+    is_read = (
+        name.endswith("/manifest.ocdbt") and f"/{arrays.PART}" not in name
+    )  # only `merge` reads those of parts
     return is_read or "/d/" in name
 
 
