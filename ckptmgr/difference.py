@@ -75,12 +75,17 @@ class StructureDiff:
 
     def __str__(self) -> str:
         rows = [("leaf", "checkpoint", "template", "")]
-        rows += [(d.path, _show(d.saved), _show(d.template), _ADVICE[d.problem]) for d in self.leaves]
-        rows += [(*container, "node of another type") for container in self.containers]
+        rows += [(d.path, _show(d.saved), _show(d.template), _ADVICE[d.problem]) for d in self.leaves[:_SHOWN]]
+        rows += [(*container, "node of another type") for container in self.containers[:_SHOWN]]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        if more := max(0, len(self.leaves) - _SHOWN):
+            lines.append(f"... and {more} more leaves, all of them in the error's .diff")
         return "\n".join(f"  {line.rstrip()}" for line in lines)
 
+
+_SHOWN = 40
+"""How many leaves a message names: of thousands nobody reads more."""
 
 _ADVICE = {
     "missing": "not in the checkpoint (partial=True keeps the template's own value)",

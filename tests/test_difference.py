@@ -97,3 +97,10 @@ def test_an_empty_difference_is_falsy_and_differences_add_up():
     assert not StructureDiff()
     assert len((one + one).leaves) == 4
     assert not one.without("missing", "unexpected")
+
+
+def test_a_message_about_thousands_of_leaves_stays_short():
+    found = between({f"old {n}": n for n in range(3000)}, {f"new {n}": n for n in range(3000)})
+    assert len(found.leaves) == 6000
+    assert len(str(found)) < 8_000
+    assert "... and 5960 more leaves, all of them in the error's .diff" in str(found)
