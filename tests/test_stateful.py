@@ -53,7 +53,7 @@ class Run(RuleBasedStateMachine):
         self.damaged.discard(step)
         self.values[step] = self.made
         counted_in = set(self.values) - self.passed_over
-        for old in counted_in - set(sorted(counted_in)[-KEEP:]) - self.pinned:
+        for old in counted_in - set(sorted(counted_in)[-KEEP:]) - self.pinned - {step}:  # it was just saved
             self.gone(old)
 
     @rule(step=STEPS)
