@@ -233,7 +233,7 @@ def _with_new_state(request: Request, values: Mapping[str, Any]) -> Any:
 def first_state(optimizer: Any, params: Any) -> Any:
     """The opt_state that a run starts with; of an abstract params template an abstract one."""
     if params is None:
-        raise ValueError("nothing is saved yet, and optimizer needs params to start from: give params= too")
+        raise ValueError("optimizer needs params to start its state from, and there are none: give params= too")
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         return jax.eval_shape(optimizer.init, params)
     with jax.transfer_guard("allow"):  # it makes arrays of numbers, which a training step does not
