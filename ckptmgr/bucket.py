@@ -1,6 +1,9 @@
 """The directory of a run in a bucket, where nothing can be renamed or locked.
 
-<directory>/<step>/commit_success.txt   the last file of a step: without it the step is not there
+<directory>/<step>/commit_success.txt      the last file of a step: without it the step is not there
+<directory>/.ckptmgr/saving/<step>         a note: the step is being written under its own name
+<directory>/.ckptmgr/deleting/<step>       a note: the step is being deleted
+<directory>/.ckptmgr/damaged/<step>-*/     a damaged checkpoint whose step was saved again
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from typing import Any
 from etils import epath
 from etils.epath import backend
 
-from ckptmgr import paths
-from ckptmgr.catalog import COMMITTED, DAMAGED, STEP, Catalog
+from ckptmgr import names, paths
+from ckptmgr.catalog import KEPT, Catalog, remove
+from ckptmgr.names import COMMITTED, DAMAGED, DELETING, SAVING
 
 
 def open_catalog(directory: epath.Path, read_stock: Any) -> Catalog:
@@ -38,20 +42,43 @@ class Bucket(Catalog):
         return bool((self.directory / name / COMMITTED).exists())
 
     def _is_somebodys(self, step: int) -> bool:
-        return False  # a save that was interrupted looks the same, and may be done again
+        """What an interrupted save has left is not: there is a note of it. Version 1 wrote none."""
+        if self._is_step(str(step)) or self._note(SAVING, step).exists() or not self._children(self.path(step)):
+            return False
+        metadata = self.path(step) / names.STEP_METADATA
+        return not (metadata.exists() and b'"ckptmgr"' in metadata.read_bytes())
 
     def identity(self, step: int) -> None:
         return None
 
+    def _write_pin(self, directory: epath.Path) -> None:
+        (directory / names.PIN).write_bytes(b"")
+
+    # ------------------------------------------------------------ a step that is written here
+
     def draft(self, step: int) -> epath.Path:
         return self.path(step)
 
+    def begin(self, step: int) -> epath.Path:
+        self._write_note(SAVING, step)
+        return self.path(step)
+
     def publish(self, step: int) -> None:
-        """Does nothing: the marker has made it a step."""
+        """The marker has made it a step."""
+        self._note(SAVING, step).unlink(missing_ok=True)
+
+    def keep_pin(self, step: int) -> None:
+        """Does nothing: a step that is there is not replaced."""
+
+    def discard(self, step: int) -> None:
+        if self._note(SAVING, step).exists() and not self._is_step(str(step)):
+            self._remove(self.path(step))
+
+    # ------------------------------------------------------------ deletion
 
     def set_aside(self, step: int) -> epath.Path:
         self.forget(step)
-        aside = self.directory / f"{step}{DAMAGED}{time.time_ns()}"
+        aside = self.directory / DAMAGED / f"{step}-{time.time_ns()}"
         client = self._client()
         source = client._strip_protocol(str(self.path(step)))
         for name in client.find(source):
@@ -59,31 +86,61 @@ class Bucket(Catalog):
         client.rm(source, recursive=True)
         return aside
 
+    def _move_version_1(self) -> None:
+        """Does nothing: version 1 left nothing beside the steps of a bucket that tells whose it is."""
+
     def leftovers(self) -> list[tuple[epath.Path, str]]:
         """Without a lock only what is older than the newest step is known to be nobody's."""
         good = self.steps()
-        found = [int(name) for name in self._entries() if STEP.fullmatch(name)]
-        stale = [step for step in sorted(found) if good and step not in good and step < good[-1]]
-        why = "a save or a deletion that was interrupted"
-        return super().leftovers() + [(self.path(step), why) for step in stale]
+        saved = [step for step in self._notes(SAVING) if step not in good and good and step < good[-1]]
+        deleted = [step for step in self._notes(DELETING) if step not in good]
+        found = [(self.path(step), "a save that was interrupted") for step in saved]
+        found += [(self.path(step), "a deletion that was interrupted") for step in deleted]
+        return found + [(path, KEPT) for path in self._inside(DAMAGED)]
 
     def _hide(self, step: int) -> epath.Path:
+        self._write_note(DELETING, step)
         (self.path(step) / COMMITTED).unlink()
         return self.path(step)
 
-    def _entries(self) -> Mapping[str, bool]:
-        """What is in it; what is a directory is not asked, which would be a request for each.
+    def _remove(self, leftover: epath.Path) -> None:
+        """Removes a step that is none any more, then the notes about it."""
+        if remove(leftover):
+            for folder in (SAVING, DELETING):
+                self._note(folder, int(leftover.name)).unlink(missing_ok=True)
 
-        Some clients list the directory itself, which may have the name of one of its steps: paths tell them apart.
+    # ------------------------------------------------------------ notes, and what lies here
+
+    def _note(self, folder: str, step: int) -> epath.Path:
+        self._look_anew()
+        return self.directory / folder / str(step)
+
+    def _write_note(self, folder: str, step: int) -> None:
+        self._note(folder, step).write_bytes(b"ckptmgr\n")
+
+    def _notes(self, folder: str) -> list[int]:
+        return sorted(int(path.name) for path in self._inside(folder) if names.STEP.fullmatch(path.name))
+
+    def _inside(self, folder: str) -> list[epath.Path]:
+        return [self.directory / folder / name for name in self._children(self.directory / folder)]
+
+    def _entries(self) -> Mapping[str, bool]:
+        """What is in it; what is a directory is not asked, which would be a request for each."""
+        return dict.fromkeys(self._children(self.directory), True)
+
+    def _children(self, directory: epath.Path) -> list[str]:
+        """The names in a directory.
+
+        Some clients list the directory itself, which may have the name of what is in it: paths tell them apart.
         """
         self._look_anew()
         client = self._client()
-        own = client._strip_protocol(str(self.directory))
+        own = client._strip_protocol(str(directory))
         try:
             found = [path.rstrip("/") for path in client.ls(own, detail=False)]
         except FileNotFoundError:
-            return {}
-        return {path.rpartition("/")[2]: True for path in found if path != own}
+            return []
+        return sorted(path.rpartition("/")[2] for path in found if path != own)
 
     def _look_anew(self) -> None:
         """Makes the client forget what it has listed: others write there too."""

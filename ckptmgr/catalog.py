@@ -2,24 +2,24 @@
 
 The disk is the truth: nothing about steps is remembered that the next listing could contradict.
 
-    <directory>/<step>/             a committed checkpoint
-    <directory>/<step>/PINNED       retention leaves it alone
-    <directory>/<step>.replaced/    the old checkpoint of a step that is being replaced
-    <directory>/.deleted-<step>-*/  on its way out
-    <directory>/<step>.damaged-*/   a damaged checkpoint whose step was saved again
+    <directory>/<step>/                      a committed checkpoint
+    <directory>/<step>/PINNED                retention leaves it alone
+    <directory>/.ckptmgr/saving/<step>/      a step that is being written
+    <directory>/.ckptmgr/deleting/<step>-*/  a step that is being deleted
+    <directory>/.ckptmgr/replaced/<step>/    the old checkpoint of a step that is being replaced
+    <directory>/.ckptmgr/damaged/<step>-*/   a damaged checkpoint whose step was saved again
 
-A directory is a step if its name is a number and ckptmgr or Orbax wrote something in it. Everything else is
-somebody's: never read, counted, renamed or deleted. Where no step has a plain number, steps that Orbax or flax
-named otherwise are read: `names` finds how.
+A directory is a step if its name is a number and ckptmgr or Orbax finished something in it (`recognize`).
+Everything else outside of `.ckptmgr/` is somebody's: never read, counted, renamed or deleted. Where no step has a
+plain number, steps that Orbax or flax named otherwise are read: `names` finds how.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import ctypes
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,24 +27,20 @@ from typing import Any
 from etils import epath
 
 from ckptmgr import manifest as manifests
-from ckptmgr import names, paths
+from ckptmgr import names, paths, recognize, version_1
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, SaveError
+from ckptmgr.names import DAMAGED, DELETING, PIN, REPLACED, SAVING, STEP
 
-PIN = "PINNED"
-COMMITTED = "commit_success.txt"
-"""Orbax's marker, the last file of a step where nothing can be renamed."""
-REPLACED = ".replaced"
-DELETED = ".deleted-"
-DAMAGED = ".damaged-"
 KEPT = "damaged, and set aside for whoever wants to look into it"
 SET_BACK = "set aside for a save that was interrupted: it is the step again"
-STEP = re.compile(r"0|[1-9][0-9]*")
-_ITEM_SIGNS = ("_METADATA", COMMITTED)
-"""Files of Orbax in an item; an older version wrote none beside the items."""
-_SIGNS = (manifests.NAME, "_CHECKPOINT_METADATA", *_ITEM_SIGNS)
-_ORBAX_SIGNS = {"_CHECKPOINT_METADATA", "_METADATA"}
-UNFINISHED = ".orbax-checkpoint-tmp"
-"""Orbax's ending for a step that is being written."""
+_WHY = {
+    SAVING: "a save that was interrupted",
+    DELETING: "a deletion that was interrupted",
+    REPLACED: "replaced by a newer save of the step",
+    DAMAGED: KEPT,
+}
+_PINNED = b"kept by ckptmgr whatever the retention policy says\n"
+_ORBAX_SIGNS = {names.STEP_METADATA, "_METADATA"}
 _log = logging.getLogger("ckptmgr")
 
 
@@ -74,6 +70,14 @@ class Catalog:
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission") from None
         if not _writable(self.directory):
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission")
+        self._ours(SAVING)
+
+    def _ours(self, folder: str) -> epath.Path:
+        """A folder of ours in the run, which is made if it is not there."""
+        for each in dict.fromkeys([names.OURS, folder]):
+            paths.refuse_link(self.directory / each)
+            (self.directory / each).mkdir(exist_ok=True)
+        return self.directory / folder
 
     def path(self, step: int) -> epath.Path:
         return self.directory / self._names.get(step, str(step))
@@ -106,7 +110,7 @@ class Catalog:
 
     def _is_step(self, name: str) -> bool:
         """Whether ckptmgr or Orbax wrote something in this directory."""
-        return is_checkpoint(os.path.join(self.directory, name))
+        return recognize.is_step(os.path.join(self.directory, name))
 
     def _is_msgpack(self, name: str) -> bool:
         """Whether this is a file that begins as a map of msgpack does, which is what flax writes. (0x80, an empty
@@ -131,6 +135,9 @@ class Catalog:
         if self.can_replace and step not in self.damaged and self._is_step(str(step)):
             with contextlib.suppress(CorruptCheckpointError):
                 self.manifest(step)  # raises NewerFormatError: what a later ckptmgr wrote is not replaced
+        self._refuse_somebodys(step)
+
+    def _refuse_somebodys(self, step: int) -> None:
         if self._is_somebodys(step):
             raise SaveError(
                 f"step {step} is not saved: {self.path(step)} is there and is no checkpoint; move it away",
@@ -138,9 +145,11 @@ class Catalog:
             )
 
     def _is_somebodys(self, step: int) -> bool:
-        """Whether a directory has the name of a step, and holds something that is no checkpoint."""
-        name = str(step)
-        return bool(self.path(step).exists() and not self._is_step(name) and any(self.path(step).iterdir()))
+        """Whether something has the name of a step, and is no checkpoint; an empty folder may be taken."""
+        path = str(self.path(step))
+        if not os.path.lexists(path) or self._is_step(str(step)):
+            return False
+        return os.path.islink(path) or not os.path.isdir(path) or bool(os.listdir(path))
 
     def has(self, step: int) -> bool:
         """Whether a step is committed."""
@@ -165,7 +174,7 @@ class Catalog:
             return f"its steps are {'..., ' if len(steps) > 10 else ''}{shown}"
         if not self.directory.exists():
             return "the directory does not exist"
-        below = [entry for entry in self.directory.iterdir() if entry.is_dir()]
+        below = [entry for entry in self.directory.iterdir() if entry.is_dir() and entry.name != names.OURS]
         runs = [entry.name for entry in below if type(self)(entry, None)._has_steps()]
         return f"did you mean {self.directory / runs[0]}?" if runs else "nothing is saved in it yet"
 
@@ -231,28 +240,63 @@ class Catalog:
         return {step for step in self.steps() if (self.path(step) / PIN).exists()}
 
     def pin(self, step: int) -> None:
-        path = self.require(step) / PIN
-        said = b"kept by ckptmgr whatever the retention policy says\n"
-        if not paths.is_local(path):
-            path.write_bytes(said)
-            return
-        paths.refuse_link(path.parent)
-        with open(path, "wb", opener=paths.open_to_write) as file:
-            file.write(said)
+        directory = self.require(step)
+        paths.refuse_link(directory)
+        self._write_pin(directory)
+
+    def _write_pin(self, directory: epath.Path) -> None:
+        with open(directory / PIN, "wb", opener=paths.open_to_write) as file:
+            file.write(_PINNED)
 
     def unpin(self, step: int) -> None:
         paths.refuse_link(self.require(step))
         (self.path(step) / PIN).unlink(missing_ok=True)
 
-    # ------------------------------------------------------------ a step that is copied here
+    # ------------------------------------------------------------ a step that is written here
 
     def draft(self, step: int) -> epath.Path:
         """Where a step is put together before `publish`."""
-        return self.directory / f"{step}{UNFINISHED}"
+        return self._ours(SAVING) / str(step)
 
-    def publish(self, step: int) -> None:
-        """Makes a draft a step; all of it is durable already, Orbax's marker was written last."""
-        self.draft(step).rename(self.directory / str(step))
+    def begin(self, step: int) -> epath.Path:
+        """Says that a draft of a step is being written, and where."""
+        return self.draft(step)
+
+    def publish(self, step: int) -> epath.Path | None:
+        """Gives a draft, all of which is durable, the step's name; a step that has it makes room without a gap.
+
+        Returns what it has replaced, which is to be removed once the new name is durable.
+        """
+        self._refuse_somebodys(step)  # what came while the draft was written
+        draft, final, old = self.directory / SAVING / str(step), self.directory / str(step), self._old(step)
+        if not final.exists():
+            draft.rename(final)
+            return None
+        if _exchange(draft, final):
+            return draft
+        self._ours(REPLACED)
+        remove(old)
+        final.rename(old)
+        try:
+            draft.rename(final)
+        except OSError:
+            old.rename(final)
+            raise
+        return old
+
+    def keep_pin(self, step: int) -> None:
+        """Pins a draft if it is to replace a step that is pinned."""
+        if (self.path(step) / PIN).exists():
+            self._write_pin(self.draft(step))
+
+    def _old(self, step: int) -> epath.Path:
+        return self.directory / REPLACED / str(step)
+
+    def discard(self, step: int) -> None:
+        """Removes what a failed save has left; the failure that is on its way says more than one here."""
+        with contextlib.suppress(Exception):
+            if (draft := self.draft(step)).exists():
+                draft.rmtree()
 
     # ------------------------------------------------------------ deletion
 
@@ -262,87 +306,93 @@ class Catalog:
         self.forget(step)
         doomed = self._hide(step)
         _log.info("step %d deleted", step)
-        remove(doomed)
+        self._remove(doomed)
+
+    def _remove(self, leftover: epath.Path) -> None:
+        remove(leftover)
 
     def _hide(self, step: int) -> epath.Path:
-        return self.path(step).rename(self.directory / f"{DELETED}{step}-{time.time_ns()}")
+        remove(self._old(step))  # else the next start would set it back
+        return self.path(step).rename(self._ours(DELETING) / f"{step}-{time.time_ns()}")
 
     def set_aside(self, step: int) -> epath.Path:
         """Takes a damaged step out of the listing, and keeps it for whoever wants to look into it."""
         self.forget(step)
-        return self.path(step).rename(self.directory / f"{step}{DAMAGED}{time.time_ns()}")
+        return self.path(step).rename(self._ours(DAMAGED) / f"{step}-{time.time_ns()}")
 
     def tidy(self) -> None:
         """Finishes what an earlier process was stopped in: saves, deletions, and replacing a step."""
+        self._move_version_1()
         for entry, why in self.leftovers():
             if why == SET_BACK:
-                entry.rename(self.directory / entry.name.removesuffix(REPLACED))
+                entry.rename(self.directory / entry.name)
             elif why != KEPT:
-                remove(entry)
+                self._remove(entry)
+
+    def _move_version_1(self) -> None:
+        """Moves what version 1 left beside the steps, once."""
+        if (self.directory / names.VERSION).exists():
+            return
+        for name, place in version_1.moves(str(self.directory)):
+            self._ours(os.path.dirname(place))
+            (self.directory / name).rename(self.directory / place)
+        for name in version_1.to_remove(str(self.directory)):
+            (self.directory / name).unlink()
+        with open(self.directory / names.VERSION, "w", opener=paths.open_to_write) as file:
+            file.write("2\n")
 
     def leftovers(self) -> list[tuple[epath.Path, str]]:
         """What is no step, and why it lies there. What is damaged is kept: `tidy` leaves it alone."""
-        found = ((self.directory / name, self._why(name)) for name in sorted(self._folders()))
-        return [(path, why) for path, why in found if why is not None]
+        return [(path, self._why(folder, path.name)) for folder in _WHY for path in self._inside(folder)]
 
-    def _why(self, name: str) -> str | None:
-        if name.startswith(DELETED):
-            return "a deletion that was interrupted"
-        if name.endswith(UNFINISHED):
-            return "a save that was interrupted"
-        if name.endswith(REPLACED):
-            is_back = (self.directory / name.removesuffix(REPLACED)).exists()
-            return "replaced by a newer save of the step" if is_back else SET_BACK
-        return KEPT if DAMAGED in name else None
+    def _why(self, folder: str, name: str) -> str:
+        if folder == REPLACED and not (self.directory / name).exists():
+            return SET_BACK
+        return _WHY[folder]
 
-    def _folders(self) -> list[str]:
-        """The names of the directories in it; of a directory that is not there, none."""
-        return [name for name, is_folder in self._entries().items() if is_folder]
+    def _inside(self, folder: str) -> list[epath.Path]:
+        """What lies in a folder of ours."""
+        try:
+            return sorted((self.directory / folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def strangers(self) -> list[str]:
+        """What is in it and is neither a step nor ours."""
+        steps = {self.path(step).name for step in self.steps()}
+        return sorted(set(self._entries()) - steps - {names.OURS})
 
     def _entries(self) -> Mapping[str, bool]:
         """What is in it, and whether that is a directory; of a directory that is not there, nothing."""
         try:
             with os.scandir(self.directory) as entries:
-                return {entry.name: _is_folder(entry) for entry in entries}
+                return {entry.name: recognize.is_folder(entry) for entry in entries}
         except FileNotFoundError:
             return {}
 
 
-def is_checkpoint(directory: str) -> bool:
-    """Whether ckptmgr or Orbax wrote something in a local directory: what one that is empty, or yours, has not."""
-    if any(os.path.lexists(os.path.join(directory, name)) for name in _SIGNS):
-        return True
-    try:
-        with os.scandir(directory) as entries:
-            folders = [entry.path for entry in entries if _is_folder(entry)]
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return False
-    except OSError as problem:
-        if problem.errno == errno.ELOOP:  # a symlink to itself
-            return False
-        raise
-    return any(os.path.lexists(os.path.join(folder, name)) for folder in folders for name in _ITEM_SIGNS)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as problem:
-        if problem.errno == errno.ELOOP:  # a symlink to itself
-            return False
-        raise
-
-
-def remove(leftover: epath.Path) -> None:
+def remove(leftover: epath.Path) -> bool:
     """Removes what is in no listing any more; what cannot be removed now is tried again at the next start."""
     try:
         if paths.is_local(leftover) and os.path.islink(leftover):
             os.unlink(leftover)
-            return
-        leftover.rmtree()
+        elif leftover.exists():
+            leftover.rmtree()
     except Exception as problem:  # of a disk or of a client: the run goes on beside it
         _log.warning("%s could not be removed, and is tried again at the next start: %s", leftover, problem)
+        return False
+    return True
 
 
 def _writable(directory: epath.Path) -> bool:
     return os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _exchange(one: epath.Path, other: epath.Path) -> bool:
+    """Swaps two names at once (renameat2 with RENAME_EXCHANGE, Linux); False where that cannot be."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)

@@ -10,10 +10,11 @@ from typing import Literal
 
 from ckptmgr import manifest as manifests
 from ckptmgr import policy
-from ckptmgr.catalog import PIN, Catalog
+from ckptmgr.catalog import Catalog
 from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.manifest import Manifest
+from ckptmgr.names import PIN
 
 _log = logging.getLogger("ckptmgr")
 

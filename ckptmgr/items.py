@@ -23,6 +23,7 @@ from ckptmgr import structure
 from ckptmgr.errors import LayoutError
 from ckptmgr.layout import HOST
 from ckptmgr.manifest import Item
+from ckptmgr.names import UNFINISHED
 from ckptmgr.structure import TreeSpec, is_key, is_weak
 
 PARAMS, OPT_STATE, STEP, METRICS = "params", "opt_state", "step", "metrics"
@@ -34,7 +35,6 @@ _FILES = frozenset({
     "manifest.ocdbt", "d", "orbax.checkpoint",
 })  # fmt: skip
 """Names that mean something else in the directory of a step, to us or to Orbax (v0 and v1)."""
-_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _is_alike(one: Any, other: Any) -> bool:
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot name an entry of extras: use letters, digits, '_', '.' and '-'")
-    if name in RESERVED | _FILES or _UNFINISHED in name or name.startswith("ocdbt.process_"):
+    if name in RESERVED | _FILES or UNFINISHED in name or name.startswith("ocdbt.process_"):
         raise ValueError(
             f"{name!r} cannot name an entry of extras: a checkpoint has a part or a file of that name"
         )

@@ -1,6 +1,6 @@
 """What happened to a run, for people and reports to read: one JSON line for each event.
 
-    <directory>/.journal.jsonl
+    <directory>/.ckptmgr/journal.jsonl
 
 Nothing depends on it: it is kept where files can be appended to, and what cannot be written is left out.
 """
@@ -16,9 +16,8 @@ from typing import Any
 
 from etils import epath
 
-from ckptmgr import paths, policy
+from ckptmgr import names, paths, policy, version_1
 
-NAME = ".journal.jsonl"
 _log = logging.getLogger("ckptmgr")
 
 
@@ -26,7 +25,7 @@ class Journal:
     """The events of one run, in the order in which they happened."""
 
     def __init__(self, directory: epath.Path, clock: Callable[[], float], *, writes: bool) -> None:
-        self._path = directory / NAME
+        self._path = directory / names.JOURNAL
         self._clock = clock
         self._writes = writes and paths.is_local(directory)
         self._has_warned = False
@@ -41,13 +40,15 @@ class Journal:
                 file.write(line.encode())
         except OSError as problem:
             if not self._has_warned:
-                _log.warning("the journal of %s is not kept: %s", self._path.parent, problem)
+                _log.warning("the journal of %s is not kept: %s", self._path.parent.parent, problem)
             self._has_warned = True
 
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:
     """The events of a run; lines that a crash cut short, and what no manager wrote, are left out."""
-    path = directory / NAME
+    path = directory / names.JOURNAL
+    if not os.path.exists(path):
+        path = directory / version_1.JOURNAL
     lines = path.read_bytes().splitlines() if paths.is_local(directory) and os.path.exists(path) else []
     found = []
     for line in lines:

@@ -129,7 +129,7 @@ class CheckpointManager:
         )
         if not read_only:
             lifecycle.drain_on_sigterm()
-            self._store = orbax.Store(self._directory, compression=self._options.compression, job=saving)
+            self._store = orbax.Store(self._catalog, compression=self._options.compression, job=saving)
             self._aftermath.update_mirror()  # what an earlier process has not copied
 
     @property

@@ -18,7 +18,7 @@ import fsspec
 from etils import epath
 from etils.epath import backend
 
-from ckptmgr import catalog, history, lifecycle, paths, policy
+from ckptmgr import catalog, history, lifecycle, names, paths, policy
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.storage import files, orbax, verifying
@@ -176,10 +176,12 @@ class Mirror:
         return (here.time, here.files) != (there.time, there.files)
 
     def _copy(self, step: int) -> None:
-        source, draft = self._home.require(step), self.catalog.draft(step)
+        source = self._home.require(step)
+        self.catalog.check_free(step)
         if self.catalog.has(step):
             _log.warning("step %d in %s is of another save, and replaced", step, self.catalog.directory)
             self.catalog.delete(step)
+        draft = self.catalog.begin(step)
         name = manifests.NAME if (source / manifests.NAME).exists() else orbax.STEP_METADATA
         if _has_links(draft):
             catalog.remove(draft)
@@ -188,12 +190,12 @@ class Mirror:
                 draft.rmtree()
             _put(source, draft, [name])
         sizes, there = files.walk(source)[1], files.walk(draft)[1]
-        marker = (source / catalog.COMMITTED).read_bytes() if catalog.COMMITTED in sizes else b""
+        marker = (source / names.COMMITTED).read_bytes() if names.COMMITTED in sizes else b""
         missing = {name for name, size in sizes.items() if there.get(name) != size}
-        _put(source, draft, sorted(missing - {catalog.COMMITTED}))
+        _put(source, draft, sorted(missing - {names.COMMITTED}))
         self._check(step, draft)
         self.catalog.forget(step)
-        files.write(draft / catalog.COMMITTED, marker)
+        files.write(draft / names.COMMITTED, marker)
         files.sync(files.walk(draft)[0])
         self.catalog.publish(step)
         files.sync([self.catalog.directory])
@@ -201,7 +203,7 @@ class Mirror:
     def _check(self, step: int, draft: epath.Path) -> None:
         """Reads the copy back; one that is damaged, here or at its source, is begun anew another time."""
         manifest = self._home.manifest(step, fresh=True)  # the draft has the file, which may be damaged by now
-        marked_later = {name: file for name, file in manifest.files.items() if name != catalog.COMMITTED}
+        marked_later = {name: file for name, file in manifest.files.items() if name != names.COMMITTED}
         report = verifying.verify(dataclasses.replace(manifest, files=marked_later), draft, None)
         if not report:
             draft.rmtree()

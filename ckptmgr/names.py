@@ -1,13 +1,35 @@
-"""The names that others give to steps: `run_9` (Orbax's step_prefix, flax), `000009` (zero-padded), `ckpt-9`.
+"""Names of files: those of ours in a run, and those that others give to steps.
 
-Orbax's own manager is told the form; we find it: all steps of a run have one prefix, then digits. A prefix with a
-dot in it belongs to what is being written, or was set aside.
+Others name a step `run_9` (Orbax's step_prefix, flax), `000009` (zero-padded) or `ckpt-9`. Orbax's own manager is
+told the form; we find it: all steps of a run have one prefix, then digits. A prefix with a dot in it belongs to
+what is being written.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+
+OURS = ".ckptmgr"
+"""The folder for all of ours in a run that is no step. Outside of it, nothing but steps is renamed or removed."""
+LOCK = f"{OURS}/lock"
+JOURNAL = f"{OURS}/journal.jsonl"
+TOKEN = f"{OURS}/shared"
+"""What every process of a job must find while the run is opened."""
+VERSION = f"{OURS}/version"
+"""Says that what version 1 left beside the steps has been moved."""
+SAVING = f"{OURS}/saving"
+DELETING = f"{OURS}/deleting"
+REPLACED = f"{OURS}/replaced"
+DAMAGED = f"{OURS}/damaged"
+
+STEP = re.compile(r"0|[1-9][0-9]*")
+PIN = "PINNED"
+COMMITTED = "commit_success.txt"
+"""Orbax's marker, the last file of a step where nothing can be renamed."""
+STEP_METADATA = "_CHECKPOINT_METADATA"
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""Orbax's ending for what is being written."""
 
 _NAME = re.compile(r"(?P<prefix>[^.]*[^.0-9])?(?P<digits>[0-9]{1,18})")
 

@@ -7,13 +7,12 @@ import time
 
 from etils import epath
 
-from ckptmgr import job, paths
+from ckptmgr import job, names, paths
 from ckptmgr.catalog import Catalog
 from ckptmgr.errors import SaveError
 from ckptmgr.job import Call, Job
 from ckptmgr.writer import Writer
 
-TOKEN = ".shared"
 _PATIENCE_S = 30.0  # a network's file system may show a new file late
 
 
@@ -42,14 +41,14 @@ def open_run(directory: epath.Path, catalog: Catalog, timeout_s: float) -> tuple
         raise
     finally:
         if line.leads and token:
-            (directory / TOKEN).unlink(missing_ok=True)
+            (directory / names.TOKEN).unlink(missing_ok=True)
 
 
 def _write_token(directory: epath.Path) -> str:
     """A file that every process must find where it looks for the run; a bucket is shared anyway."""
     token = secrets.token_hex(8) if paths.is_local(directory) else ""
     if token:
-        with open(directory / TOKEN, "w", opener=paths.open_to_write) as file:
+        with open(directory / names.TOKEN, "w", opener=paths.open_to_write) as file:
             file.write(token)
     return token
 
@@ -68,6 +67,6 @@ def _look_for(token: str, directory: epath.Path, there: str, line: Job) -> None:
 
 def _has(directory: epath.Path, token: str) -> bool:
     try:
-        return bool((directory / TOKEN).read_text() == token)
+        return bool((directory / names.TOKEN).read_text() == token)
     except OSError:
         return False

@@ -1,6 +1,6 @@
 """One writing process for each run: a lock that the system lets go of when its owner ends, however it ends.
 
-`flock` on `<directory>/.writer` holds it; what the file says is for the people who meet it. The managers of
+`flock` on `<directory>/.ckptmgr/lock` holds it; what the file says is for the people who meet it. The managers of
 one process share it, and a process that is forked lets go of its copy.
 """
 
@@ -18,13 +18,12 @@ from typing import Any
 
 from etils import epath
 
-from ckptmgr import paths
+from ckptmgr import names, paths, version_1
 from ckptmgr.errors import SaveError
 
 if sys.platform != "win32":
     import fcntl
 
-NAME = ".writer"
 _files: dict[str, int] = {}
 _managers: collections.Counter[str] = collections.Counter()
 
@@ -36,9 +35,10 @@ class Writer:
     """
 
     def __init__(self, directory: epath.Path, *, speaks: bool = True) -> None:
-        path = str(directory / NAME)
+        path = str(directory / names.LOCK)
         self.is_first = speaks and _managers[path] == 0
         if self.is_first and paths.is_local(path) and sys.platform != "win32":
+            _refuse_version_1(directory)
             _files[path] = _lock(path)
         _managers[path] += 1
         self.release = weakref.finalize(self, _release, path, os.getpid())
@@ -62,15 +62,10 @@ def _lock(path: str) -> int:
     while True:
         descriptor = paths.open_to_write(path, os.O_RDWR)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(descriptor, 4096)
+            _take(descriptor, path)
+        except SaveError:
             os.close(descriptor)
-            raise SaveError(
-                f"{os.path.dirname(path)} is being written to by {_spell(owner)}; a run has one writer. Wait "
-                "until it ends, or open the directory with read_only=True",
-                step=None,
-            ) from None
+            raise
         except OSError:  # a file system without locks
             return descriptor
         if _is_still(path, descriptor):
@@ -82,6 +77,36 @@ def _lock(path: str) -> int:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, said.encode(), 0)
     return descriptor
+
+
+def _refuse_version_1(directory: epath.Path) -> None:
+    """Raises if a process of version 1, which has its lock beside the steps, writes into the run."""
+    path = str(directory / version_1.LOCK)
+    if not os.path.isfile(path) or (directory / names.VERSION).exists():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _take(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, path: str) -> None:
+    """Locks an open file, or says who has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(descriptor, 4096)
+        raise SaveError(
+            f"{_run(path)} is being written to by {_spell(owner)}; a run has one writer. Wait "
+            "until it ends, or open the directory with read_only=True",
+            step=None,
+        ) from None
+
+
+def _run(lock: str) -> str:
+    folder = os.path.dirname(lock)
+    return os.path.dirname(folder) if os.path.basename(folder) == names.OURS else folder
 
 
 def _is_still(path: str, descriptor: int) -> bool:

@@ -22,8 +22,8 @@ POINTS = {
     "description": "ckptmgr.storage.arrays:describe",  # Orbax's JSON files about it
     "file": "ckptmgr.storage.files:write",  # any small file, the manifest last
     "sync": "ckptmgr.storage.files:sync",  # names made durable
-    "publish": "ckptmgr.storage.orbax:_publish",  # the rename
-    "exchange": "ckptmgr.storage.orbax:_exchange",  # the swap of a step that is replaced
+    "publish": "ckptmgr.catalog:Catalog.publish",  # the rename
+    "exchange": "ckptmgr.catalog:_exchange",  # the swap of a step that is replaced
     "retain": "ckptmgr.aftermath:Aftermath._retain",
     "choose": "ckptmgr.history:History.doomed",  # what is to be deleted
     "delete": "ckptmgr.catalog:Catalog.delete",

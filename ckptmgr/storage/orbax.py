@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import ctypes
 import datetime
 import inspect
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -22,14 +20,15 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckptmgr import catalog, paths, policy
+from ckptmgr import catalog, names, paths, policy
 from ckptmgr import manifest as manifests
+from ckptmgr.catalog import Catalog
 from ckptmgr.errors import CheckpointError
 from ckptmgr.job import Call, Job
 from ckptmgr.storage import arrays, files
 
 BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
-STEP_METADATA = "_CHECKPOINT_METADATA"
+STEP_METADATA = names.STEP_METADATA
 METRICS, STEP = "metrics", "step"
 
 SIGNATURE = {"ckptmgr": {"format": 1}}
@@ -67,8 +66,8 @@ class Store:
     write their arrays beside those of process 0.
     """
 
-    def __init__(self, directory: epath.Path, *, compression: str | None, job: Job) -> None:
-        self._directory = directory
+    def __init__(self, run: Catalog, *, compression: str | None, job: Job) -> None:
+        self._run = run
         self._compression = compression
         self._job = job
 
@@ -81,32 +80,28 @@ class Store:
         writes its own.
         """
         snapshots = {name: item for name, item in items.items() if isinstance(item, arrays.Snapshot)}
-        # In a bucket, where nothing can be renamed, a step is written under its own name.
-        unfinished = catalog.UNFINISHED if paths.is_local(self._directory) else ""
-        draft, final = self._directory / f"{step}{unfinished}", self._directory / str(step)
         stages = _Stages(step, self._job)
         try:
             if self._job.leads:
-                self._lead(step, draft, items, lambda: _commit(draft, final, build_manifest), stages)
+                self._lead(step, items, lambda: _commit(self._run, step, build_manifest), stages)
             else:
-                self._follow(draft, snapshots, {name: items[name] for name in own}, stages)
+                self._follow(self._run.draft(step), snapshots, {name: items[name] for name in own}, stages)
         except BaseException:
             if self._job.leads:
-                _remove(draft)
+                self._run.discard(step)
             raise
         finally:
             for snapshot in snapshots.values():
                 snapshot.release()
 
-    def _lead(
-        self, step: int, draft: epath.Path, items: Mapping[str, Any], commit: Callable[[], None], stages: _Stages
-    ) -> None:
+    def _lead(self, step: int, items: Mapping[str, Any], commit: Callable[[], None], stages: _Stages) -> None:
         everything = {
             name: ocp.args.StandardSave(item) if isinstance(item, arrays.Snapshot) else ocp.args.JsonSave(item)
             for name, item in items.items()
         }
+        self._run.discard(step)
         with concurrent.futures.ThreadPoolExecutor() as threads:  # at the first failure the others are waited for
-            manager = self._open(draft.name, commit, stages, threads)
+            manager = self._open(self._run.begin(step), commit, stages, threads)
             try:
                 manager.save(step, args=ocp.args.Composite(**everything), force=True, custom_metadata=SIGNATURE)
                 stages.reach("commit")
@@ -117,7 +112,7 @@ class Store:
                 manager.close()
 
     def _open(
-        self, draft: str, commit: Callable[[], None], stages: _Stages, threads: concurrent.futures.Executor
+        self, draft: epath.Path, commit: Callable[[], None], stages: _Stages, threads: concurrent.futures.Executor
     ) -> ocp.CheckpointManager:
         """A manager for one save: it costs 0.25 ms, and remembers nothing of the save before."""
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -125,7 +120,7 @@ class Store:
         registry.add(None, ocp.args.JsonSave, _JsonHandler(json_file(""), threads))
         registry.add(METRICS, ocp.args.JsonSave, _JsonHandler(json_file(METRICS), threads))
         options = ocp.CheckpointManagerOptions(
-            step_name_format=_Draft(draft),
+            step_name_format=_Draft(draft.name),
             preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
             temporary_path_class=_commit_class(commit),
             enable_async_checkpointing=False,
@@ -134,7 +129,7 @@ class Store:
             save_root_metadata=False,
             lightweight_initialize=True,
         )
-        return _Manager(self._directory, options=options, handler_registry=registry)
+        return _Manager(draft.parent, options=options, handler_registry=registry)
 
     def _follow(
         self, draft: epath.Path, snapshots: Mapping[str, arrays.Snapshot], own: Mapping[str, Any], stages: _Stages
@@ -198,13 +193,6 @@ def _write(directory: epath.Path, snapshot: arrays.Snapshot, compression: str | 
     while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
         snapshot.collect()
         arrays.write_wave(directory, snapshot, compression)
-
-
-def _remove(draft: epath.Path) -> None:
-    """Removes what a failed save has left; the failure that is on its way says more than one here."""
-    with contextlib.suppress(Exception):
-        if draft.exists():
-            draft.rmtree()
 
 
 async def _in(threads: concurrent.futures.Executor, write: Callable[[], None]) -> None:
@@ -314,54 +302,24 @@ def _commit_class(commit: Callable[[], None]) -> type[Any]:
     return Commit
 
 
-def _commit(draft: epath.Path, final: epath.Path, build_manifest: BuildManifest) -> None:
+def _commit(run: Catalog, step: int, build_manifest: BuildManifest) -> None:
     """Makes a draft the step: every file is flushed, the manifest written, then it gets its name."""
-    said = f"Checkpoint commit was successful to {final}".encode()
+    draft = run.draft(step)
+    said = f"Checkpoint commit was successful to {run.directory / str(step)}".encode()
     if paths.is_local(draft):
-        files.write(draft / catalog.COMMITTED, said)
+        files.write(draft / names.COMMITTED, said)
     files.flush(draft / STEP_METADATA)
     folders, sizes = files.walk(draft)
     recorded = manifests.record_files(draft, sizes, checks_itself)
     files.write(draft / manifests.NAME, build_manifest(recorded))
+    run.keep_pin(step)
     files.sync(folders)
-    if paths.is_local(draft):
-        _publish(draft, final)
-    else:  # object stores cannot rename: there the last file says that the step is whole
-        files.write(draft / catalog.COMMITTED, said)
-
-
-def _publish(written: epath.Path, final: epath.Path) -> None:
-    """Gives a written step its name. One that has the name already makes room without a gap."""
-    if not final.exists():
-        written.rename(final)
-    elif _exchange(written, final):
-        written.rename(_replaced(final))
-    else:
-        final.rename(_replaced(final))
-        try:
-            written.rename(final)
-        except OSError:
-            _replaced(final).rename(final)
-            raise
-    files.sync([final.parent])
-    if _replaced(final).exists():
-        if (_replaced(final) / catalog.PIN).exists():
-            files.write(final / catalog.PIN, (_replaced(final) / catalog.PIN).read_bytes())
-        catalog.remove(_replaced(final))
-
-
-def _replaced(final: epath.Path) -> epath.Path:
-    return final.parent / f"{final.name}{catalog.REPLACED}"
-
-
-def _exchange(one: epath.Path, other: epath.Path) -> bool:
-    """Swaps two names at once (renameat2 with RENAME_EXCHANGE, Linux); False where that cannot be."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+    if not paths.is_local(draft):  # object stores cannot rename: there the last file says that the step is whole
+        files.write(draft / names.COMMITTED, said)
+    replaced = run.publish(step)
+    files.sync([run.directory])
+    if replaced is not None:
+        catalog.remove(replaced)
 
 
 # ---------------------------------------------------------------- Orbax's own policies

@@ -16,9 +16,9 @@ from etils import epath
 
 from ckptmgr import manifest as manifests
 from ckptmgr import schema
-from ckptmgr.catalog import COMMITTED, UNFINISHED
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.manifest import Item
+from ckptmgr.names import COMMITTED, UNFINISHED
 from ckptmgr.storage import arrays, stock
 from ckptmgr.storage.orbax import METRICS, STEP, STEP_METADATA
 from ckptmgr.structure import TreeSpec
