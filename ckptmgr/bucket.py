@@ -15,8 +15,8 @@ from typing import Any
 from etils import epath
 from etils.epath import backend
 
-from ckptmgr import names, paths
-from ckptmgr.catalog import KEPT, Catalog, remove
+from ckptmgr import catalog, names, paths
+from ckptmgr.catalog import KEPT, Catalog
 from ckptmgr.names import COMMITTED, DAMAGED, DELETING, SAVING
 
 
@@ -105,7 +105,7 @@ class Bucket(Catalog):
 
     def _remove(self, leftover: epath.Path) -> None:
         """Removes a step that is none any more, then the notes about it."""
-        if remove(leftover):
+        if catalog.remove(leftover):
             for folder in (SAVING, DELETING):
                 self._note(folder, int(leftover.name)).unlink(missing_ok=True)
 

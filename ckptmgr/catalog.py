@@ -312,7 +312,8 @@ class Catalog:
         remove(leftover)
 
     def _hide(self, step: int) -> epath.Path:
-        remove(self._old(step))  # else the next start would set it back
+        if self._old(step).exists():  # the next start would set it back
+            remove(self._ours(REPLACED) / str(step))
         return self.path(step).rename(self._ours(DELETING) / f"{step}-{time.time_ns()}")
 
     def set_aside(self, step: int) -> epath.Path:
@@ -351,7 +352,9 @@ class Catalog:
         return _WHY[folder]
 
     def _inside(self, folder: str) -> list[epath.Path]:
-        """What lies in a folder of ours."""
+        """What lies in a folder of ours; what a symlink in its place leads to is not ours."""
+        if any(os.path.islink(self.directory / each) for each in (names.OURS, folder)):
+            return []
         try:
             return sorted((self.directory / folder).iterdir())
         except (FileNotFoundError, NotADirectoryError):

@@ -1,13 +1,16 @@
 """The run directory: what counts as a step, and what an interrupted process left behind."""
 
+import fcntl
 import os
+import shutil
 
 import jax.numpy as jnp
 import pytest
 from conftest import visible
 from etils import epath
 
-from ckptmgr import CheckpointManager, catalog, paths
+import ckptmgr
+from ckptmgr import CheckpointManager, catalog, journal, paths
 
 
 @pytest.fixture
@@ -26,22 +29,80 @@ def test_only_whole_numbers_are_steps(run):
 
 
 def test_what_a_process_was_stopped_in_is_tidied_up_at_the_next_start(run):
-    (run / "5").rename(run / ".deleted-5-123")
-    (run / "12.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    ours = run / ".ckptmgr"
+    (ours / "deleting").mkdir()
+    (run / "5").rename(ours / "deleting" / "5-123")
+    (ours / "saving" / "12" / "params").mkdir(parents=True)
     assert CheckpointManager(run, read_only=True).steps() == [10]
-    assert (run / ".deleted-5-123").exists()  # a reader leaves everything as it is
+    assert (ours / "deleting" / "5-123").exists()  # a reader leaves everything as it is
     CheckpointManager(run).close()
     assert visible(run) == ["10"]
+    assert not list((ours / "saving").iterdir()) + list((ours / "deleting").iterdir())
 
 
 def test_a_step_caught_between_its_old_and_its_new_self_comes_back(run):
-    (run / "5").rename(run / "5.replaced")
+    replaced = run / ".ckptmgr" / "replaced"
+    replaced.mkdir()
+    (run / "5").rename(replaced / "5")
     with CheckpointManager(run) as manager:
         assert manager.steps() == [5, 10]
         assert float(manager.restore(5).params["w"][0]) == 5.0
-    (run / "5.replaced").mkdir()
+    (replaced / "5").mkdir()
     CheckpointManager(run).close()
-    assert visible(run) == ["10", "5"]
+    assert (visible(run), list(replaced.iterdir())) == (["10", "5"], [])
+
+
+def test_what_was_replaced_does_not_come_back_in_the_place_of_a_step_that_was_deleted(run):
+    (run / ".ckptmgr" / "replaced" / "5").mkdir(parents=True)
+    with CheckpointManager(run) as manager:
+        (run / ".ckptmgr" / "replaced" / "5").mkdir(parents=True, exist_ok=True)
+        manager.delete(5)
+    with CheckpointManager(run) as manager:
+        assert manager.steps() == [10]
+
+
+def of_version_1(run):
+    """The same run as version 1 left it when it was killed, and entries of strangers with names like its."""
+    (run / ".ckptmgr/journal.jsonl").rename(run / ".journal.jsonl")
+    shutil.rmtree(run / ".ckptmgr")
+    (run / ".writer").write_text('{"host": "h", "pid": 17, "since": "2026-11-24T10:00:00+00:00"}')
+    (run / ".shared").write_text("0123456789abcdef")
+    (run / "10").rename(run / "10.replaced")
+    shutil.copytree(run / "5", run / "5.replaced")
+    shutil.copytree(run / "5", run / ".deleted-4-17")
+    shutil.copytree(run / "5", run / "3.damaged-17")
+    (run / "12.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    ours = set(os.listdir(run)) - {"5", "10"}
+    for name in (".deleted-emails", "my.orbax-checkpoint-tmp", "thesis.replaced", "5.damaged", ".deleted-4"):
+        (run / name).mkdir()
+        (run / name / "file").write_text("mine")
+    of_stock = run / "13.orbax-checkpoint-tmp"
+    of_stock.mkdir()
+    (of_stock / "_CHECKPOINT_METADATA").write_text('{"item_handlers": {}}')
+    return ours, set(os.listdir(run)) - ours - {"5", "10"}
+
+
+def test_what_version_1_left_beside_the_steps_is_moved_once(run):
+    ours, others = of_version_1(run)
+    CheckpointManager(run, read_only=True).restore()
+    assert ours <= set(os.listdir(run))
+    with CheckpointManager(run) as manager:
+        assert manager.steps() == [5, 10]
+        assert [event["step"] for event in journal.read(manager.directory)] == [5, 10]
+    assert set(os.listdir(run)) == {"5", "10", ".ckptmgr", *others}
+    assert [name.split("-")[0] for name in os.listdir(run / ".ckptmgr" / "damaged")] == ["3"]
+    (run / "7.orbax-checkpoint-tmp").mkdir()  # later it is somebody's
+    CheckpointManager(run).close()
+    assert (run / "7.orbax-checkpoint-tmp").exists()
+
+
+def test_a_process_of_version_1_that_writes_is_not_disturbed(run):
+    of_version_1(run)
+    with open(run / ".writer") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ckptmgr.SaveError, match="is being written to by process 17 on h"):
+            CheckpointManager(run)
+    CheckpointManager(run).close()
 
 
 def test_deleting_takes_the_step_away_before_its_files(run, monkeypatch, caplog):

@@ -15,7 +15,7 @@ import trainer
 from conftest import counted, free_port
 
 import ckptmgr
-from ckptmgr import journal, writer
+from ckptmgr import names
 
 pytestmark = pytest.mark.xdist_group("crash")
 
@@ -48,8 +48,8 @@ def last(said, word):
 
 
 def leftovers(directory):
-    ours = {writer.NAME, journal.NAME}
-    return [path.name for path in directory.iterdir() if path.name not in ours and not path.name.isdigit()]
+    ours = directory / names.OURS
+    return [path.name for folder in ("saving", "deleting", "replaced") for path in (ours / folder).glob("*")]
 
 
 @pytest.mark.soak
@@ -300,4 +300,4 @@ def test_a_damaged_step_is_not_counted_not_deleted_and_its_number_is_free_again(
     manager.wait()
     assert manager.steps() == [2, 3]
     assert trainer.step_of(manager.restore(params=trainer.state(0)).params) == 3
-    assert list(tmp_path.glob("3.damaged-*"))
+    assert list((tmp_path / ".ckptmgr" / "damaged").glob("3-*"))

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 import ckptmgr
-from ckptmgr import journal
+from ckptmgr import journal, names
 
 
 def events(directory):
@@ -41,25 +41,26 @@ def test_it_tells_what_was_saved_deleted_passed_over_restored_and_failed(tmp_pat
 def test_a_reader_writes_nothing_and_a_line_cut_short_is_left_out(tmp_path):
     with ckptmgr.CheckpointManager(tmp_path) as manager:
         manager.save(1, {"w": jnp.ones(3)})
-    before = (tmp_path / journal.NAME).read_bytes()
+    before = (tmp_path / names.JOURNAL).read_bytes()
     ckptmgr.CheckpointManager(tmp_path, read_only=True).restore()
-    assert (tmp_path / journal.NAME).read_bytes() == before
+    assert (tmp_path / names.JOURNAL).read_bytes() == before
     foreign = (
         b'[1]\n"saved"\n7\nnull\n\xff\n{}\n{"event": "saved", "step": "1", "time": 0}\n' + b"[" * 100_000 + b"\n"
     )
-    (tmp_path / journal.NAME).write_bytes(foreign + before + b'{"event": "sav')
+    (tmp_path / names.JOURNAL).write_bytes(foreign + before + b'{"event": "sav')
     assert events(tmp_path) == [("saved", 1)]
 
 
 @pytest.mark.parametrize("keep", [7, "latest", [7], [["latest", 1]], [{"latest": 1}], ["latest(n=)"], ["no(n=1)"]])
 def test_policies_that_nobody_can_read_are_not_known(keep, tmp_path):
     event = {"event": "saved", "step": 1, "time": 0.0, "keep": keep}
-    (tmp_path / journal.NAME).write_text(json.dumps(event))
+    (tmp_path / names.OURS).mkdir()
+    (tmp_path / names.JOURNAL).write_text(json.dumps(event))
     assert journal.policies(epath.Path(tmp_path)) is None
 
 
 def test_what_cannot_be_written_harms_nothing(tmp_path):
     with ckptmgr.CheckpointManager(tmp_path / "run") as manager:
-        (tmp_path / "run" / journal.NAME).mkdir()
+        (tmp_path / "run" / names.JOURNAL).mkdir()
         manager.save(1, {"w": jnp.ones(3)}).result()
         assert manager.steps() == [1]

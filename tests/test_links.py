@@ -1,6 +1,7 @@
 """No symlink is followed to write: a link under each name that ckptmgr writes to leaves its target as it was."""
 
 import contextlib
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,11 @@ def replace(folder):
         manager.save(1, PARAMS, on_exists="replace")
 
 
+def delete(folder):
+    with ckptmgr.CheckpointManager(folder / "run") as manager:
+        manager.delete(1)
+
+
 def pin(folder):
     with ckptmgr.CheckpointManager(folder / "run") as manager:
         manager.pin(1)
@@ -54,16 +60,22 @@ def export(name, **how):
 
 SHARDS = {"max_shard_bytes": 30}
 NAMES = {
-    "run/.writer": save,
-    "run/.journal.jsonl": save,
-    "run/2.orbax-checkpoint-tmp": copy,
-    "run/1.replaced": replace,
+    "run/.ckptmgr": save,
+    "run/.ckptmgr/lock": save,
+    "run/.ckptmgr/journal.jsonl": save,
+    "run/.ckptmgr/version": save,
+    "run/.ckptmgr/saving": save,
+    "run/.ckptmgr/saving/2": copy,
+    "run/.ckptmgr/deleting": delete,
+    "run/.ckptmgr/replaced": replace,
+    "run/.ckptmgr/replaced/1": replace,
     "run/1/PINNED": pin,
-    "mirror/.writer": copy,
-    "mirror/.journal.jsonl": copy,
-    "mirror/2.orbax-checkpoint-tmp": copy,
-    "mirror/2.orbax-checkpoint-tmp/manifest.json": copy,
-    "mirror/2.orbax-checkpoint-tmp/params": copy,
+    "mirror/.ckptmgr": copy,
+    "mirror/.ckptmgr/version": copy,
+    "mirror/.ckptmgr/saving": copy,
+    "mirror/.ckptmgr/saving/2": copy,
+    "mirror/.ckptmgr/saving/2/manifest.json": copy,
+    "mirror/.ckptmgr/saving/2/params": copy,
     "stock/1/.manifest.json.part": interop.adopt,
     "stock/1/manifest.json": interop.adopt,
     "x.npz": export("x.npz"),
@@ -83,15 +95,17 @@ NAMES = {
 @pytest.mark.parametrize("leads_to", ["file", "below", "nothing"])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_symlink_leads_to_is_not_written_to(name, leads_to, others, tmp_path):
-    if name.startswith("run/1"):
+    work = NAMES[name]
+    if work in (pin, replace, delete):
         save(tmp_path)
     if name.startswith("stock/1/"):
         with ocp.CheckpointManager(tmp_path / "stock") as stock:
             stock.save(1, args=ocp.args.Composite(params=ocp.args.StandardSave(PARAMS)))
     link, before = tmp_path / name, content(others)
     link.parent.mkdir(parents=True, exist_ok=True)
+    if link.exists():
+        shutil.rmtree(link)
     link.symlink_to(others / leads_to)
-    work = NAMES[name]
     with contextlib.suppress(OSError, ckptmgr.CheckpointError, ValueError):
         work(tmp_path / "stock" if work is interop.adopt else tmp_path)
     assert content(others) == before
@@ -101,15 +115,15 @@ def test_what_a_symlink_leads_to_is_not_written_to(name, leads_to, others, tmp_p
 def test_the_error_names_the_link_and_says_what_to_do(others, tmp_path, caplog):
     save(tmp_path)
     run = tmp_path / "run"
-    (run / ".writer").symlink_to(others / "file")
-    with pytest.raises(OSError, match=r"\.writer is a symlink.*Remove the symlink"):
+    (run / ".ckptmgr/lock").symlink_to(others / "file")
+    with pytest.raises(OSError, match=r"lock is a symlink.*Remove the symlink"):
         save(tmp_path)
-    (run / ".writer").unlink()
+    (run / ".ckptmgr/lock").unlink()
     (run / "1" / "PINNED").symlink_to(others / "file")
     with pytest.raises(OSError, match=r"PINNED is a symlink"):
         pin(tmp_path)
-    (run / ".journal.jsonl").rename(others / "journal")
-    (run / ".journal.jsonl").symlink_to(others / "journal")
+    (run / ".ckptmgr/journal.jsonl").rename(others / "journal")
+    (run / ".ckptmgr/journal.jsonl").symlink_to(others / "journal")
     copy(tmp_path)
     assert next(r.message for r in caplog.records if "journal" in r.message).endswith("Remove the symlink")
 

@@ -346,7 +346,7 @@ def test_closed_and_read_only_managers_do_not_save(run):
     manager = CheckpointManager(run)
     manager.close()
     manager.close()
-    left = run / "9.orbax-checkpoint-tmp"  # by a save that another process is at, for all a reader knows
+    left = run / ".ckptmgr" / "saving" / "9"  # by a save that another process is at, for all a reader knows
     left.mkdir()
     reader = CheckpointManager(run, read_only=True)
     assert left.exists()

@@ -20,7 +20,7 @@ from test_job import finish
 from test_job import start as start_job
 
 import ckptmgr
-from ckptmgr import catalog, lifecycle, mirror
+from ckptmgr import lifecycle, mirror
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),
@@ -222,7 +222,8 @@ def test_killed_at_random_moments_the_mirror_shows_whole_steps_alone(place, home
     assert max(steps_in(away)) == ckptmgr.CheckpointManager(home, read_only=True).latest()
 
 
-POINTS = [f"{when} {point} 1" for point in faults.MIRROR_POINTS for when in ("before", "after")]
+TURN = {"make step": 2}  # the first is at home
+POINTS = [f"{when} {point} {TURN.get(point, 1)}" for point in faults.MIRROR_POINTS for when in ("before", "after")]
 MATRIX = [
     (place, fault)
     for fault in [*POINTS, "before put 2", "after put 2"]
@@ -249,7 +250,7 @@ def test_killed_at_each_point_of_copying_the_next_process_ends_it(place, fault, 
 def test_what_was_copied_before_a_crash_is_not_copied_again(home, tmp_path):
     away = tmp_path / "away"
     rest(start(home, 1, "mirror", str(away), fault="before check 1"))
-    (data,) = (away / f"1{catalog.UNFINISHED}" / "params" / "d").iterdir()
+    (data,) = (away / ".ckptmgr" / "saving" / "1" / "params" / "d").iterdir()
     before = os.stat(data)
     with ckptmgr.CheckpointManager(home, mirror=away) as manager:
         manager.wait()

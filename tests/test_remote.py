@@ -18,8 +18,8 @@ from test_crash import run as train
 from test_job import finish, start
 
 import ckptmgr
-from ckptmgr import catalog
 from ckptmgr import manifest as manifests
+from ckptmgr import names
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),
@@ -88,7 +88,8 @@ def test_what_is_not_committed_is_no_step_and_goes_once_a_newer_one_is_there(run
     with ckptmgr.CheckpointManager(run) as manager:
         for step in (1, 2, 3):
             manager.save(step, trainer.state(step))
-    (epath.Path(run) / "2" / catalog.COMMITTED).unlink()  # as a process leaves it that is killed in a save
+    (epath.Path(run) / names.SAVING / "2").write_text("")  # as a process leaves it that is killed in a save
+    (epath.Path(run) / "2" / names.COMMITTED).unlink()
     reader = ckptmgr.CheckpointManager(run, read_only=True)
     assert reader.steps() == [1, 3]
     with ckptmgr.CheckpointManager(run) as manager:

@@ -123,7 +123,7 @@ def test_a_run_without_checkpoints_and_one_without_a_journal(browser, tmp_path):
     assert "Nothing has been saved yet" in opened(browser, written(tmp_path / "empty")).page_source
     with ckptmgr.CheckpointManager(tmp_path / "stock") as manager:
         manager.save(1, {"w": np.ones(3)})
-    (tmp_path / "stock" / ".journal.jsonl").unlink()
+    (tmp_path / "stock" / ".ckptmgr" / "journal.jsonl").unlink()
     assert "the run has no journal" in opened(browser, written(tmp_path / "stock")).page_source
     assert [each for each in browser.get_log("browser") if each["level"] == "SEVERE"] == []
 

@@ -107,7 +107,7 @@ class Run(RuleBasedStateMachine):
     def crash(self, step):
         """What a process that was killed in a save leaves behind; and the next one starts."""
         self.manager.close()
-        left = self.directory / f"{step}.orbax-checkpoint-tmp"
+        left = self.directory / ".ckptmgr" / "saving" / str(step)
         (left / "params").mkdir(parents=True)
         (left / "params" / "half").write_bytes(b"half")
         self.open()

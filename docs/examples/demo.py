@@ -35,12 +35,12 @@ def kill_in_a_save(directory, arguments):
     """Starts a run and sends SIGKILL while a checkpoint past the middle is half written; its step."""
     run = subprocess.Popen(command(directory, arguments))
     while run.poll() is None:
-        unfinished = [path for path in directory.glob("*.orbax-checkpoint-tmp") if (path / "params").exists()]
-        if unfinished and int(unfinished[0].name.split(".")[0]) > arguments.steps // 2:
+        unfinished = [path for path in (directory / ".ckptmgr" / "saving").glob("*") if (path / "params").exists()]
+        if unfinished and int(unfinished[0].name) > arguments.steps // 2:
             run.send_signal(signal.SIGKILL)
             run.wait()
             if unfinished[0].exists():
-                return unfinished[0].name
+                return f"step {unfinished[0].name}"
             print("  it had just been committed; trying again", flush=True)
             run = subprocess.Popen(command(directory, arguments))
         time.sleep(0.0005)

@@ -133,11 +133,11 @@ def test_pin_unpin_rm_and_keep(runs):
 
 
 def test_gc(runs):
-    left = runs / "good" / "4.orbax-checkpoint-tmp"
+    left = runs / "good" / ".ckptmgr" / "saving" / "4"
     left.mkdir()
     (left / "file").write_bytes(b"x" * 1000)
-    aside = runs / "good" / "1.damaged-5"
-    aside.mkdir()
+    aside = runs / "good" / ".ckptmgr" / "damaged" / "1-5"
+    aside.mkdir(parents=True)
     assert "--yes would remove 1.0 kB" in ok("gc", runs / "good")
     assert left.exists()
     ok("gc", runs / "good", "--yes")

@@ -12,24 +12,26 @@ import pytest
 from absl import logging as absl_logging
 
 from ckptmgr import CheckpointManager, SaveError
+from ckptmgr.catalog import Catalog
 from ckptmgr.storage import orbax
 
 
 def test_everything_is_flushed_before_the_step_has_its_name(tmp_path, monkeypatch):
     flushed, before, written = [], [], []
-    fsync, publish = os.fsync, orbax._publish
+    fsync, publish = os.fsync, Catalog.publish
 
     def record(descriptor):
         flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    def look(directory, final):
+    def look(run, step):
         before.extend(flushed)
-        written.extend([Path(directory), *Path(directory).rglob("*")])
-        publish(directory, final)
+        draft = Path(run.draft(step))
+        written.extend([draft, *draft.rglob("*")])
+        return publish(run, step)
 
     monkeypatch.setattr(os, "fsync", record)
-    monkeypatch.setattr(orbax, "_publish", look)
+    monkeypatch.setattr(Catalog, "publish", look)
     with CheckpointManager(tmp_path) as manager:
         manager.save(1, {"w": jnp.ones(3)}, metrics={"loss": 1.0})
     ours = {str(path) for path in written if not orbax.checks_itself(str(path))}  # TensorStore flushes the rest
@@ -82,6 +84,6 @@ def test_what_others_log_while_a_step_is_written_keeps_its_level(tmp_path, monke
         levels.extend(record.levelno for record in caplog.records if record.getMessage() == "of the user")
 
     with monkeypatch.context() as patch, CheckpointManager(tmp_path) as manager:
-        patch.setattr(orbax, "_publish", lambda *given, real=orbax._publish: (talk(), real(*given)))
+        patch.setattr(Catalog, "publish", lambda *given, real=Catalog.publish: (talk(), real(*given))[1])
         manager.save(1, {"w": jnp.ones(3)}).result()
     assert levels == [logging.ERROR]
