@@ -43,6 +43,9 @@ class Bucket(Catalog):
     def identity(self, step: int) -> None:
         return None
 
+    def _stamp(self, step: int) -> None:
+        return None  # it would be a request for each step, at each look
+
     def draft(self, step: int) -> epath.Path:
         return self.path(step)
 
