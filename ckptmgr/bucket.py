@@ -43,8 +43,14 @@ class Bucket(Catalog):
     def identity(self, step: int) -> None:
         return None
 
-    def _stamp(self, step: int) -> None:
+    def stamp(self, step: int) -> None:
         return None  # it would be a request for each step, at each look
+
+    def what_is_missing(self, step: int) -> None:
+        return None  # it would be requests for each step
+
+    def closed(self) -> list[int]:
+        return []
 
     def draft(self, step: int) -> epath.Path:
         return self.path(step)

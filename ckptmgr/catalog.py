@@ -196,7 +196,7 @@ class Catalog:
 
         It is read once for each save of the step; `fresh` reads it again, to see whether it still is whole.
         """
-        stamp = self._stamp(step)
+        stamp = self.stamp(step)
         known = None if fresh else self._manifests.get(step, stamp)
         return known or self._manifests.put(step, stamp, self._read_manifest(step, self.require(step)))
 
@@ -221,7 +221,7 @@ class Catalog:
             return None
         return found.st_ino, found.st_mtime_ns  # the number alone goes to the next file
 
-    def _stamp(self, step: int) -> Stamp:
+    def stamp(self, step: int) -> Stamp:
         """What tells one save of a step from another, which another process may have put in its place."""
         for name in (manifests.NAME, "_CHECKPOINT_METADATA", "."):
             with contextlib.suppress(OSError):
@@ -233,20 +233,32 @@ class Catalog:
     @property
     def damaged(self) -> set[int]:
         """Steps that a restore has passed over: retention does not count them, and deletes none."""
-        return {step for step, stamp in list(self._damaged.items()) if self._stamp(step) == stamp}
+        return {step for step, stamp in list(self._damaged.items()) if self.stamp(step) == stamp}
 
     def mark_damaged(self, steps: Iterable[int]) -> None:
-        self._damaged |= {step: self._stamp(step) for step in steps}
+        self._damaged |= {step: self.stamp(step) for step in steps}
 
     def forget(self, step: int) -> None:
         """Drops what was remembered of a step that was replaced or deleted."""
         self._manifests.drop(step)
         self._damaged.pop(step, None)
 
+    def what_is_missing(self, step: int) -> str | None:
+        """A file that is not there with its recorded size, and why; None if all are. Nothing is read."""
+        return manifests.missing_file(self.manifest(step), self.path(step))
+
+    def closed(self) -> list[int]:
+        """Directories with the name of a step that cannot be looked into: whether they are steps is not known."""
+        folders = [name for name, is_folder in self._entries().items() if is_folder and STEP.fullmatch(name)]
+        return [int(name) for name in folders if not os.access(self.directory / name, os.R_OK | os.X_OK)]
+
     # ------------------------------------------------------------ pins
 
     def pinned(self) -> set[int]:
-        return {step for step in self.steps() if (self.path(step) / PIN).exists()}
+        return {step for step in self.steps() if self.is_pinned(step)}
+
+    def is_pinned(self, step: int) -> bool:
+        return bool((self.path(step) / PIN).exists())
 
     def pin(self, step: int) -> None:
         path = self.require(step) / PIN

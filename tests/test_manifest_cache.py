@@ -70,7 +70,7 @@ def test_a_pin_changes_nothing_about_damage(tmp_path):
             chunk.write_bytes(b"")
         assert manager.restore().step == 1
         manager.pin(2)
-        assert [info.step for info in manager.infos()] == [1]
+        assert [info.step for info in manager.infos() if info.distrusted is None] == [1]
 
 
 def test_the_structure_that_all_steps_have_is_held_once_and_a_deleted_step_is_not_held(tmp_path):
