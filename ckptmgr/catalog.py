@@ -250,7 +250,7 @@ class Catalog:
     def closed(self) -> list[int]:
         """Directories with the name of a step that cannot be looked into: whether they are steps is not known."""
         folders = [name for name, is_folder in self._entries().items() if is_folder and STEP.fullmatch(name)]
-        return [int(name) for name in folders if not os.access(self.directory / name, os.R_OK | os.X_OK)]
+        return [int(name) for name in folders if not _may(self.directory / name, os.R_OK | os.X_OK)]
 
     # ------------------------------------------------------------ pins
 
@@ -375,4 +375,8 @@ def remove(leftover: epath.Path) -> None:
 
 
 def _writable(directory: epath.Path) -> bool:
-    return os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+    return _may(directory, os.W_OK | os.X_OK)
+
+
+def _may(directory: epath.Path, what: int) -> bool:
+    return os.access(directory, what, effective_ids=os.access in os.supports_effective_ids)
