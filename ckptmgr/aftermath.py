@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from ckptmgr import bucket, paths, policy
+from ckptmgr import bucket, paths, policy, retention
 from ckptmgr.catalog import Catalog
 from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.history import History
@@ -97,16 +97,9 @@ class Aftermath:
     def _retain(self) -> None:
         """Deletes what no policy keeps; called once a newer checkpoint is durable."""
         with self._retaining:
-            try:
-                doomed = self._history.doomed()
-            except Exception:  # of every library below: those of buckets have errors of their own
-                _log.exception("what no policy keeps could not be looked up, and is deleted after a later save")
-                return
-            for step in doomed:
-                if self.mirror is not None and self.mirror.owes(step):
-                    continue
-                try:
-                    self._home.delete(step)
-                    self._journal.record("deleted", step, why="no policy keeps it")
-                except Exception:
-                    _log.exception("step %d could not be deleted", step)
+            retention.retain(
+                self._home,
+                self._history,
+                is_spared=lambda step: self.mirror is not None and self.mirror.owes(step),
+                deleted=lambda step: self._journal.record("deleted", step, why="no policy keeps it"),
+            )

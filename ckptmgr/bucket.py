@@ -51,6 +51,15 @@ class Bucket(Catalog):
     def identity(self, step: int) -> None:
         return None
 
+    def stamp(self, step: int) -> None:
+        return None  # it would be a request for each step, at each look
+
+    def what_is_missing(self, step: int) -> None:
+        return None  # it would be requests for each step
+
+    def closed(self) -> list[int]:
+        return []
+
     def _write_pin(self, directory: epath.Path) -> None:
         (directory / names.PIN).write_bytes(b"")
 

@@ -29,6 +29,7 @@ from etils import epath
 from ckptmgr import manifest as manifests
 from ckptmgr import names, paths, recognize, version_1
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, SaveError
+from ckptmgr.manifest_cache import ManifestCache, Stamp
 from ckptmgr.names import DAMAGED, DELETING, PIN, REPLACED, SAVING, STEP
 
 KEPT = "damaged, and set aside for whoever wants to look into it"
@@ -53,10 +54,9 @@ class Catalog:
     def __init__(self, directory: epath.Path, read_stock: Any) -> None:
         self.directory = directory
         self._read_stock = read_stock
-        self._manifests: dict[int, manifests.Manifest] = {}
+        self._manifests = ManifestCache()
         self._names: Mapping[int, str] = {}
-        self.damaged: set[int] = set()
-        """Steps that a restore has passed over: retention does not count them, and deletes none."""
+        self._damaged: dict[int, Stamp] = {}
 
     def prepare(self) -> None:
         """Makes sure that the run can be written to."""
@@ -90,6 +90,7 @@ class Catalog:
         entries = self._entries()
         plain = [int(name) for name in entries if STEP.fullmatch(name) and self._is_step(name)]
         self._names = {} if plain else self._named(entries)
+        self._manifests.keep_only(plain or self._names)
         return sorted(plain or self._names)
 
     def _named(self, entries: Iterable[str]) -> Mapping[int, str]:
@@ -202,11 +203,11 @@ class Catalog:
     def manifest(self, step: int, *, fresh: bool = False) -> manifests.Manifest:
         """The manifest of a step; for a checkpoint of stock Orbax one that is read from its own files.
 
-        It never changes, so it is read once; `fresh` reads it again, to see whether it still is whole.
+        It is read once for each save of the step; `fresh` reads it again, to see whether it still is whole.
         """
-        if fresh or step not in self._manifests:
-            self._manifests[step] = self._read_manifest(step, self.require(step))
-        return self._manifests[step]
+        stamp = self.stamp(step)
+        known = None if fresh else self._manifests.get(step, stamp)
+        return known or self._manifests.put(step, stamp, self._read_manifest(step, self.require(step)))
 
     def _read_manifest(self, step: int, directory: epath.Path) -> manifests.Manifest:
         path = directory / manifests.NAME
@@ -229,15 +230,44 @@ class Catalog:
             return None
         return found.st_ino, found.st_mtime_ns  # the number alone goes to the next file
 
+    def stamp(self, step: int) -> Stamp:
+        """What tells one save of a step from another, which another process may have put in its place."""
+        for name in (manifests.NAME, "_CHECKPOINT_METADATA", "."):
+            with contextlib.suppress(OSError):
+                found = os.stat(self.path(step) / name)
+                written = (found.st_mtime_ns, found.st_size) if name != "." else ()  # a pin is a file in it
+                return found.st_dev, found.st_ino, *written
+        return None
+
+    @property
+    def damaged(self) -> set[int]:
+        """Steps that a restore has passed over: retention does not count them, and deletes none."""
+        return {step for step, stamp in list(self._damaged.items()) if self.stamp(step) == stamp}
+
+    def mark_damaged(self, steps: Iterable[int]) -> None:
+        self._damaged |= {step: self.stamp(step) for step in steps}
+
     def forget(self, step: int) -> None:
         """Drops what was remembered of a step that was replaced or deleted."""
-        self._manifests.pop(step, None)
-        self.damaged.discard(step)
+        self._manifests.drop(step)
+        self._damaged.pop(step, None)
+
+    def what_is_missing(self, step: int) -> str | None:
+        """A file that is not there with its recorded size, and why; None if all are. Nothing is read."""
+        return manifests.missing_file(self.manifest(step), self.path(step))
+
+    def closed(self) -> list[int]:
+        """Directories with the name of a step that cannot be looked into: whether they are steps is not known."""
+        folders = [name for name, is_folder in self._entries().items() if is_folder and STEP.fullmatch(name)]
+        return [int(name) for name in folders if not _may(self.directory / name, os.R_OK | os.X_OK)]
 
     # ------------------------------------------------------------ pins
 
     def pinned(self) -> set[int]:
-        return {step for step in self.steps() if (self.path(step) / PIN).exists()}
+        return {step for step in self.steps() if self.is_pinned(step)}
+
+    def is_pinned(self, step: int) -> bool:
+        return bool((self.path(step) / PIN).exists())
 
     def pin(self, step: int) -> None:
         directory = self.require(step)
@@ -388,7 +418,11 @@ def remove(leftover: epath.Path) -> bool:
 
 
 def _writable(directory: epath.Path) -> bool:
-    return os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+    return _may(directory, os.W_OK | os.X_OK)
+
+
+def _may(directory: epath.Path, what: int) -> bool:
+    return os.access(directory, what, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _exchange(one: epath.Path, other: epath.Path) -> bool:

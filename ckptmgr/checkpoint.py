@@ -40,6 +40,8 @@ class CheckpointInfo:
     versions: Mapping[str, str] = _empty()
     """Versions of the libraries it was written with; empty for a checkpoint of stock Orbax."""
     pinned: bool = False
+    distrusted: str | None = None
+    """Why retention does not count it, nor deletes it: a file of it is missing, say. None if it counts."""
     kept: tuple[str, ...] = ()
     """Why retention keeps it, empty if it would go; filled in by `CheckpointManager.info`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 from ckptmgr import manifest as manifests
@@ -14,9 +14,18 @@ from ckptmgr.catalog import Catalog
 from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.manifest import Manifest
+from ckptmgr.manifest_cache import Stamp
 from ckptmgr.names import PIN
 
 _log = logging.getLogger("ckptmgr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What one reading of the directory allows to be deleted, and what stays; each as it was seen."""
+
+    to_delete: Mapping[int, Stamp] = dataclasses.field(default_factory=dict)
+    kept: Mapping[int, Stamp] = dataclasses.field(default_factory=dict)
 
 
 class History:
@@ -27,14 +36,24 @@ class History:
         self._keep = keep
         self.committed: int | None = None
         """The step that was committed last by this process: it may be below the newest."""
+        self._said: set[str] = set()
 
     def all(self) -> list[CheckpointInfo]:
-        """Every readable checkpoint, in order of steps."""
-        pinned = self._catalog.pinned()
-        counted = [step for step in self._catalog.steps() if step not in self._catalog.damaged]
-        found = [info for step in counted if (info := self._read(step, pinned)) is not None]
-        reasons = policy.reasons_to_keep(self._keep, found, pinned, self.committed)
-        return [dataclasses.replace(info, kept=reasons[info.step]) for info in found]
+        """Every readable checkpoint, in order of steps, and why each is kept."""
+        pinned, damaged = self._catalog.pinned(), self._catalog.damaged
+        read = (self._read(step, pinned) for step in self._catalog.steps())
+        found = [self._doubt(info, damaged) for info in read if info is not None]
+        return explain(found, self._keep, self.committed, self._warn_of_policy)
+
+    def _doubt(self, info: CheckpointInfo, damaged: Collection[int]) -> CheckpointInfo:
+        """The same, with what speaks against the checkpoint, as far as that is seen without reading its files."""
+        if info.step in damaged:
+            return dataclasses.replace(info, distrusted="a restore has passed over it as damaged")
+        try:
+            missing = self._catalog.what_is_missing(info.step)
+        except (CorruptCheckpointError, CheckpointNotFoundError, NewerFormatError):
+            missing = "it is not there any more"
+        return dataclasses.replace(info, distrusted=missing)
 
     def newest(self) -> CheckpointInfo | None:
         """The newest readable checkpoint; the others are not looked at."""
@@ -57,9 +76,53 @@ class History:
         alone = self.glance(self._catalog.manifest(step))
         return next((info for info in self.all() if info.step == step), alone)
 
-    def doomed(self) -> list[int]:
-        """The steps that no policy keeps."""
-        return [info.step for info in self.all() if not info.kept] if self._keep else []
+    # ------------------------------------------------------------ what may be deleted
+
+    def decide_deletions(self) -> Decision:
+        """What no policy keeps. Nothing, if it is not known what the newest step is."""
+        if not self._keep:
+            return Decision()
+        seen = {step: self._catalog.stamp(step) for step in self._catalog.steps()}  # before anything is read
+        infos = self.all()
+        trusted = {info.step for info in infos if info.distrusted is None}
+        listed = {*seen, *self._catalog.closed()} - trusted - self._catalog.damaged
+        unclear = [step for step in listed if step > max(trusted, default=0)]
+        if unclear:
+            self._warn_once(
+                f"nothing is deleted in {self._catalog.directory}: step {max(unclear)} is newer than the newest "
+                "good step, and cannot be read, or a file of it is missing. `ckptmgr verify` says more"
+            )
+            return Decision()
+        to_delete = {info.step for info in infos if not info.kept}
+        return Decision(
+            {step: seen.get(step) for step in sorted(to_delete)},
+            {step: seen.get(step) for step in trusted - to_delete},
+        )
+
+    def still_holds(self, decision: Decision, step: int) -> bool:
+        """Whether a step that was to be deleted still is.
+
+        Another process may have pinned or replaced it meanwhile, or taken away one of those that were to stay.
+        """
+        if self._catalog.stamp(step) != decision.to_delete[step] or self._catalog.is_pinned(step):
+            return False
+        return self._catalog.has(max(decision.kept)) and all(
+            self._catalog.stamp(each) == seen and self._catalog.what_is_missing(each) is None
+            for each, seen in decision.kept.items()
+        )
+
+    def _warn_of_policy(self, name: str, problem: Exception) -> None:
+        self._warn_once(
+            f"the policy {name} of keep failed, so it is not known what it keeps, and nothing is deleted: "
+            f"{type(problem).__name__}: {problem}"
+        )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _log.warning("%s", text)
+
+    # ------------------------------------------------------------ looking
 
     def watch(self, after: int | None, timeout_s: float | None, poll_s: float) -> Iterator[int]:
         """Yields the steps after one as they come; ends when none has come for `timeout_s`."""
@@ -98,8 +161,26 @@ class History:
             ranked_by = [policy.best(metric, mode=mode)]
         if not ranked_by:
             raise ValueError('best() needs a metric: name one, or give the manager keep=ckptmgr.best("loss")')
-        known = {info.step: info for info in (*beside, *self.all())}
+        known = {info.step: info for info in (*beside, *self.all()) if info.distrusted is None}
         return next(iter(ranked_by[0].ranking(known.values())), None)
+
+
+def explain(
+    infos: Sequence[CheckpointInfo],
+    keep: Sequence[policy.KeepPolicy],
+    committed: int | None = None,
+    failed: Callable[[str, Exception], object] = lambda name, problem: None,
+) -> list[CheckpointInfo]:
+    """The same, with why each is kept. What is not trusted counts for nothing, and stays."""
+    trusted = [info for info in infos if info.distrusted is None]
+    pinned = {info.step for info in trusted if info.pinned}
+    reasons = policy.reasons_to_keep(keep, trusted, pinned, committed, failed)
+    return [
+        dataclasses.replace(
+            info, kept=reasons.get(info.step) or (f"not counted: {info.distrusted}",) * bool(info.distrusted)
+        )
+        for info in infos
+    ]
 
 
 def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
@@ -112,7 +193,7 @@ def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
         items=tuple(manifest.items),
         leaves={name: item.tree.leaves for name, item in manifest.items.items() if item.kind == "arrays"},
         unread={name: item.why for name, item in manifest.items.items() if item.kind == "unread"},
-        metrics=manifest.metrics,
+        metrics=dict(manifest.metrics),  # a policy or a callback may change it
         metadata=manifest.metadata,
         versions=manifest.versions,
         pinned=pinned,

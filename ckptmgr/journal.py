@@ -24,9 +24,9 @@ _log = logging.getLogger("ckptmgr")
 class Journal:
     """The events of one run, in the order in which they happened."""
 
-    def __init__(self, directory: epath.Path, clock: Callable[[], float], *, writes: bool) -> None:
+    def __init__(self, directory: epath.Path, wall: Callable[[], float], *, writes: bool) -> None:
         self._path = directory / names.JOURNAL
-        self._clock = clock
+        self._wall = wall
         self._writes = writes and paths.is_local(directory)
         self._has_warned = False
 
@@ -34,7 +34,7 @@ class Journal:
         """Adds an event of a step; one `write`, so that lines of several threads stay whole."""
         if not self._writes:
             return
-        line = json.dumps({"event": event, "step": step, "time": self._clock()} | facts) + "\n"
+        line = json.dumps({"event": event, "step": step, "time": self._wall()} | facts) + "\n"
         try:
             with open(self._path, "ab", buffering=0, opener=paths.open_to_write) as file:
                 file.write(line.encode())

@@ -33,6 +33,7 @@ from ckptmgr import (
     policy,
     restoring,
 )
+from ckptmgr import clock as clocks
 from ckptmgr import layout as layouts
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.errors import (
@@ -69,7 +70,7 @@ class CheckpointManager:
       mirror_keep: what retention leaves alone there, as `keep` says it here. Default: everything.
       metadata: a JSON-able mapping recorded with every checkpoint.
       timeout_s: bound on every wait, in seconds.
-      clock: gives the time in seconds since the epoch.
+      clock: gives the time in seconds since the epoch. One that goes back, or fails, stops no save.
 
     Raises:
       ValueError, TypeError: an option is wrong; the message names it.
@@ -102,6 +103,7 @@ class CheckpointManager:
             "metadata": metadata, "timeout_s": timeout_s, "clock": clock,
         }  # fmt: skip
         self._options = options.check(given, adapt_save=orbax.adapt_save, adapt_keep=orbax.adapt_keep)
+        self._clock = clocks.Clock(self._options.clock)
         self._directory = paths.resolve(directory)
         aftermath.check_mirror(self._options.mirror, self._directory)
         self._catalog = bucket.open_catalog(self._directory, reading.read_stock)
@@ -120,7 +122,7 @@ class CheckpointManager:
             self._job, saving = job.Job(name, timeout_s), job.Job(f"{name}/saving", timeout_s)
         self._pending = pending.Pending(timeout_s, saving)
         writes = not read_only and self._job.leads
-        self._journal = journal.Journal(self._directory, self._options.clock, writes=writes)
+        self._journal = journal.Journal(self._directory, self._clock.wall, writes=writes)
         self._aftermath = aftermath.Aftermath(
             self._options, self._catalog, self._history, self._job, self._journal
         )
@@ -142,11 +144,15 @@ class CheckpointManager:
     def should_save(self, step: int) -> bool:
         """Whether `save(step, ...)` would save now: by `save_every`, or because the run is to stop."""
         step = policy.step_number(step)
-        now, last = self._options.clock(), self._last_save()
-        due = any(each.should_save(step, now=now, last=last) for each in self._options.save_every)
-        if not all(isinstance(each, policy.every_steps | policy.at_steps) for each in self._options.save_every):
-            due = self._job.decide(Call("the decision about a save", step), lambda: due)  # clocks differ
+        if all(isinstance(each, policy.every_steps | policy.at_steps) for each in self._options.save_every):
+            due = self._is_due(step, None)  # so a step that is declined makes no request to a bucket
+        else:  # clocks differ
+            call = Call("the decision about a save", step)
+            due = self._job.decide(call, lambda: self._is_due(step, self._last_save()))
         return self._preemption.is_due(step, due)
+
+    def _is_due(self, step: int, last: policy.Record | None) -> bool:
+        return policy.is_due(self._options.save_every, step, now=self._clock.now(), last=last)
 
     def save(
         self,
@@ -192,7 +198,7 @@ class CheckpointManager:
                 self._catalog.check_free(step)
                 composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
                 self._pending.wait()
-                copied = self._copier.copy(step, self._options.clock(), composed)
+                copied = self._copier.copy(step, self._clock.wall(), composed)
                 self._make_room(step)
                 return copied
 
@@ -207,9 +213,9 @@ class CheckpointManager:
         self._catalog.forget(step)
 
     def _last_save(self) -> policy.Record | None:
-        """The last save that was accepted here, else the newest checkpoint on disk."""
-        if self._last is None:
-            self._last = self._history.newest()
+        """The last save that was accepted here, else the newest on disk; its time is as `now` counts it."""
+        if self._last is None and (newest := self._history.newest()) is not None:
+            self._last = dataclasses.replace(newest, time=self._clock.since(newest.time))
         return self._last
 
     def _writable(self, step: int) -> orbax.Store:
@@ -261,7 +267,7 @@ class CheckpointManager:
 
         try:
             told = self._pending.follow(step, commit, failed, self._aftermath.follow)
-            self._last = CheckpointInfo(step=step, time=copied.manifest.time)
+            self._last = CheckpointInfo(step=step, time=self._clock.now())
             if not copied.wait(self._options.timeout_s):
                 self._pending.join(0)  # says what takes so long
         except BaseException:

@@ -18,9 +18,10 @@ import fsspec
 from etils import epath
 from etils.epath import backend
 
-from ckptmgr import catalog, history, lifecycle, names, paths, policy
+from ckptmgr import catalog, history, lifecycle, names, paths, retention
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
+from ckptmgr.policy import KeepPolicy
 from ckptmgr.storage import files, orbax, verifying
 
 _log = logging.getLogger("ckptmgr")
@@ -36,7 +37,7 @@ class Mirror:
         self,
         home: catalog.Catalog,
         away: catalog.Catalog,
-        keep: Sequence[policy.KeepPolicy],
+        keep: Sequence[KeepPolicy],
         timeout_s: float,
         then: Callable[[], None],
     ) -> None:
@@ -112,8 +113,7 @@ class Mirror:
             if not self._copied(step, owed[step]):
                 self._spoilt.add((step, owed[step]))
         self._carry_pins()
-        for doomed in self.history.doomed():
-            self.catalog.delete(doomed)
+        retention.retain(self.catalog, self.history)
         self.catalog.tidy()
 
     def _carry_pins(self) -> None:
@@ -150,11 +150,10 @@ class Mirror:
         """What is to be copied now, and when each was saved."""
         with self._lock:
             taken = set(self._announced)
-        here = {info.step: info for info in history.History(self._home, ()).all()}
+        here = {info.step: info for info in history.History(self._home, ()).all() if info.distrusted is None}
         there = {info.step: info for info in self.history.all()}
-        pinned = {step for step, info in here.items() if info.pinned}
-        reasons = policy.reasons_to_keep(self._keep, list((there | here).values()), pinned)
-        missing = {step for step in here if reasons[step] and self._lacks(step)}
+        wanted = {info.step for info in history.explain(list((there | here).values()), self._keep) if info.kept}
+        missing = {step for step in here if step in wanted and self._lacks(step)}
         owed = {step: here[step].time for step in missing if (step, here[step].time) not in self._spoilt}
         with self._lock:
             self._owed = set(owed)

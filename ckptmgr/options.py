@@ -61,7 +61,7 @@ def check(given: Mapping[str, Any], *, adapt_save: Adapt, adapt_keep: Adapt) -> 
         "on_commit": _callbacks,
         "metadata": _metadata,
         "timeout_s": _timeout,
-        "clock": lambda value: value,
+        "clock": _clock,
     }
     return Options(**{name: checks[name](value) for name, value in given.items()})
 
@@ -74,7 +74,8 @@ def _refuse_beside_read_only(given: Mapping[str, Any]) -> None:
 
 
 def _policies(name: str, value: Any, number: Callable[[int], Any], kind: Any, adapt: Adapt) -> Any:
-    values = value if isinstance(value, list | tuple) else [value]
+    is_one = isinstance(adapt(value), kind)  # a named tuple may be a policy
+    values = value if isinstance(value, list | tuple) and not is_one else [value]
     if not values:
         raise ValueError(f"{name}=[] asks for nothing; leave {name} out for its default")
     return tuple(_policy(name, each, number, kind, adapt) for each in values)
@@ -124,6 +125,12 @@ def _metadata(value: Any) -> Mapping[str, Any]:
         return dict(json.loads(json.dumps(dict(value))))
     except (TypeError, ValueError) as problem:
         raise TypeError(f"metadata must be JSON-able: {problem}") from None
+
+
+def _clock(value: Any) -> Callable[[], float]:
+    if not callable(value):
+        raise TypeError(f"clock takes a function that gives seconds since the epoch, not {value!r}")
+    return value  # type: ignore[no-any-return]
 
 
 def _timeout(value: Any) -> float:

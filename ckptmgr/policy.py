@@ -2,16 +2,25 @@
 
 A save policy answers `should_save(step, now=..., last=...)`; a keep policy answers `keep(history)`
 with the steps it wants kept. `now` and the times in `history` are in seconds and come from the
-manager's clock. Orbax's own policies are accepted beside these (`ckptmgr/storage/orbax.py`).
+manager's clock; `now` never goes back. Orbax's own policies are accepted beside these
+(`ckptmgr/storage/orbax.py`), and a caller's own, which may fail in any way: then nothing is deleted.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
+
+from ckptmgr.errors import SaveError
+
+_MOST_STEPS = 1_000_000
+"""More than these a policy does not choose: what it returns may have no end."""
 
 
 class Record(Protocol):
@@ -71,11 +80,17 @@ class every_seconds:  # noqa: N801
     def keep(self, history: Sequence[Record]) -> set[int]:
         kept: set[int] = set()
         due = -math.inf
-        for record in sorted(history, key=lambda record: record.time):
-            if record.time >= due:
+        for record in sorted(history, key=_order_in_time):
+            if not record.time < due:  # a time that is no number is kept
                 kept.add(record.step)
                 due = record.time + self.s
         return kept
+
+
+def _order_in_time(record: Record) -> tuple[bool, float, int]:
+    """To sort by: of equal times the lower step comes first, and what has no time before all."""
+    is_known = math.isfinite(record.time)
+    return is_known, record.time if is_known else 0.0, record.step
 
 
 @dataclass(frozen=True, init=False)
@@ -127,12 +142,17 @@ class best:  # noqa: N801
         scored = [
             (sign * record.metrics[self.metric], -record.step)
             for record in history
-            if not math.isnan(record.metrics.get(self.metric, math.nan))
+            if _is_real(record.metrics.get(self.metric))
         ]
         return [-step for _, step in sorted(scored)]
 
     def keep(self, history: Sequence[Record]) -> set[int]:
         return set(self.ranking(history)[: self.n])
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a metric is a number that can be ranked; it may be infinite, or too large for a float."""
+    return isinstance(value, numbers.Real) and bool(value == value)  # NaN does not equal itself
 
 
 def spell(kept: KeepPolicy) -> str:
@@ -143,7 +163,7 @@ def spell(kept: KeepPolicy) -> str:
         return f"best:{kept.metric}:{kept.mode}:{kept.n}"
     if isinstance(kept, every_steps):
         return f"every_steps:{kept.n}"
-    return f"every_seconds:{kept.s:g}" if isinstance(kept, every_seconds) else repr(kept)
+    return f"every_seconds:{kept.s:g}" if isinstance(kept, every_seconds) else name_of(kept)
 
 
 def parse(text: str) -> KeepPolicy:
@@ -162,28 +182,82 @@ def parse(text: str) -> KeepPolicy:
         raise ValueError(f"{text!r} is no policy; known are {known}") from None
 
 
+def is_due(policies: Iterable[SavePolicy], step: int, *, now: float, last: Record | None) -> bool:
+    """Whether any policy wants a step saved. If none does, the SaveError of one that failed is raised."""
+    failure = None
+    for each in policies:
+        try:
+            if each.should_save(step, now=now, last=last):
+                return True
+        except Exception as problem:
+            failure = SaveError(
+                f"step {step}: the policy {name_of(each)} of save_every failed: {type(problem).__name__}: "
+                f"{problem}; nothing is lost, and force=True saves without it",
+                step=step,
+            )
+            failure.__cause__ = problem
+    if failure is not None:
+        raise failure
+    return False
+
+
 def reasons_to_keep(
-    policies: Sequence[KeepPolicy], history: Sequence[Record], pinned: set[int], committed: int | None = None
+    policies: Sequence[KeepPolicy],
+    history: Sequence[Record],
+    pinned: set[int],
+    committed: int | None = None,
+    failed: Callable[[str, Exception], object] = lambda name, problem: None,
 ) -> dict[int, tuple[str, ...]]:
     """Why each step of `history` is kept; an empty tuple means that it may be deleted.
 
-    Without policies everything is kept. The newest step, pinned steps and the step that was `committed` last are
-    kept whatever the policies say: what a run resumes from is never theirs to delete.
+    Without policies everything is kept. The newest step, pinned steps and the step that was `committed` last (if
+    that is not known, the one with the latest time) are kept whatever the policies say: what a run resumes from is
+    never theirs to delete. If a policy fails, nobody knows what it keeps: all are kept, and `failed` is told.
     """
-    wanted = {policy: policy.keep(history) for policy in dict.fromkeys(policies)}
+    wanted: list[tuple[str, set[int]]] = []
+    for policy in policies:
+        name = name_of(policy)
+        try:
+            wanted.append((name, _chosen(policy.keep(list(map(_copy, history))))))
+        except Exception as problem:
+            failed(name, problem)
+            wanted.append((f"{name} failed", {record.step for record in history}))
     newest = max((record.step for record in history), default=None)
+    if committed not in {record.step for record in history}:
+        committed = max(history, key=_order_in_time).step if history else None
 
     def reasons(step: int) -> tuple[str, ...]:
-        found = [_spell(policy) for policy, steps in wanted.items() if step in steps]
+        found = list(dict.fromkeys(name for name, steps in wanted if step in steps))
         found += ["pinned"] * (step in pinned) + ["newest"] * (step == newest)
-        found += ["just saved"] * (step == committed != newest)
+        found += ["last saved"] * (step == committed != newest)
         return tuple(found) if wanted else (*found, "keep=None")
 
     return {record.step: reasons(record.step) for record in history}
 
 
-def _spell(policy: Any) -> str:
-    text = repr(policy)
+def _copy(record: Record) -> Any:
+    """A record that a policy may change; what is no step of it stays as it is."""
+    if not dataclasses.is_dataclass(record) or isinstance(record, type):
+        return record
+    return dataclasses.replace(record, metrics=dict(record.metrics))
+
+
+def _chosen(answer: Any) -> set[int]:
+    """What a policy has chosen: any iterable of whole numbers. Steps that there are not do no harm."""
+    chosen = list(itertools.islice(iter(answer), _MOST_STEPS + 1))
+    if len(chosen) > _MOST_STEPS:
+        raise ValueError(f"it chooses more than {_MOST_STEPS} steps")
+    if any(isinstance(step, bool) for step in chosen):
+        raise TypeError("it returns a list of True and False; `keep` returns the steps to keep")
+    return set(map(operator.index, chosen))
+
+
+def name_of(policy: Any) -> str:
+    """A policy as it says itself; of one that does not, the name of its class."""
+    try:
+        text = repr(policy)
+    except Exception:
+        text = "<"
     return type(policy).__name__ if text.startswith("<") else text
 
 

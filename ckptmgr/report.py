@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import html as escaping
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ckptmgr import journal, policy
+from ckptmgr import history, journal, policy
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
@@ -51,8 +50,7 @@ def survey(
             damaged[step] = str(problem)
         except CheckpointNotFoundError:
             continue  # deleted while we looked
-    reasons = policy.reasons_to_keep(keep or (), infos, {info.step for info in infos if info.pinned})
-    return [dataclasses.replace(info, kept=reasons[info.step]) for info in infos], damaged
+    return history.explain(infos, keep or ()), damaged
 
 
 def _text(value: object) -> str:

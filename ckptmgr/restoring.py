@@ -107,7 +107,7 @@ class Restorer:
                 still_listed = functools.partial(self._refuse_if_listed, candidate, ends, str(problem))
                 self._job.decide(_CHOICE, still_listed)
             else:
-                self._home.damaged.update(skipped)
+                self._home.mark_damaged(skipped)
                 return found
         raise self._home.nothing_good(skipped)
 
@@ -142,7 +142,7 @@ class Restorer:
             _log.warning("step %d is taken from %s: %s", step, mirror.catalog.directory, problem)
             found = self._together(mirror.catalog, step, request, skipped or {})
             if isinstance(problem, CorruptCheckpointError):
-                self._home.damaged.add(step)
+                self._home.mark_damaged([step])
             return found
 
     def _together(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:

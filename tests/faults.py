@@ -25,7 +25,7 @@ POINTS = {
     "publish": "ckptmgr.catalog:Catalog.publish",  # the rename
     "exchange": "ckptmgr.catalog:_exchange",  # the swap of a step that is replaced
     "retain": "ckptmgr.aftermath:Aftermath._retain",
-    "choose": "ckptmgr.history:History.doomed",  # what is to be deleted
+    "choose": "ckptmgr.history:History.decide_deletions",  # what is to be deleted
     "delete": "ckptmgr.catalog:Catalog.delete",
     "remove": "ckptmgr.catalog:remove",  # the files of what is in no listing any more
     "rename": "etils.epath.backend:_OsPathBackend.rename",  # of any directory

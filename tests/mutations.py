@@ -74,7 +74,7 @@ MUTATIONS = [
     ),
     Mutation(
         3, "a damaged step counts among those to keep",
-        "restoring.py", "self._home.damaged.update(skipped)", "pass",
+        "restoring.py", "self._home.mark_damaged(skipped)", "pass",
         "tests/test_crash.py::test_a_damaged_step_is_not_counted_not_deleted_and_its_number_is_free_again",
     ),
     Mutation(

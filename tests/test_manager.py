@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import faults
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -402,10 +403,15 @@ def test_an_old_result_does_not_hide_the_failure_of_a_later_save(tmp_path, monke
         manager.close()
 
 
-def test_a_failed_save_ends_its_result_whatever_fails_beside_it(tmp_path, caplog):
-    manager = CheckpointManager(tmp_path, clock=lambda: np.float32(5))  # neither manifest nor journal can say it
+def test_a_failed_save_ends_its_result_whatever_fails_beside_it(tmp_path, caplog, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("the journal cannot say it")
+
+    manager = CheckpointManager(tmp_path)
+    monkeypatch.setattr("ckptmgr.journal.Journal.record", fails)
+    faults.install("fail publish 1", monkeypatch.setattr)
     result = manager.save(1, PARAMS)
-    with pytest.raises(ckptmgr.SaveError, match=r"step 1 could not be saved: .*float32"):
+    with pytest.raises(ckptmgr.SaveError, match=r"step 1 could not be saved: .*Input/output error"):
         result.result(10)
     manager.close()
     assert "the save of step 1 failed" in caplog.text

@@ -51,5 +51,5 @@ def test_what_was_just_saved_is_kept_although_later_steps_are_there(tmp_path, ca
             manager.save(step, {"w": jnp.ones(2)})
             manager.wait()
             assert manager.steps() == [step, 90, 100]
-            assert manager.info(step).kept == ("just saved",)
+            assert manager.info(step).kept == ("last saved",)
     assert caplog.text.count("was saved below the newest step 100") == 1

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import inspect
 import json
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckptmgr import catalog, names, paths, policy
+from ckptmgr import catalog, clock, names, paths, policy
 from ckptmgr import manifest as manifests
 from ckptmgr.catalog import Catalog
 from ckptmgr.errors import CheckpointError
@@ -339,8 +340,13 @@ def adapt_keep(given: Any) -> Any:
 
 
 def _for_orbax(record: policy.Record) -> Any:
-    when = datetime.datetime.fromtimestamp(record.time, datetime.UTC)
-    return _PolicyRecord(record.step, when, dict(record.metrics))
+    return _PolicyRecord(record.step, _date(record.time), dict(record.metrics))
+
+
+def _date(seconds: float) -> datetime.datetime:
+    """A time as Orbax's policies want it; one that no calendar shows as the nearest that it does."""
+    seconds = 0.0 if math.isnan(seconds) else min(max(seconds, -clock.LATEST), clock.LATEST)
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
 
 
 class _PolicyRecord:
@@ -360,7 +366,7 @@ class _OrbaxSave:
         return repr(self._wrapped)
 
     def should_save(self, step: int, *, now: float, last: policy.Record | None) -> bool:
-        this = _PolicyRecord(step, datetime.datetime.fromtimestamp(now, datetime.UTC), {})
+        this = _PolicyRecord(step, _date(now), {})
         context = ocp.checkpoint_managers.DecisionContext(
             is_saving_in_progress=False,
             reached_preemption=False,
