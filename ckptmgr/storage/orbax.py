@@ -87,10 +87,11 @@ class Store:
         draft, final = self._directory / f"{step}{unfinished}", self._directory / str(step)
         stages = _Stages(step, self._job)
         try:
-            if self._job.leads:
-                self._lead(step, draft, items, lambda: _commit(draft, final, build_manifest), stages)
-            else:
-                self._follow(draft, snapshots, {name: items[name] for name in own}, stages)
+            with self._job.working():
+                if self._job.leads:
+                    self._lead(step, draft, items, lambda: _commit(draft, final, build_manifest), stages)
+                else:
+                    self._follow(draft, snapshots, {name: items[name] for name in own}, stages)
         except BaseException:
             if self._job.leads:
                 _remove(draft)
