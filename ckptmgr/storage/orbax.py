@@ -83,10 +83,11 @@ class Store:
         snapshots = {name: item for name, item in items.items() if isinstance(item, arrays.Snapshot)}
         stages = _Stages(step, self._job)
         try:
-            if self._job.leads:
-                self._lead(step, items, lambda: _commit(self._run, step, build_manifest), stages)
-            else:
-                self._follow(self._run.draft(step), snapshots, {name: items[name] for name in own}, stages)
+            with self._job.working():
+                if self._job.leads:
+                    self._lead(step, items, lambda: _commit(self._run, step, build_manifest), stages)
+                else:
+                    self._follow(self._run.draft(step), snapshots, {name: items[name] for name in own}, stages)
         except BaseException:
             if self._job.leads:
                 self._run.discard(step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -212,7 +213,7 @@ class _Step:
         try:
             found = _json(self._directory / file)
             named = found.items() if isinstance(found, dict) else ()
-            return {name: float(number) for name, number in named if isinstance(number, int | float)}
+            return {name: float(number) for name, number in named if _is_number(number)}
         except _WRONG as problem:
             raise self._damaged(file, f"cannot be read: {_first_line(problem)}") from problem
 
@@ -234,6 +235,11 @@ def _join(folder: str, name: str) -> str:
 def _json(path: epath.Path) -> Any:
     """The content of a JSON file; None if it is not there."""
     return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a metric is a number that a float can be; an int that is too large is left out, as a str is."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
 
 
 def _seconds(metadata: Mapping[str, Any]) -> float:
