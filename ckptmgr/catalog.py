@@ -113,7 +113,7 @@ class Catalog:
         """Whether this is a file that begins as a map of msgpack does, which is what flax writes. (0x80, an empty
         map, is how pickles begin.)"""
         try:
-            with (self.directory / name).open("rb") as file:
+            with paths.open_to_read(self.directory / name) as file:
                 first = file.read(1)
         except OSError:
             return False
@@ -203,15 +203,16 @@ class Catalog:
     def _read_manifest(self, step: int, directory: epath.Path) -> manifests.Manifest:
         path = directory / manifests.NAME
         try:
-            data = path.read_bytes() if path.exists() else None
-        except OSError as problem:  # a directory in its place, a bad sector
+            data = paths.read_bytes(path)
+        except FileNotFoundError:
+            found: manifests.Manifest = self._read_stock(step, directory)
+            return found
+        except (OSError, MemoryError) as problem:  # a directory in its place, a bad sector
+            paths.refuse_exhausted(problem)
             raise CorruptCheckpointError(
                 f"step {step}: {path} cannot be read: {problem}", step=step, path=manifests.NAME
             ) from problem
-        if data is not None:
-            return manifests.decode(data, step=step, path=manifests.NAME)
-        found: manifests.Manifest = self._read_stock(step, directory)
-        return found
+        return manifests.decode(data, step=step, path=manifests.NAME)
 
     def identity(self, step: int) -> tuple[int, int] | None:
         """What tells a step from another of the same number; None if it is gone, or not on a local disk."""
@@ -246,7 +247,11 @@ class Catalog:
     # ------------------------------------------------------------ pins
 
     def pinned(self) -> set[int]:
-        return {step for step in self.steps() if (self.path(step) / PIN).exists()}
+        return {step for step in self.steps() if self.is_pinned(step)}
+
+    def is_pinned(self, step: int) -> bool:
+        """Also of a step of which that cannot be known now: it must not be deleted."""
+        return paths.may_exist(self.path(step) / PIN)
 
     def pin(self, step: int) -> None:
         path = self.require(step) / PIN
@@ -327,19 +332,19 @@ class Catalog:
 
 
 def is_checkpoint(directory: str) -> bool:
-    """Whether ckptmgr or Orbax wrote something in a local directory: what one that is empty, or yours, has not."""
-    if any(os.path.lexists(os.path.join(directory, name)) for name in _SIGNS):
+    """Whether ckptmgr or Orbax wrote something in a local directory: what one that is empty, or yours, has not.
+
+    Of one that cannot be looked into now this is taken for granted, so that no step goes unnoticed.
+    """
+    if any(paths.may_exist(os.path.join(directory, name)) for name in _SIGNS):
         return True
     try:
         with os.scandir(directory) as entries:
             folders = [entry.path for entry in entries if _is_folder(entry)]
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return False
     except OSError as problem:
-        if problem.errno == errno.ELOOP:  # a symlink to itself
-            return False
-        raise
-    return any(os.path.lexists(os.path.join(folder, name)) for folder in folders for name in _ITEM_SIGNS)
+        paths.refuse_exhausted(problem)
+        return problem.errno not in paths.ABSENT
+    return any(paths.may_exist(os.path.join(folder, name)) for folder in folders for name in _ITEM_SIGNS)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

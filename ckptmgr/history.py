@@ -10,7 +10,7 @@ from typing import Literal
 
 from ckptmgr import manifest as manifests
 from ckptmgr import policy
-from ckptmgr.catalog import PIN, Catalog
+from ckptmgr.catalog import Catalog
 from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.manifest import Manifest
@@ -48,7 +48,7 @@ class History:
 
     def glance(self, manifest: Manifest) -> CheckpointInfo:
         """One checkpoint by itself: why it is kept is not looked up, which would take all the others."""
-        return _describe(manifest, pinned=(self._catalog.path(manifest.step) / PIN).exists())
+        return _describe(manifest, pinned=self._catalog.is_pinned(manifest.step))
 
     def info(self, step: int) -> CheckpointInfo:
         """One checkpoint; raises CheckpointNotFoundError or CorruptCheckpointError."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -47,13 +46,21 @@ class Journal:
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:
     """The events of a run; lines that a crash cut short, and what no manager wrote, are left out."""
-    path = directory / NAME
-    lines = path.read_bytes().splitlines() if paths.is_local(directory) and os.path.exists(path) else []
     found = []
-    for line in lines:
+    for line in _lines(directory / NAME) if paths.is_local(directory) else ():
         with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [event for event in found if _is_event(event)]
+
+
+def _lines(path: epath.Path) -> list[bytes]:
+    try:
+        return paths.read_bytes(path).splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as problem:
+        _log.warning("the journal %s cannot be read: %s", path, problem)
+        return []
 
 
 def _is_event(line: Any) -> bool:

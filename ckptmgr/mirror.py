@@ -188,7 +188,7 @@ class Mirror:
                 draft.rmtree()
             _put(source, draft, [name])
         sizes, there = files.walk(source)[1], files.walk(draft)[1]
-        marker = (source / catalog.COMMITTED).read_bytes() if catalog.COMMITTED in sizes else b""
+        marker = paths.read_bytes(source / catalog.COMMITTED) if catalog.COMMITTED in sizes else b""
         missing = {name for name, size in sizes.items() if there.get(name) != size}
         _put(source, draft, sorted(missing - {catalog.COMMITTED}))
         self._check(step, draft)
@@ -209,7 +209,7 @@ class Mirror:
 
 
 def _is_equal(one: epath.Path, other: epath.Path) -> bool:
-    return bool(other.exists() and one.read_bytes() == other.read_bytes())
+    return bool(other.exists() and paths.read_bytes(one) == paths.read_bytes(other))
 
 
 def _has_links(draft: epath.Path) -> bool:

@@ -68,6 +68,6 @@ def _look_for(token: str, directory: epath.Path, there: str, line: Job) -> None:
 
 def _has(directory: epath.Path, token: str) -> bool:
     try:
-        return bool((directory / TOKEN).read_text() == token)
+        return paths.read_bytes(directory / TOKEN) == token.encode()
     except OSError:
         return False

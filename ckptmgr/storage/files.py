@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 
 from etils import epath
@@ -44,6 +45,19 @@ def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
             else:
                 sizes[entry.relative_to(directory).as_posix()] = entry.stat().length
     return folders, sizes
+
+
+def check_regular(directory: epath.Path) -> None:
+    """Raises OSError if something below is no file: TensorStore would wait at a FIFO for ever."""
+    todo = [str(directory)] if is_local(directory) else []
+    for folder in todo:  # grows while it is walked
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                mode = entry.stat().st_mode
+                if stat.S_ISDIR(mode) and not entry.is_symlink():
+                    todo.append(entry.path)
+                elif not stat.S_ISREG(mode):
+                    raise OSError(f"{entry.path} is no regular file")
 
 
 def flush(path: epath.Path) -> None:

@@ -346,7 +346,7 @@ def _publish(written: epath.Path, final: epath.Path) -> None:
     files.sync([final.parent])
     if _replaced(final).exists():
         if (_replaced(final) / catalog.PIN).exists():
-            files.write(final / catalog.PIN, (_replaced(final) / catalog.PIN).read_bytes())
+            files.write(final / catalog.PIN, paths.read_bytes(_replaced(final) / catalog.PIN))
         catalog.remove(_replaced(final))
 
 
