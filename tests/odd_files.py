@@ -1,7 +1,7 @@
 """What may lie in the place of a file of a step, and what a manager must say of the step then.
 
-As a program, `python odd_files.py RUN (EACCES | EIO | ESTALE)` has the system refuse each file of the newest step in
-turn, and prints what was wrong, a line each.
+As a program, `python odd_files.py RUN (EACCES | EIO | ESTALE)` has the system refuse each file of the newest step
+in turn, and prints what was wrong, a line each.
 """
 
 import contextlib
@@ -73,8 +73,15 @@ def instead_of(path, put):
 
 def values(directory):
     """What the newest step holds, without a template."""
-    found = ckptmgr.CheckpointManager(directory, read_only=True).restore(layout=ckptmgr.HOST)
-    return jax.tree.map(np.asarray, (found.params, found.opt_state, dict(found.extras)))
+    return plain(ckptmgr.CheckpointManager(directory, read_only=True).restore(layout=ckptmgr.HOST))
+
+
+def plain(found):
+    """What was restored, as numpy arrays."""
+    leaves, treedef = jax.tree.flatten((found.params, found.opt_state, dict(found.extras)))
+    is_key = [jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key) for leaf in leaves]
+    words = [jax.random.key_data(leaf) if key else leaf for leaf, key in zip(leaves, is_key, strict=True)]
+    return jax.tree.unflatten(treedef, map(np.asarray, words))
 
 
 def is_equal(a, b):
@@ -89,8 +96,7 @@ def wrong(directory, name, saved):
     older, newer = run.steps()
     found = run.restore(layout=ckptmgr.HOST)
     if found.step == newer:  # stock Orbax has files that nothing depends on
-        whole = is_equal(saved, jax.tree.map(np.asarray, (found.params, found.opt_state, dict(found.extras))))
-        return [] if whole else ["another value was restored"]
+        return [] if is_equal(saved, plain(found)) else ["another value was restored"]
     problems = [] if name in found.skipped.get(newer, "") else [f"skipped as {found.skipped}"]
     try:
         run.restore(newer)

@@ -250,4 +250,4 @@ def _seconds(metadata: Mapping[str, Any]) -> float:
 
 
 def _first_line(problem: object) -> str:
-    return str(problem).partition("\n")[0][:200] or type(problem).__name__
+    return str(problem).partition("\n")[0][:600] or type(problem).__name__
