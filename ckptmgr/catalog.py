@@ -329,6 +329,14 @@ class Catalog:
                 return {entry.name: _is_folder(entry) for entry in entries}
         except FileNotFoundError:
             return {}
+        except NotADirectoryError:
+            raise CheckpointNotFoundError(
+                f"{self.directory} is a file, or a part of its path is: a run is a directory",
+                directory=str(self.directory),
+            ) from None
+        except OSError as problem:
+            paths.refuse_exhausted(problem)
+            raise CheckpointError(f"the run {self.directory} cannot be read: {problem}") from problem
 
 
 def is_checkpoint(directory: str) -> bool:

@@ -14,6 +14,7 @@ import collections
 import functools
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -30,6 +31,7 @@ from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values
 from ckptmgr.storage.devices import Part, Plan
 from ckptmgr.structure import LeafSpec, numpy_dtype
 
+_SPEC = re.compile(r" \[[\w ]+='")  # what TensorStore adds to a message: it may be long
 PART = "ocdbt.process_"  # Orbax's name for what one of several processes wrote
 _ENCODED_BYTES = 4 << 20  # smaller ones take less memory, and time for each commit
 _AHEAD_BYTES = 64 << 20  # of a restore
@@ -298,7 +300,7 @@ class Read(NamedTuple):
 
     def damaged(self, reason: object) -> DamagedArrayError:
         first_line = str(reason).partition("\n")[0]
-        return DamagedArrayError(self.item, self.spec.path, first_line.partition(" [")[0])  # not the whole spec
+        return DamagedArrayError(self.item, self.spec.path, _SPEC.split(first_line)[0])
 
 
 def read(wanted: Sequence[Read]) -> list[list[Values]]:

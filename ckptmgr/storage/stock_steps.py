@@ -138,7 +138,7 @@ class _Step:
         return Item("unread", why=f"{where} {what}: read it with the program that wrote it")
 
     def _tree(self, folder: str) -> Item:
-        path = _join(folder, stock.TREE)
+        path, metadata, ocdbt = _join(folder, stock.TREE), None, True
         try:
             files.check_regular(self._directory / folder)
             metadata = _json(self._directory / path)
@@ -148,6 +148,10 @@ class _Step:
         except CorruptCheckpointError:
             raise
         except _WRONG as problem:
+            paths.refuse_exhausted(problem)
+            database = _join(folder, "manifest.ocdbt")
+            if isinstance(metadata, dict) and ocdbt and not (self._directory / database).exists():
+                raise self._damaged(database, "is missing") from problem
             raise self._damaged(path, f"cannot be read: {_first_line(problem)}") from problem
         outside = [leaf.name for leaf in tree.leaves if ".." in leaf.name.split("/")]
         if outside and not ocdbt:
