@@ -19,16 +19,12 @@ from ckptmgr import manifest as manifests
 from ckptmgr.storage import chunks, devices, files, orbax, sealing
 
 
-def save(manager, step, **how):
-    params = {
-        "w": jnp.full((40, 30), float(step)),
-        "large": np.full(300_000, float(step)),
-        "key": jax.random.key(0),
-    }
-    extras = {"at": {"n": step % 10}, "ema": {"w": jnp.full((40, 30), float(step)), "none": jnp.ones((0, 3))}}
-    return manager.save(
-        step, params, {"m": jnp.full(3000, step)}, extras=extras, metrics={"loss": step % 10}, **how
-    )
+def save(manager, step, value=None, **how):
+    value = float(step if value is None else value)
+    params = {"w": jnp.full((40, 30), value), "large": np.full(300_000, value), "key": jax.random.key(int(value))}
+    ema = {"w": jnp.full((40, 30), value), "none": jnp.ones((0, 3))}
+    extras = {"at": {"n": int(value)}, "ema": ema, "tiny": {"n": jnp.asarray(value)}}
+    return manager.save(step, params, {"m": jnp.full(3000, value)}, extras=extras, metrics={"loss": value}, **how)
 
 
 def _swap(path, draft):
@@ -44,9 +40,7 @@ HARMS = {
     "replaced by another": _swap,
     "beside another": lambda path, draft: (path.parent / "stranger").write_bytes(b"x"),
     "with its folder removed": lambda path, draft: shutil.rmtree(path.parent),
-    "with its folder emptied": lambda path, draft: [
-        each.unlink() for each in path.parent.iterdir() if each.is_file()
-    ],
+    "with its folder emptied": lambda path, draft: [each.unlink() for each in files_of(path.parent)],
 }
 
 
@@ -106,7 +100,7 @@ def test_what_somebody_does_to_a_step_while_it_is_written_is_never_sealed_as_who
     assert CheckpointManager(tmp_path, read_only=True).restore(1).params
 
 
-ITEMS = {"params", "opt_state", "step", "metrics", "at", "ema"}
+ITEMS = {"params", "opt_state", "step", "metrics", "at", "ema", "tiny"}
 
 
 @pytest.mark.parametrize("how", HARMS)
@@ -115,19 +109,14 @@ def test_what_is_done_to_a_file_before_the_commit_is_refused_and_said(how, tmp_p
     with CheckpointManager(tmp_path / "run") as manager:
         save(manager, 1)
     names = [path.relative_to(tmp_path / "run" / "1") for path in files_of(tmp_path / "run" / "1")]
-    committed = []
     for name in names:
         if name.name == "manifest.json":
             continue
         shutil.copytree(tmp_path / "run" / "1", tmp_path / "draft")
         HARMS[how](tmp_path / "draft" / name, tmp_path / "draft")
-        try:
+        with pytest.raises((ckptmgr.SaveError, FileNotFoundError), match="draft"):
             check(tmp_path / "draft", tmp_path / "run" / "1")
-            committed.append(str(name))
-        except ckptmgr.SaveError as problem:
-            assert str(tmp_path / "draft") in str(problem)
-        shutil.rmtree(tmp_path / "draft")
-    assert committed == []
+        shutil.rmtree(tmp_path / "draft", ignore_errors=True)
 
 
 def check(draft, wrote):
@@ -138,7 +127,7 @@ def check(draft, wrote):
         name: (wrote / name).read_bytes() for name in read.files
         if "/d/" not in name and not name.endswith("manifest.ocdbt")
     }  # fmt: skip
-    (draft / "manifest.json").unlink()
+    (draft / "manifest.json").unlink(missing_ok=True)
     sizes = files.walk(epath.Path(draft))[1]
     found = manifests.record_files(epath.Path(draft), sizes, orbax.checks_itself)
     sealing.check(1, epath.Path(draft), sealing.Meant(texts, frozenset(), plans, None), found)
@@ -159,9 +148,9 @@ def plan_of(tree):
 
 def test_any_file_swapped_with_one_of_another_save_is_found(tmp_path):
     """Two saves of one step, and two steps: all files have the same names, but for those of the arrays."""
-    for run, step in (("one", 1), ("again", 1), ("later", 2)):
+    for run, step, value in (("one", 1, 3), ("again", 1, 5), ("later", 2, 5)):
         with CheckpointManager(tmp_path / run) as manager:
-            save_other(manager) if run == "again" else save(manager, step).result()
+            save(manager, step, value).result()
     missed = []
     for other in ("again", "later"):
         theirs = {kind(path): path for path in files_of(tmp_path / other) if path.parent.name != other}
@@ -179,9 +168,3 @@ def kind(path):
     """The file of another step that takes the place of this one."""
     place = path.parts[-3:] if path.parent.name in ("d", "array_metadatas") else path.parts[-2:]
     return ("d", place[0]) if path.parent.name == "d" else place if place[0] not in "12" else place[1:]
-
-
-def save_other(manager):
-    params = {"w": jnp.full((40, 30), 7.0), "large": np.full(300_000, 7.0), "key": jax.random.key(7)}
-    extras = {"at": {"n": 7}, "ema": {"w": jnp.full((40, 30), 7.0), "none": jnp.ones((0, 3))}}
-    manager.save(1, params, {"m": jnp.full(3000, 7)}, extras=extras, metrics={"loss": 7}).result()
