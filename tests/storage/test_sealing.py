@@ -148,11 +148,12 @@ def plan_of(tree):
 
 def test_any_file_swapped_with_one_of_another_save_is_found(tmp_path):
     """Two saves of one step, and two steps: all files have the same names, but for those of the arrays."""
-    for run, step, value in (("one", 1, 3), ("again", 1, 5), ("later", 2, 5)):
+    others = [("again", 1, 5), ("later", 2, 5), ("third", 1, 11), ("fourth", 1, 4.5)]
+    for run, step, value in [("one", 1, 3), *others]:
         with CheckpointManager(tmp_path / run) as manager:
             save(manager, step, value).result()
     missed = []
-    for other in ("again", "later"):
+    for other, *_ in others:
         theirs = {kind(path): path for path in files_of(tmp_path / other) if path.parent.name != other}
         for path in files_of(tmp_path / "one" / "1"):
             good, swapped = path.read_bytes(), theirs[kind(path)].read_bytes()
@@ -168,3 +169,40 @@ def kind(path):
     """The file of another step that takes the place of this one."""
     place = path.parts[-3:] if path.parent.name in ("d", "array_metadatas") else path.parts[-2:]
     return ("d", place[0]) if path.parent.name == "d" else place if place[0] not in "12" else place[1:]
+
+
+def test_a_database_of_another_save_that_has_the_same_size_is_found(tmp_path):
+    """Values of few bytes lie in the nodes of the database, which are whole by themselves."""
+    databases = {}
+    for value in range(30):
+        with CheckpointManager(tmp_path / str(value)) as manager:
+            manager.save(1, {"n": jnp.asarray(1000.123 * value, jnp.float32)})
+        (database,) = (tmp_path / str(value) / "1" / "params" / "d").iterdir()
+        databases.setdefault(database.stat().st_size, []).append(database)
+    one, other = next(equal for equal in databases.values() if len(equal) > 1)[:2]
+    one.write_bytes(other.read_bytes())
+    run = CheckpointManager(one.parents[3], read_only=True)
+    assert not run.verify(1)
+    with pytest.raises(ckptmgr.CorruptCheckpointError, match=one.name):
+        run.restore(1)
+
+
+def test_a_file_of_values_of_another_save_is_found(tmp_path):
+    """An item that is written in several transactions has files that hold values alone."""
+    for name, value in (("one", 1.0), ("other", 2.0)):
+        with CheckpointManager(tmp_path / name) as manager:
+            manager.save(1, {f"w{i:02}": np.full(260_000, value, np.float32) for i in range(12)})
+    one, other = (
+        sorted((tmp_path / name / "1/params/d").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for name in ("one", "other")
+    )
+    assert len(one) > 2
+    run = CheckpointManager(tmp_path / "one", read_only=True)
+    for path, theirs in zip(one, other, strict=True):
+        good = path.read_bytes()
+        path.write_bytes(theirs.read_bytes())
+        assert not run.verify(1)
+        with pytest.raises(ckptmgr.CorruptCheckpointError):
+            run.restore(1)
+        path.write_bytes(good)
+    assert run.verify(1)
