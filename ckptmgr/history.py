@@ -15,7 +15,6 @@ from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.manifest import Manifest
 from ckptmgr.manifest_cache import Stamp
-from ckptmgr.names import PIN
 
 _log = logging.getLogger("ckptmgr")
 
@@ -71,7 +70,7 @@ class History:
 
     def glance(self, manifest: Manifest) -> CheckpointInfo:
         """One checkpoint by itself: why it is kept is not looked up, which would take all the others."""
-        return _describe(manifest, pinned=(self._catalog.path(manifest.step) / PIN).exists())
+        return _describe(manifest, pinned=self._catalog.is_pinned(manifest.step))
 
     def info(self, step: int) -> CheckpointInfo:
         """One checkpoint; raises CheckpointNotFoundError or CorruptCheckpointError."""

@@ -198,7 +198,7 @@ class Mirror:
                 draft.rmtree()
             _put(source, draft, [name])
         sizes, there = files.walk(source)[1], files.walk(draft)[1]
-        marker = (source / names.COMMITTED).read_bytes() if names.COMMITTED in sizes else b""
+        marker = paths.read_bytes(source / names.COMMITTED) if names.COMMITTED in sizes else b""
         missing = {name for name, size in sizes.items() if there.get(name) != size}
         _put(source, draft, sorted(missing - {names.COMMITTED}))
         self._check(step, draft)
@@ -219,7 +219,7 @@ class Mirror:
 
 
 def _is_equal(one: epath.Path, other: epath.Path) -> bool:
-    return bool(other.exists() and one.read_bytes() == other.read_bytes())
+    return bool(other.exists() and paths.read_bytes(one) == paths.read_bytes(other))
 
 
 def _has_links(draft: epath.Path) -> bool:
