@@ -6,13 +6,12 @@ got another number.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
 
 from ckptmgr import manifest as manifests
-from ckptmgr import names
+from ckptmgr import names, paths
 from ckptmgr.errors import CheckpointError
 
 _ITEM_SIGNS = ("_METADATA", names.COMMITTED)
@@ -25,11 +24,11 @@ def is_step(path: str) -> bool:
     """Whether a folder is a checkpoint of the step that it is named after."""
     if _leads_beside(path):
         return False
-    if os.path.lexists(os.path.join(path, manifests.NAME)):
+    if paths.may_exist(os.path.join(path, manifests.NAME)):
         return not _is_of_another_step(path)
     if is_signed(path):
-        return _has_lost_its_manifest(path)
-    return os.path.lexists(os.path.join(path, names.STEP_METADATA)) or _has_items(path)
+        return _is_marked(path)
+    return paths.may_exist(os.path.join(path, names.STEP_METADATA)) or _has_items(path)
 
 
 def is_signed(path: str) -> bool:
@@ -48,7 +47,7 @@ def _is_of_another_step(path: str) -> bool:
     """Whether it is a copy of another step; a number that is damaged proves nothing."""
     file = os.path.join(path, manifests.NAME)
     head, own = _HEAD.match(begin(file, _HEAD_BYTES)), names.number(os.path.basename(path))
-    if head is None or own is None or int(head[1]) == own:
+    if head is None or own is None or int(head[1]) == own or _is_marked(path):
         return False
     try:
         with open(file, "rb") as opened:
@@ -58,28 +57,25 @@ def _is_of_another_step(path: str) -> bool:
     return True
 
 
-def _has_lost_its_manifest(path: str) -> bool:
-    """Whether a folder of ours without a manifest was a step once: the file before the manifest names the step.
+def _is_marked(path: str) -> bool:
+    """Whether the file that is written before the manifest names this step.
 
-    If not, it is a copy that is half made, or was made under another name.
+    If not, the folder is a copy that is half made, or was made under another name.
     """
     said = begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES)
     return said.rpartition(b"/")[2].strip() == os.fsencode(os.path.basename(path))
 
 
 def _has_items(path: str) -> bool:
-    if os.path.lexists(os.path.join(path, names.COMMITTED)) or os.path.lexists(os.path.join(path, "_METADATA")):
+    if any(paths.may_exist(os.path.join(path, name)) for name in _ITEM_SIGNS):
         return True
     try:
         with os.scandir(path) as entries:
             folders = [entry.path for entry in entries if is_folder(entry)]
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return False
     except OSError as problem:
-        if problem.errno == errno.ELOOP:  # a symlink to itself
-            return False
-        raise
-    return any(os.path.lexists(os.path.join(folder, name)) for folder in folders for name in _ITEM_SIGNS)
+        paths.refuse_exhausted(problem)
+        return problem.errno not in paths.ABSENT  # so that no step goes unnoticed
+    return any(paths.may_exist(os.path.join(folder, name)) for folder in folders for name in _ITEM_SIGNS)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -93,10 +89,14 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def begin(file: str, size: int) -> bytes:
     """The first bytes of a file; of one that cannot be read, nothing. Does not wait for the writer of a FIFO."""
-    with contextlib.suppress(OSError):
+    try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-        try:
-            return os.read(descriptor, size)
-        finally:
-            os.close(descriptor)
-    return b""
+    except OSError as problem:
+        paths.refuse_exhausted(problem)
+        return b""
+    try:
+        return os.read(descriptor, size)
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
