@@ -277,6 +277,9 @@ class World:
                 manager.wait()
             self.flying = None
         second.close()
+        if self.mirrored:  # the first has not been told of the last save, and copies it when it is opened again
+            self.close()
+            self.open(self.keep, mirrored=True)
 
     def interrupt(self):
         """KeyboardInterrupt at some line of a call; the manager goes on after it."""
