@@ -16,7 +16,7 @@ from ckptmgr import manifest as manifests
 from ckptmgr import names
 from ckptmgr.errors import CheckpointError
 
-_MARKED = b"Checkpoint commit was successful to "
+MARKED = b"Checkpoint commit was successful to "
 """How Orbax's marker begins; then comes the path of what was committed."""
 _LATER = "store_array_data_equal_to_fill_value"
 """In the metadata of a tree, only if Orbax also writes `_CHECKPOINT_METADATA` beside the items."""
@@ -37,7 +37,11 @@ def is_step(path: str) -> bool:
 
 def is_signed(path: str) -> bool:
     """Whether Orbax's metadata of a folder says that ckptmgr wrote it."""
-    return b'"ckptmgr"' in begin(os.path.join(path, names.STEP_METADATA), _SMALL_BYTES)
+    return is_signature(begin(os.path.join(path, names.STEP_METADATA), _SMALL_BYTES))
+
+
+def is_signature(metadata: bytes) -> bool:
+    return b'"ckptmgr"' in metadata
 
 
 def _leads_beside(path: str) -> bool:
@@ -52,7 +56,7 @@ def _is_of_another_step(path: str) -> bool:
     """Whether it is a copy of another step; a number that is damaged proves nothing."""
     file = os.path.join(path, manifests.NAME)
     head = _HEAD.match(begin(file, _HEAD_BYTES))
-    if head is None or int(head[1]) == _own_number(path):
+    if head is None or int(head[1]) == own_number(path):
         return False
     if marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES)) == int(head[1]):
         return True
@@ -64,14 +68,15 @@ def _is_of_another_step(path: str) -> bool:
     return True
 
 
-def _own_number(path: str) -> int | None:
+def own_number(path: str) -> int | None:
+    """The step that a folder is named after."""
     name = os.path.basename(path)
     return int(name) if names.STEP.fullmatch(name) else names.number(name)
 
 
 def marked_step(marker: bytes) -> int | None:
     """The step that Orbax's marker names; None if it names none."""
-    path = marker.removeprefix(_MARKED) if marker.startswith(_MARKED) else b""
+    path = marker.removeprefix(MARKED) if marker.startswith(MARKED) else b""
     return names.number(os.fsdecode(path.rpartition(b"/")[2].strip()))
 
 
@@ -86,7 +91,7 @@ def _has_lost_its_manifest(path: str) -> bool:
 
 def _has_items(path: str) -> bool:
     """Whether Orbax has finished something in a folder in which its file beside the items is missing."""
-    if marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES)) == _own_number(path):
+    if marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES)) == own_number(path):
         return True
     if _has_tree(path):
         return True
@@ -108,7 +113,7 @@ def _is_item(folder: str) -> bool:
         return names.number(os.path.basename(folder)) is None  # else the item was saved by itself
     if os.path.lexists(os.path.join(folder, manifests.NAME)):
         return False
-    return begin(os.path.join(folder, names.COMMITTED), _SMALL_BYTES).startswith(_MARKED) or _has_tree(folder)
+    return begin(os.path.join(folder, names.COMMITTED), _SMALL_BYTES).startswith(MARKED) or _has_tree(folder)
 
 
 def _has_tree(folder: str) -> bool:

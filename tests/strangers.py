@@ -321,3 +321,62 @@ def _look(path):
     elif stat.S_ISLNK(found.st_mode):
         content = os.readlink(path)
     return found.st_mode, found.st_ino, found.st_mtime_ns, found.st_size, content
+
+
+# ---------------------------------------------------------------- objects of a bucket
+
+OBJECTS = {
+    "2024": {"/file": b"mine", "/manifest.json": b"{}", "/_METADATA": b'{"author": "me"}'},
+    "2025": {"": b"an object that has the name of a step"},
+    "2026": {"/": b""},  # as the consoles of both clouds make a folder
+    "2027": {"/": b"", "/file": b"mine"},
+    "2028": {"/commit_success.txt": b"the job of 2028 was committed"},
+    "2029": {"/commit_success.txt/file": b"mine"},
+    "007": {"/file": b"mine"},
+    "-3": {"/file": b"mine"},
+    "1e3": {"/file": b"mine"},
+    "٣": {"/file": b"mine"},
+    "5 ": {"/file": b"mine"},
+    "5~": {"": b"mine"},
+    "5.orbax-checkpoint-tmp": {"/params/_METADATA": b"mine"},
+    "my.orbax-checkpoint-tmp": {"/file": b"mine"},
+    ".deleted-emails": {"/file": b"mine"},
+    "a b+c&d=e%20f": {"/file": b"mine"},
+    "é": {"": b"mine"},
+    "README.md": {"": b"mine"},
+    "notes": {"/" + "/".join("abcdefghij"): b"mine"},
+    "x" * 200: {"": b"mine"},
+    "100000000000000000000": {"/file": b"mine"},
+    "run_9": {"/file": b"mine"},
+}
+"""Under each name the ends of keys, and what the objects hold."""
+COPIES = {
+    "21": ("params",), "22": ("_CHECKPOINT_METADATA",), "23": ("commit_success.txt",), "24": ("manifest.json",),
+    "25": ("",), "other_run/100": ("",), "2050/100": ("",), "7": ("manifest.json", "commit_success.txt"),
+}  # fmt: skip
+"""What of step 10 is copied, and where to."""
+
+
+def put(client, run, *, copies=True):
+    """Puts them all into a run in a bucket; `copies` if it has a step 10."""
+    for name, objects in OBJECTS.items():
+        for end, data in objects.items():
+            client.pipe_file(f"{run}/{name}{end}", data)
+    for name, parts in COPIES.items() if copies else ():
+        for part in parts:
+            source = f"{run}/10/{part}".rstrip("/")
+            for key in client.find(source):
+                client.pipe_file(f"{run}/{name}{key[len(f'{run}/10') :]}", client.cat_file(key))
+    client.invalidate_cache()
+
+
+def objects(client, run, *steps):
+    """What is in a bucket beside these steps and what is ours, and when it was written."""
+    client.invalidate_cache()
+    ours = tuple(f"{run}/{name}/" for name in (".ckptmgr", *steps))
+    found = client.find(run, detail=True, withdirs=False)
+    return {
+        key: (client.cat_file(key), told.get("LastModified") or told.get("updated"))
+        for key, told in found.items()
+        if not key.startswith(ours)
+    }

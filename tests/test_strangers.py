@@ -2,12 +2,14 @@
 
 import logging
 import os
+import uuid
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import strangers
 from conftest import counted
+from etils.epath.backend import fsspec_backend
 
 import ckptmgr
 from ckptmgr import CheckpointManager
@@ -168,3 +170,74 @@ def test_a_stranger_in_a_mirror_that_has_the_number_of_a_step_is_said_and_stays(
     assert CheckpointManager(away, read_only=True).steps() == [5, 15, 20]
     assert strangers.seen(away, ["10"]) == before
     assert f"{away / '10'} is there and is no checkpoint; move it away" in caplog.text
+
+
+# ---------------------------------------------------------------- a bucket
+
+PLACES = ["gs", "s3"]
+in_a_bucket = [
+    pytest.mark.xdist_group("remote"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def marked(test):
+    for mark in in_a_bucket:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture
+def bucket(request, servers):
+    return f"{request.param}://bucket/{uuid.uuid4().hex}/run"
+
+
+def client_of(run):
+    client = fsspec_backend.fs(run)
+    return client, client._strip_protocol(run)
+
+
+@marked
+@pytest.mark.soak
+@pytest.mark.parametrize("bucket", PLACES[:: counted(2, full=1)], indirect=True)
+def test_strangers_in_a_bucket_are_not_there_for_us_and_stay(bucket):
+    with CheckpointManager(bucket) as manager:
+        save(manager, 5, 10, 15)
+    client, run = client_of(bucket)
+    strangers.put(client, run)
+    before = strangers.objects(client, run, "5", "10", "15")
+    assert len(before) > 30
+    check(CheckpointManager(bucket, read_only=True), 5, 10, 15)
+    with CheckpointManager(bucket, keep=1) as manager:
+        save(manager, 20)
+        manager.wait()
+        check(manager, 20)
+    assert strangers.objects(client, run, "20") == before
+    with CheckpointManager(bucket) as manager:
+        for number in (2024, 2025, 2027, 2028, 25, 7)[:: counted(3, full=1)]:
+            with pytest.raises(ckptmgr.SaveError, match=f"{number} is there and is no checkpoint; move it away"):
+                manager.save(number, params(1))
+        save(manager, 30)
+        manager.wait()
+        assert manager.steps() == [20, 30]
+    assert strangers.objects(client, run, "20", "30") == before
+
+
+@marked
+@pytest.mark.soak
+@pytest.mark.parametrize("bucket", PLACES[:: counted(2, full=1)], indirect=True)
+def test_strangers_in_a_mirror_in_a_bucket_stay_and_the_others_are_copied(run, bucket, caplog):
+    client, away = client_of(bucket)
+    strangers.put(client, away, copies=False)
+    before = strangers.objects(client, away)
+    with CheckpointManager(run, mirror=bucket, mirror_keep=1) as manager:
+        save(manager, 20)
+        manager.wait()
+        save(manager, 2024)
+        manager.wait()
+        save(manager, 2040)
+    assert strangers.objects(client, away, "2040") == before
+    assert CheckpointManager(bucket, read_only=True).steps() == [2040]
+    assert "2024 is there and is no checkpoint; move it away" in caplog.text
