@@ -241,11 +241,11 @@ def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:
 
 
 def record_files(
-    directory: epath.Path, sizes: Mapping[str, int], checks_itself: Callable[[str], bool]
+    directory: epath.Path, sizes: Mapping[str, int], checks_itself: Callable[[str, int], bool]
 ) -> dict[str, File]:
     """Size of every file below `directory`, and the CRC-32 of those that do not check themselves."""
     return {
-        name: File(size, None if checks_itself(name) else checksum(directory / name)[1])
+        name: File(size, None if checks_itself(name, size) else checksum(directory / name)[1])
         for name, size in sorted(sizes.items())
         if name != NAME
     }

@@ -51,6 +51,11 @@ def _database(directory: epath.Path) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": _base(str(directory))}
 
 
+def base(directory: epath.Path) -> Any:
+    """The files of a database."""
+    return ts.KvStore.open(_base(str(directory)), context=ts.Context()).result()
+
+
 def _base(path: str) -> Any:
     """A directory as TensorStore spells it; the address of S3 comes from where the cloud's own tools take it."""
     if paths.is_local(path):
@@ -241,7 +246,6 @@ class Opener:
         driver = "zarr3" if zarr3 else "zarr"
         self._spec = ts.Spec({"driver": driver, "fill_missing_data_reads": False, **unchanging})
         self._directory = directory
-        self._base = database["base"]
         self._plain = plain
         self._found: extents.Found | None = None
 
@@ -258,7 +262,7 @@ class Opener:
         if not paths.is_local(self._directory):
             return None
         if self._found is None:
-            self._found = extents.find(ts.KvStore.open(self._base, context=self._context).result())
+            self._found = extents.find(base(self._directory))
         prefix = chunks.prefix(spec.name)
         if self._found.get(f"{prefix}zarr.json") != chunks.zarr_json(stored):
             return None  # it is not what the manifest says: TensorStore's answer says what it is

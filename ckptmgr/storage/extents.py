@@ -62,6 +62,10 @@ def find(store: Any) -> Found:
     return found
 
 
+def nbytes(source: Extent | bytes) -> int:
+    return len(source) if isinstance(source, bytes) else source.nbytes
+
+
 def _extent(location: str) -> Extent:
     """From `value:BASE:FILE:OFFSET:LENGTH`, as TensorStore spells it."""
     _, base, file, offset, length = location.split(":")
@@ -133,10 +137,9 @@ def read(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def _read(job: Job) -> None:
-    nbytes = math.prod(job.stored.chunks) * numpy_dtype(job.stored.dtype).itemsize
-    has = len(job.source) if isinstance(job.source, bytes) else job.source.nbytes
-    if has != nbytes + 4:
-        raise ValueError(f"its chunk has {has} bytes instead of {nbytes + 4}")
+    size = math.prod(job.stored.chunks) * numpy_dtype(job.stored.dtype).itemsize
+    if nbytes(job.source) != size + 4:
+        raise ValueError(f"its chunk has {nbytes(job.source)} bytes instead of {size + 4}")
     into, part = job.takes[0]
     is_own = len(job.takes) == 1 and into.flags.c_contiguous and into.shape == job.stored.chunks
     chunk = into if is_own else np.empty(job.stored.chunks, numpy_dtype(job.stored.dtype))

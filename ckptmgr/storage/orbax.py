@@ -24,9 +24,9 @@ from etils import epath
 
 from ckptmgr import catalog, paths, policy
 from ckptmgr import manifest as manifests
-from ckptmgr.errors import CheckpointError
+from ckptmgr.errors import CheckpointError, SaveError
 from ckptmgr.job import Call, Job
-from ckptmgr.storage import arrays, files
+from ckptmgr.storage import arrays, files, sealing
 
 BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
 STEP_METADATA = "_CHECKPOINT_METADATA"
@@ -48,12 +48,15 @@ def own_place(process: int, file: str = "") -> str:
     return f"process_{process}" if process else ""
 
 
-def checks_itself(name: str) -> bool:
-    """Whether TensorStore checks this file of a step as it reads it: OCDBT's manifests, nodes and chunks."""
-    is_read = (
-        name.endswith("/manifest.ocdbt") and f"/{arrays.PART}" not in name
-    )  # only `merge` reads those of parts
-    return is_read or "/d/" in name
+_SMALL_BYTES = 8 << 20
+
+
+def checks_itself(name: str, size: int) -> bool:
+    """Whether each part of this file of a step is checked as it is read: OCDBT's nodes, and chunks.
+
+    A small one has a checksum all the same: a file of another save in its place would be whole as well.
+    """
+    return "/d/" in name and size > _SMALL_BYTES
 
 
 # ---------------------------------------------------------------- writing
@@ -87,7 +90,8 @@ class Store:
         stages = _Stages(step, self._job)
         try:
             if self._job.leads:
-                self._lead(step, draft, items, lambda: _commit(draft, final, build_manifest), stages)
+                meant = self._meant(step, items, own, draft, final)
+                self._lead(step, draft, items, lambda: _commit(step, draft, final, meant, build_manifest), stages)
             else:
                 self._follow(draft, snapshots, {name: items[name] for name in own}, stages)
         except BaseException:
@@ -97,6 +101,27 @@ class Store:
         finally:
             for snapshot in snapshots.values():
                 snapshot.release()
+
+    def _meant(
+        self, step: int, items: Mapping[str, Any], own: Collection[str], draft: epath.Path, final: epath.Path
+    ) -> Callable[[], sealing.Meant]:
+        """What the step is to hold, asked for once the metrics have arrived."""
+
+        def meant() -> sealing.Meant:
+            plans = {name: item.plan for name, item in items.items() if isinstance(item, arrays.Snapshot)}
+            others = range(1, jax.process_count())
+            texts = {
+                f"{name}/{json_file(name)}": json.dumps(items[name]()).encode() for name in items.keys() - plans
+            }
+            texts |= {f"{item}/{name}": data for item, plan in plans.items() for name, data in plan.files.items()}
+            texts[STEP_METADATA] = _metadata(step, draft, set(items))
+            if paths.is_local(final):
+                texts[catalog.COMMITTED] = _marker(final)
+            told = {f"{name}/{own_place(each, json_file(name))}" for name in {*own} - {*plans} for each in others}
+            parts = {f"{name}/{own_place(each)}": plans[name] for name in plans if name in own for each in others}
+            return sealing.Meant(texts, frozenset(told), parts | plans, self._compression)
+
+        return meant
 
     def _lead(
         self, step: int, draft: epath.Path, items: Mapping[str, Any], commit: Callable[[], None], stages: _Stages
@@ -314,14 +339,37 @@ def _commit_class(commit: Callable[[], None]) -> type[Any]:
     return Commit
 
 
-def _commit(draft: epath.Path, final: epath.Path, build_manifest: BuildManifest) -> None:
+def _metadata(step: int, draft: epath.Path, items: set[str]) -> bytes:
+    """What Orbax wrote about the step, if it is about this one."""
+    try:
+        data = paths.read_bytes(draft / STEP_METADATA)
+        found = json.loads(data)
+        if found["custom_metadata"] == SIGNATURE and items <= found["item_handlers"].keys():
+            return data
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise SaveError(f"{draft / STEP_METADATA} is not what Orbax wrote: step {step} is not committed", step=step)
+
+
+def _marker(final: epath.Path) -> bytes:
+    return f"Checkpoint commit was successful to {final}".encode()
+
+
+def _commit(
+    step: int,
+    draft: epath.Path,
+    final: epath.Path,
+    meant: Callable[[], sealing.Meant],
+    build_manifest: BuildManifest,
+) -> None:
     """Makes a draft the step: every file is flushed, the manifest written, then it gets its name."""
-    said = f"Checkpoint commit was successful to {final}".encode()
+    said = _marker(final)
     if paths.is_local(draft):
         files.write(draft / catalog.COMMITTED, said)
     files.flush(draft / STEP_METADATA)
     folders, sizes = files.walk(draft)
     recorded = manifests.record_files(draft, sizes, checks_itself)
+    sealing.check(step, draft, meant(), recorded)
     files.write(draft / manifests.NAME, build_manifest(recorded))
     files.sync(folders)
     if paths.is_local(draft):

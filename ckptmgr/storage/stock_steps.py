@@ -33,7 +33,13 @@ _WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowE
 
 def read(step: int, directory: epath.Path) -> manifests.Manifest:
     """Raises CorruptCheckpointError if the step cannot be read, or nothing in it is known."""
-    return _Step(step, directory).manifest()
+    try:
+        return _Step(step, directory).manifest()
+    except CorruptCheckpointError:
+        raise
+    except OSError as problem:
+        paths.refuse_exhausted(problem)
+        raise CorruptCheckpointError(f"step {step}: {directory} cannot be read: {problem}", step=step) from problem
 
 
 class _Step:
@@ -150,7 +156,7 @@ class _Step:
         except _WRONG as problem:
             paths.refuse_exhausted(problem)
             database = _join(folder, "manifest.ocdbt")
-            if isinstance(metadata, dict) and ocdbt and not (self._directory / database).exists():
+            if isinstance(metadata, dict) and ocdbt and not (self._directory / database).is_file():
                 raise self._damaged(database, "is missing") from problem
             raise self._damaged(path, f"cannot be read: {_first_line(problem)}") from problem
         outside = [leaf.name for leaf in tree.leaves if ".." in leaf.name.split("/")]

@@ -32,7 +32,8 @@ def test_everything_is_flushed_before_the_step_has_its_name(tmp_path, monkeypatc
     monkeypatch.setattr(orbax, "_publish", look)
     with CheckpointManager(tmp_path) as manager:
         manager.save(1, {"w": jnp.ones(3)}, metrics={"loss": 1.0})
-    ours = {str(path) for path in written if not orbax.checks_itself(str(path))}  # TensorStore flushes the rest
+    tensorstores = {path for path in written if path.parent.name == "d" or path.name == "manifest.ocdbt"}
+    ours = {str(path) for path in {*written} - tensorstores}
     assert len(ours) > 10
     assert ours <= set(before)
     assert flushed[len(before) :] == [str(tmp_path)]
