@@ -104,7 +104,8 @@ MUTATIONS = [
     ),
     Mutation(
         6, "what a failed save has written stays",
-        "storage/orbax.py", "                self._run.discard(step)\n            raise", "                pass\n            raise",
+        "storage/orbax.py",
+        "                self._run.discard(step)\n            raise", "                pass\n            raise",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
