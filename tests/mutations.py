@@ -24,7 +24,7 @@ MUTATIONS = [
     ),
     Mutation(
         7, "a directory that is somebody's counts as a step",
-        "catalog.py", "return recognize.is_step(os.path.join(self.directory, name))", "return True",
+        "catalog.py", "            if not recognize.is_step(path):\n", "            if False:\n",
         "tests/test_foreign_files.py::test_a_directory_that_nobody_of_us_wrote_is_no_step_and_is_left_alone",
     ),
     Mutation(
