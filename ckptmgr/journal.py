@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -46,15 +45,24 @@ class Journal:
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:
     """The events of a run; lines that a crash cut short, and what no manager wrote, are left out."""
-    path = directory / names.JOURNAL
-    if not os.path.exists(path):
-        path = directory / version_1.JOURNAL
-    lines = path.read_bytes().splitlines() if paths.is_local(directory) and os.path.exists(path) else []
     found = []
-    for line in lines:
+    for line in _lines(directory) if paths.is_local(directory) else ():
         with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [event for event in found if _is_event(event)]
+
+
+def _lines(directory: epath.Path) -> list[bytes]:
+    path = directory / names.JOURNAL
+    if not paths.may_exist(path):
+        path = directory / version_1.JOURNAL
+    try:
+        return paths.read_bytes(path).splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as problem:
+        _log.warning("the journal %s cannot be read: %s", path, problem)
+        return []
 
 
 def _is_event(line: Any) -> bool:

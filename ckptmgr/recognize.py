@@ -6,14 +6,13 @@ got another number.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import re
 
 from ckptmgr import manifest as manifests
-from ckptmgr import names
+from ckptmgr import names, paths
 from ckptmgr.errors import CheckpointError
 
 MARKED = b"Checkpoint commit was successful to "
@@ -29,11 +28,11 @@ def is_step(path: str) -> bool:
     if _leads_beside(path):
         return False
     head = _HEAD.match(begin(f"{path}/{manifests.NAME}", _HEAD_BYTES))
-    if head or os.path.lexists(os.path.join(path, manifests.NAME)):
+    if head or paths.may_exist(os.path.join(path, manifests.NAME)):
         return head is None or int(head[1]) == own_number(path) or not _is_of_another_step(path, int(head[1]))
     if is_signed(path):
         return _has_lost_its_manifest(path)
-    return os.path.lexists(os.path.join(path, names.STEP_METADATA)) or _has_items(path)
+    return paths.may_exist(os.path.join(path, names.STEP_METADATA)) or _has_items(path)
 
 
 def stamp(path: str) -> tuple[int, ...] | None:
@@ -64,8 +63,9 @@ def _leads_beside(path: str) -> bool:
 
 def _is_of_another_step(path: str, step: int) -> bool:
     """Whether it is a copy of the step that its manifest names; a number that is damaged proves nothing."""
-    if marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES)) == step:
-        return True
+    marked = marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES))
+    if marked in (step, own_number(path)):
+        return marked == step  # else its manifest was exchanged
     file = os.path.join(path, manifests.NAME)
     try:
         with open(file, "rb", opener=_open) as opened:
@@ -105,12 +105,9 @@ def _has_items(path: str) -> bool:
     try:
         with os.scandir(path) as entries:
             folders = [entry.path for entry in entries if is_folder(entry)]
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return False
     except OSError as problem:
-        if problem.errno == errno.ELOOP:  # a symlink to itself
-            return False
-        raise
+        paths.refuse_exhausted(problem)
+        return problem.errno not in paths.ABSENT  # so that no step goes unnoticed
     return any(map(_is_item, folders))
 
 
@@ -149,13 +146,17 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def begin(file: str, size: int) -> bytes:
     """The first bytes of a file; of one that cannot be read, nothing. Does not wait for the writer of a FIFO."""
-    with contextlib.suppress(OSError):
+    try:
         descriptor = _open(file, os.O_RDONLY)
-        try:
-            return os.read(descriptor, size)
-        finally:
-            os.close(descriptor)
-    return b""
+    except OSError as problem:
+        paths.refuse_exhausted(problem)
+        return b""
+    try:
+        return os.read(descriptor, size)
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
 
 
 def _open(file: str, flags: int) -> int:

@@ -4,6 +4,7 @@ save STEP...        saves these steps, sharded over all devices of all processes
 load [STEP]         restores one onto all devices of all processes, and checks every bit that this process has
 shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says how many bytes it read
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
+slow                saves two steps, and waits for each, in vain if a fault makes it slow
 clock               asks a clock of its own whether to save
 attempt STEP...     saves steps, and says what came of each; `2:0` is saved by process 0 alone
 differs             process 1 gives something else, in every way; says what came of it
@@ -288,6 +289,7 @@ def shared(directory, _, axes, broadcast):
     }
     template = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in values.items()}
     template["keys"] = jax.eval_shape(lambda: keys(0))
+    os.preadv = counted_preadv
     before = read_bytes()
     manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S)
     found = manager.restore(params=template, layout=layout, broadcast=broadcast == "True")
@@ -304,9 +306,18 @@ def shared(directory, _, axes, broadcast):
 
 
 def read_bytes():
-    counted = ("/tensorstore/kvstore/file/bytes_read", "/tensorstore/file/mmap_bytes")
-    found = [metric for name in counted for metric in ts.experimental_collect_matching_metrics(name)]
-    return sum(value["value"] for metric in found for value in metric["values"])
+    """What TensorStore has read of files, and what we have read of arrays ourselves."""
+    found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in found for value in metric["values"]) + sum(READ)
+
+
+READ = []
+preadv = os.preadv
+
+
+def counted_preadv(*given):
+    READ.append(preadv(*given))
+    return READ[-1]
 
 
 def train(directory, mesh, save_every):
@@ -324,6 +335,20 @@ def train(directory, mesh, save_every):
             if manager.preempted:
                 break
     say("ended", step)
+
+
+def slow(directory, mesh):
+    manager = ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S)
+    results = []
+    for step in (1, 2):
+        results.append(manager.save(step, spread(mesh, step)))
+        try:
+            manager.wait()
+        except ckptmgr.CheckpointTimeoutError as problem:
+            say(step, problem)
+        say("durable", results[-1].result(60).step)
+    manager.close()
+    say("steps", *manager.steps())
 
 
 def clock(directory, mesh):
@@ -365,7 +390,7 @@ if __name__ == "__main__":
     try:
         known = {
             each.__name__: each
-            for each in (save, load, shared, train, clock, attempt, differs, stages, own, reader)
+            for each in (save, load, shared, train, clock, slow, attempt, differs, stages, own, reader)
         }
         known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:

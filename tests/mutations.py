@@ -104,7 +104,8 @@ MUTATIONS = [
     ),
     Mutation(
         6, "what a failed save has written stays",
-        "storage/orbax.py", "            draft.rmtree()", "            pass",
+        "storage/orbax.py",
+        "                self._run.discard(step)\n            raise", "                pass\n            raise",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
@@ -119,14 +120,23 @@ MUTATIONS = [
     ),
     Mutation(
         7, "NaN is ranked",
-        "policy.py", "if not math.isnan(record.metrics.get(self.metric, math.nan))",
-        "if self.metric in record.metrics",
+        "policy.py", " and not math.isnan(value) else None", " else None",
         "tests/test_policy.py",
     ),
     Mutation(
         7, "a failed deletion ends the others",
-        "aftermath.py", '_log.exception("step %d could not be deleted", step)', "raise",
+        "retention.py", '_log.exception("step %d could not be deleted", step)', "raise",
         "tests/test_faults.py::test_a_deletion_that_fails_is_logged_does_not_stop_the_next_and_is_finished_later",
+    ),
+    Mutation(
+        7, "a policy that fails keeps nothing",
+        "policy.py", 'wanted.append((f"{name} failed", {record.step for record in history}))', "pass",
+        "tests/test_custom_policies.py::test_a_policy_that_fails_deletes_nothing_and_the_log_says_so_once",
+    ),
+    Mutation(
+        7, "a pin that comes meanwhile is not seen",
+        "history.py", " or self._catalog.is_pinned(step)", "",
+        "tests/test_retention_harm.py::test_a_decision_is_looked_at_again_before_each_deletion",
     ),
     Mutation(
         8, "a restore that was overtaken is not read again",
@@ -171,6 +181,26 @@ MUTATIONS = [
         10, "opt_state without a place of its own goes to the default device",
         "layout.py", "if own is None:\n        return followed\n", "if own is None:\n        return HERE\n",
         "tests/test_exactness.py::test_bits_types_and_places_are_those_of_the_run",
+    ),
+    Mutation(
+        11, "what was saved last is no exception",
+        "policy.py", 'found += ["last saved"] * (step == committed != newest)', "pass",
+        "tests/test_retention.py::test_what_was_just_saved_is_kept_although_later_steps_are_there",
+    ),
+    Mutation(
+        11, "a step that lacks a file counts",
+        "history.py", "return dataclasses.replace(info, distrusted=missing)", "return info",
+        "tests/test_retention_harm.py::test_a_step_that_lacks_a_file_is_not_counted_and_not_deleted",
+    ),
+    Mutation(
+        11, "steps are deleted while the newest is not understood",
+        "history.py", "        if unclear:\n", "        if False:\n",
+        "tests/test_retention_harm.py::test_nothing_is_deleted_while_a_newest_step_is_not_understood",
+    ),
+    Mutation(
+        11, "a decision is not looked at again",
+        "retention.py", "if history.still_holds(decision, step):", "if True:",
+        "tests/test_retention_harm.py::test_a_decision_is_looked_at_again_before_each_deletion",
     ),
     Mutation(
         14, "what the processes save is not compared",
@@ -225,6 +255,11 @@ MUTATIONS = [
         "tests/test_whereabouts.py::test_over_the_life_of_a_run_nothing_is_touched_outside_of_steps_and_our_folder",
     ),
     Mutation(
+        14, "a process that is slow is not waited for",
+        "job.py", "if self._said and self._said.get(i) != each}", "if False}",
+        "tests/test_job.py::test_a_save_that_is_slow_in_one_process_is_not_failed_by_the_others",
+    ),
+    Mutation(
         12, "what a caller changed after an interrupt is saved",
         "storage/arrays.py", "        if self._is_abandoned:\n", "        if False:\n",
         "tests/test_lifecycle.py::test_ctrl_c_at_any_moment_loses_nothing_and_the_manager_goes_on",
@@ -238,5 +273,41 @@ MUTATIONS = [
         16, "a rename that matches nothing is accepted",
         "matching.py", "if rule not in used]", "if False]",
         "tests/test_exactness.py::test_a_rename_that_matches_nothing_is_refused",
+    ),
+    Mutation(
+        2, 'a small file of arrays has no checksum',
+        'storage/orbax.py', 'return "/d/" in name and size > _SMALL_BYTES',
+        'return "/d/" in name',
+        'tests/storage/test_sealing.py::test_a_database_of_another_save_that_has_the_same_size_is_found',
+    ),
+    Mutation(
+        2, 'what lies in a step is not compared with what was meant',
+        'storage/orbax.py', '    sealing.check(step, draft, meant(), recorded)\n',
+        '',
+        'tests/storage/test_sealing.py::test_what_somebody_does_to_a_step_while_it_is_written_is_never_sealed_as_whole',
+    ),
+    Mutation(
+        2, 'a remembered manifest is that of its number',
+        'catalog.py', 'self._manifests.get(step, stamp)',
+        'self._manifests.get(step, self._manifests._known.get(step, (None,))[0])',
+        'tests/test_manifest_cache.py::test_a_step_that_another_process_replaced_is_told_of_as_it_is_now',
+    ),
+    Mutation(
+        13, 'files are mapped',
+        'storage/arrays.py', '        context = ts.Context()  # files are read',
+        '        context = ts.Context({"file_io_mode": {"mode": "memmap"}})  # files are read',
+        'tests/test_truncated.py',
+    ),
+    Mutation(
+        13, 'a FIFO is read',
+        'paths.py', 'if stat.S_ISREG(os.fstat(descriptor).st_mode):',
+        'if True:',
+        'tests/test_odd_files.py::test_anything_in_the_place_of_any_file_or_folder_is_said_and_walked_back_from',
+    ),
+    Mutation(
+        13, 'a process without open files passes good steps over',
+        'paths.py', 'if is_said or isinstance(problem, MemoryError)',
+        'if False and isinstance(problem, MemoryError)',
+        'tests/test_odd_files.py::test_a_process_that_may_open_no_more_files_says_so_and_passes_nothing_over',
     ),
 ]  # fmt: skip
