@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import time
@@ -57,6 +58,9 @@ class Catalog:
         self._manifests = ManifestCache()
         self._names: Mapping[int, str] = {}
         self._damaged: dict[int, Stamp] = {}
+        self._is_of_version_2 = False
+        self._place = str(directory)
+        self._recognized: dict[str, tuple[int, ...] | None] = {}
 
     def prepare(self) -> None:
         """Makes sure that the run can be written to."""
@@ -70,14 +74,35 @@ class Catalog:
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission") from None
         if not _writable(self.directory):
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission")
-        self._ours(SAVING)
+        for folder in (SAVING, DELETING, REPLACED, DAMAGED):
+            if folder == SAVING or os.path.lexists(self.directory / folder):
+                self._ours(folder)
 
     def _ours(self, folder: str) -> epath.Path:
         """A folder of ours in the run, which is made if it is not there."""
         for each in dict.fromkeys([names.OURS, folder]):
-            paths.refuse_link(self.directory / each)
-            (self.directory / each).mkdir(exist_ok=True)
+            self._make_ours(self.directory / each)
+        if self._is_of_version_2:  # also after somebody has removed all of it
+            self._write_version()
         return self.directory / folder
+
+    def _make_ours(self, folder: epath.Path) -> None:
+        paths.refuse_link(folder)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if not folder.is_dir():
+            raise NotADirectoryError(
+                f"{folder} is a file; ckptmgr needs a folder of that name. Move the file away"
+            )
+        if not _writable(folder):
+            raise PermissionError(
+                f"{folder} cannot be written to: no permission. Give it to who runs the training"
+            )
+        if os.stat(folder).st_dev != os.stat(self.directory).st_dev:
+            raise OSError(
+                errno.EXDEV,
+                f"{folder} is on another file system than the steps, which are renamed from there. Unmount it",
+            )
 
     def path(self, step: int) -> epath.Path:
         return self.directory / self._names.get(step, str(step))
@@ -111,7 +136,14 @@ class Catalog:
 
     def _is_step(self, name: str) -> bool:
         """Whether ckptmgr or Orbax wrote something in this directory."""
-        return recognize.is_step(os.path.join(self.directory, name))
+        path = f"{self._place}/{name}"
+        seen = recognize.stamp(path)
+        if seen is None or self._recognized.get(name) != seen:
+            if not recognize.is_step(path):
+                self._recognized.pop(name, None)
+                return False
+            self._recognized[name] = seen
+        return True
 
     def _is_msgpack(self, name: str) -> bool:
         """Whether this is a file that begins as a map of msgpack does, which is what flax writes. (0x80, an empty
@@ -251,6 +283,7 @@ class Catalog:
     def forget(self, step: int) -> None:
         """Drops what was remembered of a step that was replaced or deleted."""
         self._manifests.drop(step)
+        self._recognized.pop(str(step), None)
         self._damaged.pop(step, None)
 
     def what_is_missing(self, step: int) -> str | None:
@@ -364,15 +397,21 @@ class Catalog:
 
     def _move_version_1(self) -> None:
         """Moves what version 1 left beside the steps, once."""
-        if (self.directory / names.VERSION).exists():
+        self._is_of_version_2 = os.path.lexists(self.directory / names.VERSION)
+        if self._is_of_version_2:
             return
         for name, place in version_1.moves(str(self.directory)):
             self._ours(os.path.dirname(place))
             (self.directory / name).rename(self.directory / place)
         for name in version_1.to_remove(str(self.directory)):
             (self.directory / name).unlink()
-        with open(self.directory / names.VERSION, "w", opener=paths.open_to_write) as file:
-            file.write("2\n")
+        self._write_version()
+        self._is_of_version_2 = True
+
+    def _write_version(self) -> None:
+        if not os.path.lexists(self.directory / names.VERSION):
+            with open(self.directory / names.VERSION, "w", opener=paths.open_to_write) as file:
+                file.write("2\n")
 
     def leftovers(self) -> list[tuple[epath.Path, str]]:
         """What is no step, and why it lies there. What is damaged is kept: `tidy` leaves it alone."""

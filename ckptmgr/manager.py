@@ -195,6 +195,7 @@ class CheckpointManager:
                 raise ValueError("save needs params, or an opt_state that holds them")
 
             def copy() -> writing.Copied:
+                self._writer.hold()
                 self._catalog.check_free(step)
                 composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
                 self._pending.wait()
@@ -506,6 +507,7 @@ class CheckpointManager:
         self._writable(step)
         self._pending.wait()
         if self._job.leads:
+            self._writer.hold()
             self._catalog.delete(step)
             self._journal.record("deleted", step, why="asked for")
 

@@ -27,11 +27,21 @@ def is_step(path: str) -> bool:
     """Whether a folder is a checkpoint of the step that it is named after."""
     if _leads_beside(path):
         return False
-    if paths.may_exist(os.path.join(path, manifests.NAME)):
-        return not _is_of_another_step(path)
+    head = _HEAD.match(begin(f"{path}/{manifests.NAME}", _HEAD_BYTES))
+    if head or paths.may_exist(os.path.join(path, manifests.NAME)):
+        return head is None or int(head[1]) == own_number(path) or not _is_of_another_step(path, int(head[1]))
     if is_signed(path):
         return _has_lost_its_manifest(path)
     return paths.may_exist(os.path.join(path, names.STEP_METADATA)) or _has_items(path)
+
+
+def stamp(path: str) -> tuple[int, ...] | None:
+    """What tells the manifest of a folder from another that is put in its place; None if there is none."""
+    try:
+        found = os.stat(f"{path}/{manifests.NAME}")
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def is_signed(path: str) -> bool:
@@ -51,18 +61,15 @@ def _leads_beside(path: str) -> bool:
     return run in (target, os.path.dirname(target)) or run.startswith(os.path.join(target, ""))
 
 
-def _is_of_another_step(path: str) -> bool:
-    """Whether it is a copy of another step; a number that is damaged proves nothing."""
-    file = os.path.join(path, manifests.NAME)
-    head = _HEAD.match(begin(file, _HEAD_BYTES))
-    if head is None or int(head[1]) == own_number(path):
-        return False
+def _is_of_another_step(path: str, step: int) -> bool:
+    """Whether it is a copy of the step that its manifest names; a number that is damaged proves nothing."""
     marked = marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES))
-    if marked in (int(head[1]), own_number(path)):
-        return marked != own_number(path)  # else its manifest was exchanged
+    if marked in (step, own_number(path)):
+        return marked == step  # else its manifest was exchanged
+    file = os.path.join(path, manifests.NAME)
     try:
         with open(file, "rb", opener=_open) as opened:
-            manifests.decode(opened.read(), step=int(head[1]), path=file)
+            manifests.decode(opened.read(), step=step, path=file)
     except (OSError, CheckpointError):
         return False
     return True

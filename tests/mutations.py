@@ -24,7 +24,7 @@ MUTATIONS = [
     ),
     Mutation(
         7, "a directory that is somebody's counts as a step",
-        "catalog.py", "return recognize.is_step(os.path.join(self.directory, name))", "return True",
+        "catalog.py", "            if not recognize.is_step(path):\n", "            if False:\n",
         "tests/test_foreign_files.py::test_a_directory_that_nobody_of_us_wrote_is_no_step_and_is_left_alone",
     ),
     Mutation(
@@ -211,6 +211,48 @@ MUTATIONS = [
         14, "a directory that is not shared is not looked for",
         "opening.py", "while token and not _has(directory, token):", "while False:",
         "tests/test_job.py::test_directories_that_are_not_shared_are_refused_in_all",
+    ),
+    Mutation(
+        11, "a copy of a step that is half made counts as a step",
+        "recognize.py", 'return isinstance(found, dict) and "tree_metadata" in found and _LATER not in found',
+        "return True",
+        "tests/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+    ),
+    Mutation(
+        11, "a copy of a step counts under its new number",
+        "recognize.py", "or not _is_of_another_step(path, int(head[1]))",
+        "or True",
+        "tests/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+    ),
+    Mutation(
+        11, "a symlink to a step of the run counts as one",
+        "recognize.py", "    if _leads_beside(path):\n",
+        "    if False:\n",
+        "tests/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+    ),
+    Mutation(
+        11, "a step is written into what somebody has put there",
+        "catalog.py", "        if self._is_somebodys(step):\n",
+        "        if False:\n",
+        "tests/test_strangers.py::test_a_number_that_a_stranger_has_is_refused_by_name_and_the_others_are_saved",
+    ),
+    Mutation(
+        11, "in a bucket any object that is named as the marker is one",
+        "bucket.py", "if marker is None or (marker and not marker.startswith(recognize.MARKED)):",
+        "if marker is None:",
+        "tests/test_strangers.py::test_strangers_in_a_bucket_are_not_there_for_us_and_stay",
+    ),
+    Mutation(
+        11, "a lock whose file was removed is not taken again",
+        "writer.py", "if descriptor is not None and not _is_still(self._path, descriptor):",
+        "if False:",
+        "tests/test_strangers.py::test_another_process_that_took_a_run_whose_lock_was_removed_is_named",
+    ),
+    Mutation(
+        11, "what is being deleted lies beside the steps",
+        "catalog.py", 'self._ours(DELETING) / f"{step}-{time.time_ns()}"',
+        'self.directory / f".deleted-{step}-{time.time_ns()}"',
+        "tests/test_whereabouts.py::test_over_the_life_of_a_run_nothing_is_touched_outside_of_steps_and_our_folder",
     ),
     Mutation(
         14, "a process that is slow is not waited for",

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import uuid
 
 import jax.numpy as jnp
@@ -52,7 +55,8 @@ def check_life(run, steps, **options):
     """Looks at a run, saves once more under `keep=1`, closes, and looks at it again."""
     check(CheckpointManager(run, read_only=True), *steps)
     with CheckpointManager(run, keep=1, **options) as manager:
-        check(manager, *steps)
+        if not options:  # a mirror has the run tidied as it is opened
+            check(manager, *steps)
         save(manager, 20)
         manager.wait()
         check(manager, 20)
@@ -170,6 +174,102 @@ def test_a_stranger_in_a_mirror_that_has_the_number_of_a_step_is_said_and_stays(
     assert CheckpointManager(away, read_only=True).steps() == [5, 15, 20]
     assert strangers.seen(away, ["10"]) == before
     assert f"{away / '10'} is there and is no checkpoint; move it away" in caplog.text
+
+
+# ---------------------------------------------------------------- a folder of ours that is somebody's
+
+
+def _of_another_program(ours):
+    ours.mkdir()
+    for name in ("saving", "lock", "journal.jsonl", "version"):
+        (ours / name).write_text("mine")
+
+
+def _folders(ours):
+    for name in ("lock", "journal.jsonl", "version"):
+        (ours / name / "below").mkdir(parents=True)
+
+
+OURS = {
+    "a file": (lambda ours: ours.write_text("mine"), r"\.ckptmgr is a file; .* Move the file away"),
+    "a FIFO": (os.mkfifo, r"\.ckptmgr is a file; .* Move the file away"),
+    "a symlink": (lambda ours: ours.symlink_to("5"), r"\.ckptmgr is a symlink"),
+    "a dangling symlink": (lambda ours: ours.symlink_to("/nowhere/at/all"), r"\.ckptmgr is a symlink"),
+    "full of files": (_of_another_program, r"saving is a file; .* Move the file away"),
+    "full of folders": (_folders, r"lock is a directory; .* Move the directory away"),
+}
+
+
+@pytest.mark.parametrize("what", OURS)
+def test_a_folder_of_our_name_that_is_somebodys_is_refused_by_name_and_read_beside(run, what, tmp_path):
+    make, said = OURS[what]
+    shutil.rmtree(run / ".ckptmgr")
+    make(run / ".ckptmgr")
+    before = strangers.seen(run, [".ckptmgr", "5"])
+    with pytest.raises(OSError, match=said):
+        CheckpointManager(run)
+    if what == "full of folders":
+        os.rmdir(run / ".ckptmgr" / "saving")  # which is ours
+        os.utime(run / ".ckptmgr", ns=(0, before[run / ".ckptmgr"][2]))
+    assert strangers.seen(run, [".ckptmgr", "5"]) == before
+    check(CheckpointManager(run, read_only=True), 5, 10, 15)
+    with CheckpointManager(tmp_path / "other", mirror=run) as manager:  # the training goes on without its mirror
+        save(manager, 16)
+    assert manager.steps() == [16]
+
+
+def test_a_folder_of_ours_without_permissions_is_refused_by_name(run, nobody):
+    (run / ".ckptmgr").chmod(0)
+    nobody()
+    with pytest.raises(PermissionError, match=r"\.ckptmgr cannot be written to: no permission"):
+        CheckpointManager(run)
+    check(CheckpointManager(run, read_only=True), 5, 10, 15)
+    (run / ".ckptmgr").chmod(0o700)
+
+
+def test_a_folder_of_ours_on_another_file_system_is_refused_by_name(run):
+    command = ["mount", "-t", "tmpfs", "none", run / ".ckptmgr"]
+    if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("only root may mount")
+    try:
+        with pytest.raises(OSError, match=r"\.ckptmgr is on another file system than the steps.*Unmount it"):
+            CheckpointManager(run)
+        check(CheckpointManager(run, read_only=True), 5, 10, 15)
+    finally:
+        subprocess.run(["umount", run / ".ckptmgr"], check=True)
+
+
+def test_a_folder_of_ours_may_be_removed_while_the_run_is_open(run):
+    """Then saves go on, another process is still kept out, and what others name as version 1 did stays theirs."""
+    with CheckpointManager(run, keep=2) as manager:
+        shutil.rmtree(run / ".ckptmgr")
+        save(manager, 20)
+        manager.wait()
+        assert manager.steps() == [15, 20]
+        program = f"import ckptmgr; ckptmgr.CheckpointManager({str(run)!r})"
+        second = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert "is being written to by process" in second.stderr
+        shutil.rmtree(run / ".ckptmgr")
+        manager.delete(15)
+        save(manager, 25)
+    before = strangers.make(run, {"": ("5.replaced", strangers.folder_with_a_file)})
+    with CheckpointManager(run) as manager:
+        check(manager, 20, 25)
+    assert strangers.seen(run, ["5.replaced"]) == before
+
+
+def test_another_process_that_took_a_run_whose_lock_was_removed_is_named(run):
+    program = f"import ckptmgr; m = ckptmgr.CheckpointManager({str(run)!r}); print(flush=True); input()"
+    with CheckpointManager(run) as manager:
+        (run / ".ckptmgr" / "lock").unlink()
+        other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert other.stdout.readline() == b"\n"
+        for call in (lambda: save(manager, 20), lambda: manager.delete(5)):
+            with pytest.raises(ckptmgr.SaveError, match=f"is being written to by process {other.pid}"):
+                call()
+        other.communicate(b"\n")
+        save(manager, 20)
+    check(CheckpointManager(run, read_only=True), 5, 10, 15, 20)
 
 
 # ---------------------------------------------------------------- a bucket

@@ -16,9 +16,11 @@ import optax
 import optimizers
 import pytest
 import typer.testing
+from etils import epath
 from jax.example_libraries import optimizers as example_libraries
 
 import ckptmgr
+from ckptmgr.cli import doctor, facts, tables
 from ckptmgr.cli.app import app
 from ckptmgr.testing import assert_trees_equal
 
@@ -69,6 +71,23 @@ def test_ls(runs):
     assert found["steps"][0]["kept"] == ["best(metric='loss', n=1, mode='min')"]
     assert found["steps"][2]["metrics"] == {"loss": "nan"}
     assert "DAMAGED" in ok("ls", runs / "bad")
+
+
+def test_what_is_no_checkpoint_is_told_once_by_ls_and_doctor(runs):
+    run = runs / "good"
+    assert facts.left_alone(epath.Path(run)) == {"count": 0, "names": []}
+    names = ["2024", "[bold]", "a\nb", "\udcff", "x" * 200, *(f"y{n}" for n in range(7))]
+    for name in names:
+        (run / name).mkdir()
+    told = facts.run(ckptmgr.CheckpointManager(run, read_only=True))["left_alone"]
+    assert told["count"] == 12
+    shown = "2024, [bold], 'a\\nb', " + "x" * 60 + "..., y0, y1, y2, y3, y4, y5"
+    assert ", ".join(told["names"]) == shown
+    assert ok("ls", run).count(f"no checkpoints, left alone: {shown}, and 2 more\n") == 1
+    found = facts.left_alone(epath.Path(run))
+    assert doctor._left_alone(epath.Path(run), []) == found == told
+    assert doctor._left_alone(epath.Path(runs), []) is None  # no run
+    assert "[bold]" in str(tables._left_alone({"left_alone": found})[0])
 
 
 def test_show(runs):
