@@ -19,6 +19,7 @@ from etils import epath
 from ckptmgr import names, paths, policy, version_1
 
 _log = logging.getLogger("ckptmgr")
+_TAIL_BYTES = 1 << 16
 
 
 class Journal:
@@ -49,12 +50,34 @@ def read(directory: epath.Path) -> list[dict[str, Any]]:
     path = directory / names.JOURNAL
     if not os.path.exists(path):
         path = directory / version_1.JOURNAL
-    lines = path.read_bytes().splitlines() if paths.is_local(directory) and os.path.exists(path) else []
+    return _events(path.read_bytes() if paths.is_local(directory) and os.path.exists(path) else b"")
+
+
+def _events(text: bytes) -> list[dict[str, Any]]:
     found = []
-    for line in lines:
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [event for event in found if _is_event(event)]
+
+
+def last_saved(directory: epath.Path) -> int | None:
+    """The step that was saved last since the last rewind; None if the end of the journal does not tell."""
+    for event in reversed(_events(_end_of(directory / names.JOURNAL))):
+        if event["event"] in ("saved", "rewound"):
+            return int(event["step"]) if event["event"] == "saved" else None
+    return None
+
+
+def _end_of(path: epath.Path) -> bytes:
+    """The last part of a journal; of one that cannot be read, nothing. Does not wait for the writer of a FIFO."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        try:
+            return os.pread(descriptor, _TAIL_BYTES, max(0, os.fstat(descriptor).st_size - _TAIL_BYTES))
+        finally:
+            os.close(descriptor)
+    return b""
 
 
 def _is_event(line: Any) -> bool:

@@ -34,7 +34,7 @@ MUTATIONS = [
     ),
     Mutation(
         1, "leftovers of an interrupted save stay",
-        "catalog.py", "            elif why != KEPT:\n", "            elif False:\n",
+        "catalog.py", "            elif why not in _STAYS:\n", "            elif False:\n",
         "tests/test_catalog.py",
     ),
     Mutation(

@@ -1,0 +1,195 @@
+"""Going on from another step: what is later is set aside, comes back, and is never lost."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import faults
+import numpy as np
+import pytest
+import trainer
+from conftest import counted
+from etils import epath
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ckptmgr import CheckpointManager, catalog, journal, latest, names
+from ckptmgr.storage import reading
+
+
+def save(manager, *steps, value=None):
+    for step in steps:
+        manager.save(step, trainer.state(step if value is None else value)).result()
+    manager.wait()
+
+
+def opened(directory):
+    return catalog.Catalog(epath.Path(directory), reading.read_stock)
+
+
+def set_aside(directory):
+    return [sorted(branch.steps) for branch in opened(directory).branches()]
+
+
+def values(directory):
+    """What each listed step holds."""
+    reader = CheckpointManager(directory, read_only=True)
+    return {step: trainer.step_of(reader.restore(step, params=trainer.state(0)).params) for step in reader.steps()}
+
+
+# ---------------------------------------------------------------- there and back
+
+
+def test_there_and_back_again(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        save(manager, 40, 50, 90, 100)
+        manager.rewind(50)
+        assert manager.steps() == [40, 50]
+        save(manager, 60, 100, value=7)
+        manager.rewind(90)
+        assert (manager.steps(), set_aside(tmp_path)) == ([40, 50, 90], [[60, 100], [100]])
+        manager.rewind(100)  # of what was set aside last: what follows 90
+        assert values(tmp_path) == {40: 40, 50: 50, 90: 90, 100: 100}
+        manager.rewind(60)
+        manager.rewind(100)
+        assert values(tmp_path) == {40: 40, 50: 50, 60: 7, 100: 7}
+        said = [event for event in journal.read(epath.Path(tmp_path)) if event["event"] == "rewound"]
+        assert [said[0][each] for each in ("step", "from", "set_aside", "returned")] == [50, 100, [90, 100], []]
+
+
+@pytest.mark.parametrize("newest", [70, 110])
+def test_after_a_crash_on_the_new_branch_it_goes_on_there_and_back_again(newest, tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        save(manager, 50, 80, 90, 100)
+    program = (
+        "import os, sys, ckptmgr, trainer\n"
+        "manager = ckptmgr.CheckpointManager(sys.argv[1], keep=ckptmgr.latest(2))\n"
+        "manager.rewind(50)\n"
+        "for step in (60, int(sys.argv[2])):\n"
+        "    manager.save(step, trainer.state(1000 + step)).result()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path, str(newest)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with CheckpointManager(tmp_path, keep=latest(2)) as manager:
+        found = manager.restore_or(params=trainer.state(0))
+        assert (found.resumed, found.step, trainer.step_of(found.params)) == (True, newest, 1000 + newest)
+        manager.rewind(100)
+        assert {step: value for step, value in values(tmp_path).items() if step > 50} == {80: 80, 90: 90, 100: 100}
+        assert manager.restore_or(params=trainer.state(0)).step == 100
+        manager.rewind(newest)
+        assert values(tmp_path).items() >= {60: 1060, newest: 1000 + newest}.items()
+        assert manager.restore_or(params=trainer.state(0)).step == newest
+
+
+# ---------------------------------------------------------------- any order of it, against a few lines
+
+
+class Tree(RuleBasedStateMachine):
+    """`line[value]` is what was listed up to the step of a value when it was set aside: it comes back."""
+
+    def __init__(self):
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp())
+        self.made, self.listed, self.aside, self.line = 0, {}, {}, {}
+        self.step_of, self.gone, self.pinned = {}, set(), set()
+        self.manager = CheckpointManager(self.directory)
+
+    def teardown(self):
+        self.manager.close()
+        shutil.rmtree(self.directory)
+
+    @rule(ahead=st.integers(1, 3))
+    def save(self, ahead):
+        step, self.made = max(self.listed, default=0) + ahead, self.made + 1
+        self.manager.save(step, {"w": np.full((4, 4), self.made)}).result()
+        self.manager.wait()
+        self.listed[step], self.step_of[self.made] = self.made, step
+
+    def after_rewind(self, value):
+        """What is listed once the run goes on from a value."""
+        step = self.step_of[value]
+        if self.listed.get(step) == value:
+            return {each: listed for each, listed in self.listed.items() if each <= step}
+        return {each: kept for each, kept in self.line[value].items() if kept not in self.gone}
+
+    def has_rewound(self, listed):
+        for value in self.listed.values():
+            self.line[value] = {each: low for each, low in self.listed.items() if each <= self.step_of[value]}
+        everything = self.aside | {value: step for step, value in self.listed.items()}
+        self.listed = listed
+        self.aside = {value: step for value, step in everything.items() if value not in listed.values()}
+
+    def choose(self, data):
+        """A value that its number stands for: it is listed, or alone in having that number."""
+        numbers = [*self.aside.values()]
+        known = [
+            value for value, step in self.aside.items() if step not in self.listed and numbers.count(step) == 1
+        ]
+        return data.draw(st.sampled_from([*self.listed.values(), *known]))
+
+    @precondition(lambda self: self.listed)
+    @rule(data=st.data())
+    def rewind(self, data):
+        value = self.choose(data)
+        self.manager.rewind(self.step_of[value])
+        self.has_rewound(self.after_rewind(value))
+
+    @precondition(lambda self: self.listed)
+    @rule(data=st.data(), turn=st.integers(1, 6))
+    def crash(self, data, turn):
+        """A move fails, and the next process finishes what was begun."""
+        value = self.choose(data)
+        with pytest.MonkeyPatch.context() as patch:
+            faults.install(f"fail rename {turn}", patch.setattr)
+            try:
+                self.manager.rewind(self.step_of[value])
+            except OSError:
+                assert max(self.manager.steps()) in (max(self.listed), self.step_of[value])
+        self.reopen()
+        self.has_rewound(self.after_rewind(value))
+
+    @rule()
+    def reopen(self):
+        self.manager.close()
+        self.manager = CheckpointManager(self.directory)
+
+    @precondition(lambda self: self.listed)
+    @rule(data=st.data())
+    def delete(self, data):
+        """The newest: if a step that others follow is deleted, its line is not known any more."""
+        step = max(self.listed)
+        if any(step in line and value in self.aside for value, line in self.line.items()):
+            return
+        self.manager.delete(step)
+        value = self.listed.pop(step)
+        self.gone.add(value)
+        self.pinned.discard(value)
+
+    @precondition(lambda self: self.listed)
+    @rule(data=st.data())
+    def pin(self, data):
+        step = data.draw(st.sampled_from(sorted(self.listed)))
+        self.manager.pin(step)
+        self.pinned.add(self.listed[step])
+
+    @invariant()
+    def what_is_listed_is_what_is_expected(self):
+        assert self.manager.steps() == sorted(self.listed)
+        for step, value in self.listed.items():
+            assert (self.manager.restore(step, params={"w": np.zeros((4, 4), int)}).params["w"] == value).all()
+            assert (self.directory / str(step) / names.PIN).exists() == (value in self.pinned)
+
+    @invariant()
+    def nothing_is_lost(self):
+        found = [step for branch in opened(self.directory).branches() for step in branch.steps]
+        assert sorted(found) == sorted(self.aside.values())
+        assert not (self.directory / names.REWINDING).exists()
+
+
+TestTree = Tree.TestCase
+TestTree.settings = settings(max_examples=counted(8, full=300), stateful_step_count=15)
