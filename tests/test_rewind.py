@@ -1,10 +1,12 @@
 """Going on from another step: what is later is set aside, comes back, and is never lost."""
 
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import faults
@@ -17,7 +19,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ckptmgr import CheckpointManager, catalog, journal, latest, names
+from ckptmgr import CheckpointManager, SaveError, bucket, journal, latest, names
 from ckptmgr.storage import reading
 
 
@@ -28,7 +30,7 @@ def save(manager, *steps, value=None):
 
 
 def opened(directory):
-    return catalog.Catalog(epath.Path(directory), reading.read_stock)
+    return bucket.open_catalog(epath.Path(directory), reading.read_stock)
 
 
 def set_aside(directory):
@@ -193,3 +195,184 @@ class Tree(RuleBasedStateMachine):
 
 TestTree = Tree.TestCase
 TestTree.settings = settings(max_examples=counted(8, full=300), stateful_step_count=15)
+
+
+# ---------------------------------------------------------------- killed at any moment
+
+
+def _make(directory):
+    """Three runs, what each is asked for, and what is then listed."""
+    with CheckpointManager(directory / "leaves") as manager:
+        save(manager, 50, 60, 90, 100)
+    shutil.copytree(directory / "leaves", directory / "comes back")
+    with CheckpointManager(directory / "comes back") as manager:
+        manager.rewind(50)
+        save(manager, 60, 70, value=7)
+    shutil.copytree(directory / "leaves", directory / "comes back lower")
+    with CheckpointManager(directory / "comes back lower") as manager:
+        manager.rewind(50)
+        save(manager, 60, 120, value=7)
+    return {
+        "leaves": (50, {50: 50}),
+        "comes back": (100, {50: 50, 60: 60, 90: 90, 100: 100}),
+        "comes back lower": (100, {50: 50, 60: 60, 90: 90, 100: 100}),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+    return directory, _make(directory)
+
+
+KILLED = """
+import json, os, sys
+import faults
+from etils import epath
+from ckptmgr import bucket, catalog, rewinding
+from ckptmgr.storage import reading
+
+for directory, step, fault in json.load(sys.stdin):
+    if not (child := os.fork()):
+        faults.install(fault)
+        run = bucket.open_catalog(epath.Path(directory), reading.read_stock)
+        run.rewind(rewinding.plan([run], step)[0])
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def kill(cases, program=KILLED):
+    """Rewinds each run in a process of its own, which has a fault; tells how each of them ended."""
+    told = json.dumps(cases)
+    done = subprocess.run([sys.executable, "-c", program], input=told, capture_output=True, text=True, check=True)
+    return list(map(int, done.stdout.split()))
+
+
+MOMENTS = [
+    *(f"{when} {point} 1" for when in ("before", "after") for point in ("plan", "exchange")),
+    *(f"{when} rename {turn}" for turn in (1, 2, 3, 4) for when in ("before", "after")),
+]
+CASES = [(run, moment) for run in ("leaves", "comes back", "comes back lower") for moment in MOMENTS]
+ABSENT = ("exchange 1", "rename 4")  # where three steps leave and none comes back
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_killed_at_any_moment_it_is_done_or_not_begun(runs, swaps, tmp_path):
+    """Before it is finished, the newest step is the old one or the new one."""
+    directory, expected = runs
+    cases = CASES[not swaps :: counted(4, full=1)]
+    for index, (run, _) in enumerate(cases):
+        shutil.copytree(directory / run, tmp_path / str(index))
+    program = KILLED if swaps else KILLED.replace("\nfor", "\ncatalog._exchange = lambda *_: False\nfor", 1)
+    told = [(str(tmp_path / str(index)), expected[run][0], moment) for index, (run, moment) in enumerate(cases)]
+    before_all = {run: values(directory / run) for run in expected}
+    ended = dict(zip(cases, kill(told, program), strict=True))
+    for index, (run, moment) in enumerate(cases):
+        (step, after), before = expected[run], before_all[run]
+        killed = tmp_path / str(index)
+        is_reached = run != "leaves" or not moment.endswith(ABSENT)
+        assert ended[run, moment] == (-signal.SIGKILL if is_reached else 0), (run, moment)
+        found = CheckpointManager(killed, read_only=True).restore(params=trainer.state(0))
+        assert found.step in (max(before), step), (run, moment)
+        assert trainer.step_of(found.params) == (before | after)[found.step]
+        CheckpointManager(killed).close()
+        assert values(killed) == (before if moment == "before plan 1" else after), (run, moment)
+        everything = sorted([*before, *(each for steps in set_aside(directory / run) for each in steps)])
+        assert sorted([*values(killed), *(each for steps in set_aside(killed) for each in steps)]) == everything
+
+
+# ---------------------------------------------------------------- in a bucket, and in the mirror
+
+PLACES = ["gs", "s3"][: counted(1, full=2)]
+
+
+@pytest.fixture(params=PLACES)
+def place(request, servers):
+    return f"{request.param}://bucket/{uuid.uuid4().hex}"
+
+
+@pytest.mark.soak
+def test_in_a_bucket_there_and_back_again(place):
+    with CheckpointManager(place) as manager:
+        save(manager, 50, 60, 70)
+        manager.pin(60)
+        manager.rewind(50)
+        assert (manager.steps(), set_aside(place)) == ([50], [[60, 70]])
+        save(manager, 60, value=7)
+        manager.rewind(70)
+        assert (values(place), set_aside(place)) == ({50: 50, 60: 60, 70: 70}, [[60]])
+        assert manager.info(60).pinned
+        assert all(manager.verify(step) for step in manager.steps())
+    assert CheckpointManager(place).steps() == [50, 60, 70]
+
+
+IN_A_BUCKET = [
+    f"{when} {point} {turn}"
+    for turn in (1, 2, 3)
+    for point in ("move", "copy", "moved")
+    for when in ("before", "after")
+]
+
+
+@pytest.mark.soak
+def test_killed_at_any_moment_in_a_bucket_it_is_done_or_not_begun(place):
+    """60 is listed and comes back: 70 comes first, the listed 60 leaves, the other 60 comes."""
+    moments = IN_A_BUCKET[1 :: counted(7, full=1)]
+    runs = [f"{place}/{index}" for index in range(len(moments))]
+    for run in runs:
+        with CheckpointManager(run) as manager:
+            save(manager, 50, 60, 70)
+            manager.rewind(50)
+            save(manager, 60, value=7)
+    ended = kill([(run, 70, moment) for run, moment in zip(runs, moments, strict=True)])
+    assert set(ended) == {-signal.SIGKILL}
+    for run, moment in zip(runs, moments, strict=True):
+        begun = moment != "before moved 1"
+        seen = values(run)
+        assert (max(seen), seen[max(seen)]) in ((60, 7), (70, 70)), moment
+        CheckpointManager(run).close()
+        assert values(run) == ({50: 50, 60: 60, 70: 70} if begun else {50: 50, 60: 7}), moment
+        assert set_aside(run) == ([[60]] if begun else [[60, 70]]), moment
+        assert all(CheckpointManager(run, read_only=True).verify(step) for step in values(run)), moment
+
+
+@pytest.mark.parametrize("where", ["disk", *(pytest.param(each, marks=pytest.mark.soak) for each in PLACES)])
+def test_the_mirror_goes_back_too(where, tmp_path, request):
+    away = tmp_path / "away"
+    if where != "disk":
+        request.getfixturevalue("servers")
+        away = f"{where}://bucket/{uuid.uuid4().hex}"
+    home = tmp_path / "home"
+    with CheckpointManager(home, mirror=away, keep=2) as manager:
+        for step in (50, 60, 90, 100):
+            save(manager, step)
+        assert (manager.steps(), sorted(values(away))) == ([90, 100], [50, 60, 90, 100])
+        manager.rewind(50)  # which is in the mirror alone
+        assert manager.restore_or(params=trainer.state(0)).step == 50
+        save(manager, 60, 70, value=7)
+        assert (values(home), values(away)) == ({60: 7, 70: 7}, {50: 50, 60: 7, 70: 7})
+    shutil.rmtree(home)  # the disk is gone
+    with CheckpointManager(home, mirror=away, keep=2) as manager:
+        assert manager.restore_or(params=trainer.state(0)).step == 70
+        manager.rewind(100)
+        manager.wait()
+        assert values(away) == {50: 50, 60: 60, 90: 90, 100: 100}
+        assert manager.restore_or(params=trainer.state(0)).step == 100
+
+
+def test_if_the_mirror_cannot_be_reached_nothing_is_changed(tmp_path):
+    away = tmp_path / "away"
+    with CheckpointManager(tmp_path / "home", mirror=away) as manager:
+        save(manager, 50, 100)
+        away.rename(tmp_path / "other")
+        away.write_text("no directory")
+        with pytest.raises(
+            SaveError, match=r"step 50, and nothing is changed in .*the mirror .*away cannot be used"
+        ):
+            manager.rewind(50)
+        assert (manager.steps(), set_aside(tmp_path / "home")) == ([50, 100], [])
+        away.unlink()
+        (tmp_path / "other").rename(away)
+        manager.rewind(50)
+        assert (values(tmp_path / "home"), values(away)) == ({50: 50}, {50: 50})
