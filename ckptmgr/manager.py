@@ -529,7 +529,7 @@ class CheckpointManager:
             self._writable(step, "gone back to")
             if self._pending.is_current() and self._job.count > 1:
                 raise SaveError(f"step {step}: all processes make a rewind, and a callback runs in one", step=step)
-            call = Call("the rewind", step)
+            call = Call(f"the rewind to step {step}")
             self._job.together(call, self._pending.wait)
             moved = self._job.decide(call, lambda: self._aftermath.rewind(step))
             self._last = None  # the policies of `save_every` go by what is listed now
