@@ -180,11 +180,9 @@ def _restore_shard(name: str, axis: int, rows: int, columns: int, directory: Pat
 
 
 def _read_bytes() -> int:
-    """Bytes that TensorStore has read from files or mapped.
-
-    The kernel's own count (rchar of /proc/self/io) knows nothing of pages that are reached through a map,
-    and what a page fault brings in says more about read-ahead than about the library.
-    """
-    counted = ("/tensorstore/kvstore/file/bytes_read", "/tensorstore/file/mmap_bytes")
-    found = [metric for name in counted for metric in ts.experimental_collect_matching_metrics(name)]
-    return sum(value["value"] for metric in found for value in metric["values"])
+    """Bytes that this process has read from files, by the kernel's count, or that TensorStore has mapped."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    mapped = ts.experimental_collect_matching_metrics("/tensorstore/file/mmap_bytes")
+    return int(dict(line.split(": ") for line in lines)["rchar"]) + sum(
+        value["value"] for metric in mapped for value in metric["values"]
+    )

@@ -124,7 +124,7 @@ class Catalog:
         """Whether this is a file that begins as a map of msgpack does, which is what flax writes. (0x80, an empty
         map, is how pickles begin.)"""
         try:
-            with (self.directory / name).open("rb") as file:
+            with paths.open_to_read(self.directory / name) as file:
                 first = file.read(1)
         except OSError:
             return False
@@ -220,15 +220,16 @@ class Catalog:
     def _read_manifest(self, step: int, directory: epath.Path) -> manifests.Manifest:
         path = directory / manifests.NAME
         try:
-            data = path.read_bytes() if path.exists() else None
-        except OSError as problem:  # a directory in its place, a bad sector
+            data = paths.read_bytes(path)
+        except FileNotFoundError:
+            found: manifests.Manifest = self._read_stock(step, directory)
+            return found
+        except (OSError, MemoryError) as problem:  # a directory in its place, a bad sector
+            paths.refuse_exhausted(problem)
             raise CorruptCheckpointError(
                 f"step {step}: {path} cannot be read: {problem}", step=step, path=manifests.NAME
             ) from problem
-        if data is not None:
-            return manifests.decode(data, step=step, path=manifests.NAME)
-        found: manifests.Manifest = self._read_stock(step, directory)
-        return found
+        return manifests.decode(data, step=step, path=manifests.NAME)
 
     def identity(self, step: int) -> tuple[int, int] | None:
         """What tells a step from another of the same number; None if it is gone, or not on a local disk."""
@@ -275,7 +276,8 @@ class Catalog:
         return {step for step in self.steps() if self.is_pinned(step)}
 
     def is_pinned(self, step: int) -> bool:
-        return bool((self.path(step) / PIN).exists())
+        """Also of a step of which that cannot be known now: it must not be deleted."""
+        return paths.may_exist(self.path(step) / PIN)
 
     def pin(self, step: int) -> None:
         directory = self.require(step)
@@ -377,7 +379,7 @@ class Catalog:
             return _checksum(os.fsencode(os.readlink(path)))
         for name in (manifests.NAME, names.STEP_METADATA):
             with contextlib.suppress(OSError):
-                return _checksum((path / name).read_bytes())
+                return _checksum(paths.read_bytes(path / name))
         with contextlib.suppress(OSError):
             return f"{os.stat(path).st_ino % 2**32:08x}"
         return "0" * 8
@@ -468,7 +470,7 @@ class Catalog:
         if paths.is_local(path) and os.path.islink(path):
             return None
         try:
-            moves = [branching.Move(*each) for each in json.loads(path.read_bytes())]
+            moves = [branching.Move(*each) for each in json.loads(paths.read_bytes(path))]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, RecursionError) as problem:
@@ -552,6 +554,14 @@ class Catalog:
                 return {entry.name: recognize.is_folder(entry) for entry in entries}
         except FileNotFoundError:
             return {}
+        except NotADirectoryError:
+            raise CheckpointNotFoundError(
+                f"{self.directory} is a file, or a part of its path is: a run is a directory",
+                directory=str(self.directory),
+            ) from None
+        except OSError as problem:
+            paths.refuse_exhausted(problem)
+            raise CheckpointError(f"the run {self.directory} cannot be read: {problem}") from problem
 
 
 def remove(leftover: epath.Path) -> bool:

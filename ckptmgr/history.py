@@ -15,7 +15,6 @@ from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.manifest import Manifest
 from ckptmgr.manifest_cache import Stamp
-from ckptmgr.names import PIN
 
 _log = logging.getLogger("ckptmgr")
 
@@ -40,8 +39,11 @@ class History:
 
     def all(self) -> list[CheckpointInfo]:
         """Every readable checkpoint, in order of steps, and why each is kept."""
-        pinned, damaged = self._catalog.pinned(), self._catalog.damaged
-        read = (self._read(step, pinned) for step in self._catalog.steps())
+        return self._look_at(self._catalog.steps())
+
+    def _look_at(self, steps: Sequence[int]) -> list[CheckpointInfo]:
+        pinned, damaged = {step for step in steps if self._catalog.is_pinned(step)}, self._catalog.damaged
+        read = (self._read(step, pinned) for step in steps)
         found = [self._doubt(info, damaged) for info in read if info is not None]
         return explain(found, self._keep, self.committed, self._warn_of_policy)
 
@@ -68,7 +70,7 @@ class History:
 
     def glance(self, manifest: Manifest) -> CheckpointInfo:
         """One checkpoint by itself: why it is kept is not looked up, which would take all the others."""
-        return _describe(manifest, pinned=(self._catalog.path(manifest.step) / PIN).exists())
+        return _describe(manifest, pinned=self._catalog.is_pinned(manifest.step))
 
     def info(self, step: int) -> CheckpointInfo:
         """One checkpoint; raises CheckpointNotFoundError or CorruptCheckpointError."""
@@ -82,8 +84,9 @@ class History:
         """What no policy keeps. Nothing, if it is not known what the newest step is."""
         if not self._keep:
             return Decision()
-        seen = {step: self._catalog.stamp(step) for step in self._catalog.steps()}  # before anything is read
-        infos = self.all()
+        steps = self._catalog.steps()
+        seen = {step: self._catalog.stamp(step) for step in steps}  # before anything is read
+        infos = self._look_at(steps)
         trusted = {info.step for info in infos if info.distrusted is None}
         listed = {*seen, *self._catalog.closed()} - trusted - self._catalog.damaged
         unclear = [step for step in listed if step > max(trusted, default=0)]
@@ -95,7 +98,7 @@ class History:
             return Decision()
         to_delete = {info.step for info in infos if not info.kept}
         return Decision(
-            {step: seen.get(step) for step in sorted(to_delete)},
+            {step: seen[step] for step in sorted(to_delete)},
             {step: seen.get(step) for step in trusted - to_delete},
         )
 

@@ -5,6 +5,7 @@ a wait has a bound, and nothing runs between the programs of the training.
 
     ckptmgr/<name>/here/<process>   at which call a process is, and what it has to report there
     ckptmgr/<name>/log/<number>     what process 0 says, in order
+    ckptmgr/<name>/works/<process>  a number that changes as long as a process does its part of a save
 
 Process 0 alone reads what the others report, and one entry of its log tells all: a call costs N requests, not
 N x N. The others read the log in order. So a process that came late, or left out a call, finds its place again.
@@ -13,6 +14,7 @@ N x N. The others read the log in order. So a process that came late, or left ou
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -20,7 +22,7 @@ import json
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -28,9 +30,11 @@ from jax._src import distributed  # as Orbax does: JAX has no public name for th
 
 from ckptmgr import errors
 from ckptmgr.errors import CheckpointError, CheckpointTimeoutError, SaveError
+from ckptmgr.lifecycle import Moment
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
+_LONGEST_BEAT_S = 30.0
 _epochs = itertools.count()
 
 
@@ -100,6 +104,47 @@ class Job:
     def leads(self) -> bool:
         """Whether this process decides, and does what is done once for all."""
         return self.index == 0
+
+    # ------------------------------------------------------------ who works
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside it this process says again and again that it works, and the others wait for it on and on.
+
+        So a slow save does not fail. A process that is gone, or stopped, says nothing.
+        """
+        if self._client is None:
+            yield
+            return
+        done = Moment()
+        threading.Thread(target=self._say_working, args=(done,), name="ckptmgr: working", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _say_working(self, done: Moment) -> None:
+        assert self._client is not None
+        for number in itertools.count():
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator does not answer
+                key = f"{self._prefix}/works/{self.index}"
+                self._client.key_value_set(key, str(number), allow_overwrite=True)
+            if done.wait(self.beat_s):
+                return
+
+    @property
+    def beat_s(self) -> float:
+        """How often a process that works says so."""
+        return min(self.timeout_s / 10, _LONGEST_BEAT_S)
+
+    def works(self) -> dict[int, str]:
+        """What each process that works has said last."""
+        assert self._client is not None
+        try:
+            entries = self._client.key_value_dir_get(f"{self._prefix}/works/")
+        except jax.errors.JaxRuntimeError:  # the coordinator does not answer
+            return {}
+        return {int(key.rpartition("/")[2]): value for key, value in entries}
 
     # ------------------------------------------------------------ the calls
 
@@ -228,7 +273,7 @@ class Job:
 
     def _gather(self, call: Call, own: Report) -> list[Report]:
         """The reports of all processes, once all have come to this call."""
-        ends, pause_s = time.monotonic() + self.timeout_s, _FIRST_PAUSE_S
+        patience, pause_s = _Patience(self), _FIRST_PAUSE_S
         while True:
             here = self._here()
             elsewhere = {i: at for i, (at, _) in here.items() if at != call}
@@ -240,8 +285,8 @@ class Job:
                 self._say(call, is_note=True)  # tells those that left out this process's call, or made one more
             elif elsewhere:
                 raise self._left_out(call, elsewhere)
-            elif time.monotonic() > ends:
-                raise self._late(call, set(range(self.count)) - set(reports))
+            elif silent := patience.silent(set(range(self.count)) - set(reports)):
+                raise self._late(call, silent)
             elif pause_s == _FIRST_PAUSE_S:
                 self._come(call, own)
             self.waits_for = f"{spell(sorted(set(range(self.count)) - set(reports)))} at {call}"
@@ -288,13 +333,18 @@ class Job:
         """The next entry of the log."""
         assert self._client is not None
         self.waits_for = f"process 0 at {call}"
+        patience, key = _Patience(self), f"{self._prefix}/log/{self._number}"
         try:
-            key = f"{self._prefix}/log/{self._number}"
-            return json.loads(self._client.blocking_key_value_get(key, max(1, int(self.timeout_s * 1000))))
-        except jax.errors.JaxRuntimeError as problem:
-            self._given_up.add(call)
-            present = {i for i, (at, _) in self._here().items() if at == call} | {self.index}
-            raise self._late(call, set(range(self.count)) - present or {0}) from problem
+            while True:
+                began = time.monotonic()
+                try:
+                    return json.loads(self._client.blocking_key_value_get(key, max(1, int(self.beat_s * 1000))))
+                except jax.errors.JaxRuntimeError as problem:
+                    is_answered = time.monotonic() - began > self.beat_s / 2  # else the coordinator is gone
+                    if not is_answered or patience.silent({0}):
+                        self._given_up.add(call)
+                        present = {i for i, (at, _) in self._here().items() if at == call} | {self.index}
+                        raise self._late(call, set(range(self.count)) - present or {0}) from problem
         finally:
             self.waits_for = ""
 
@@ -326,6 +376,26 @@ class Job:
             f"process {index} did not make {call}: it is at {at}. "
             "All processes of a job make the same calls, in the same order"
         )
+
+
+class _Patience:
+    """How long processes are waited for: `timeout_s` from when each was last known to work, or from the start."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._began = job, time.monotonic()
+        self._looked_at = self._began
+        self._said: dict[int, str] = {}
+        self._heard_at: dict[int, float] = {}
+
+    def silent(self, processes: Collection[int]) -> set[int]:
+        """Those of the processes that have been waited for long enough."""
+        now = time.monotonic()
+        if now - self._looked_at >= self._job.beat_s / 2:
+            said, self._looked_at = self._job.works(), now
+            self._heard_at |= {i: now for i, each in said.items() if self._said and self._said.get(i) != each}
+            self._said = said or self._said
+        ends = {i: self._heard_at.get(i, self._began) + self._job.timeout_s for i in processes}
+        return {i for i in processes if now > ends[i]}
 
 
 _shared: dict[str, Job] = {}

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from etils import epath
@@ -47,15 +47,12 @@ class Journal:
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:
     """The events of a run; lines that a crash cut short, and what no manager wrote, are left out."""
-    path = directory / names.JOURNAL
-    if not os.path.exists(path):
-        path = directory / version_1.JOURNAL
-    return _events(path.read_bytes() if paths.is_local(directory) and os.path.exists(path) else b"")
+    return _events(_lines(directory) if paths.is_local(directory) else ())
 
 
-def _events(text: bytes) -> list[dict[str, Any]]:
+def _events(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     found = []
-    for line in text.splitlines():
+    for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [event for event in found if _is_event(event)]
@@ -63,7 +60,7 @@ def _events(text: bytes) -> list[dict[str, Any]]:
 
 def last_saved(directory: epath.Path) -> int | None:
     """The step that was saved last since the last rewind; None if the end of the journal does not tell."""
-    for event in reversed(_events(_end_of(directory / names.JOURNAL))):
+    for event in reversed(_events(_end_of(directory / names.JOURNAL).splitlines())):
         if event["event"] in ("saved", "rewound"):
             return int(event["step"]) if event["event"] == "saved" else None
     return None
@@ -78,6 +75,19 @@ def _end_of(path: epath.Path) -> bytes:
         finally:
             os.close(descriptor)
     return b""
+
+
+def _lines(directory: epath.Path) -> list[bytes]:
+    path = directory / names.JOURNAL
+    if not paths.may_exist(path):
+        path = directory / version_1.JOURNAL
+    try:
+        return paths.read_bytes(path).splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as problem:
+        _log.warning("the journal %s cannot be read: %s", path, problem)
+        return []
 
 
 def _is_event(line: Any) -> bool:

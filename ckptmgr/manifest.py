@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from ckptmgr import schema
+from ckptmgr import paths, schema
 from ckptmgr.errors import CorruptCheckpointError, NewerFormatError
 from ckptmgr.structure import LeafSpec, TreeSpec, numpy_dtype
 
@@ -242,11 +242,11 @@ def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:
 
 
 def record_files(
-    directory: epath.Path, sizes: Mapping[str, int], checks_itself: Callable[[str], bool]
+    directory: epath.Path, sizes: Mapping[str, int], checks_itself: Callable[[str, int], bool]
 ) -> dict[str, File]:
     """Size of every file below `directory`, and the CRC-32 of those that do not check themselves."""
     return {
-        name: File(size, None if checks_itself(name) else checksum(directory / name)[1])
+        name: File(size, None if checks_itself(name, size) else checksum(directory / name)[1])
         for name, size in sorted(sizes.items())
         if name != NAME
     }
@@ -255,7 +255,7 @@ def record_files(
 def checksum(path: epath.Path) -> tuple[int, int]:
     """Size and CRC-32 of a file, which need not fit into memory."""
     size = found = 0
-    with path.open("rb") as file:
+    with paths.open_to_read(path) as file:
         while block := file.read(_BLOCK_BYTES):
             size, found = size + len(block), zlib.crc32(block, found)
     return size, found
@@ -290,10 +290,12 @@ def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File)
 
     path = directory / name
     try:
-        size, found = (path.stat().length, None) if file.crc32 is None else checksum(path)
+        size = paths.size(path)
+        found = None if file.crc32 is None or size != file.size else checksum(path)[1]
     except FileNotFoundError:
         raise damaged("is missing") from None
     except (OSError, ValueError) as problem:  # a directory in its place, a bad sector, a name with a NUL
+        paths.refuse_exhausted(problem)
         raise damaged(f"cannot be read: {problem}") from problem
     if size != file.size:
         raise damaged(f"has {size} bytes instead of {file.size}")

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from etils import epath
@@ -20,11 +20,13 @@ from etils.epath import backend
 
 from ckptmgr import branches, catalog, history, lifecycle, names, paths, retention
 from ckptmgr import manifest as manifests
+from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.policy import KeepPolicy
 from ckptmgr.storage import files, orbax, verifying
 
 _log = logging.getLogger("ckptmgr")
+Found = TypeVar("Found")
 
 
 class Mirror:
@@ -54,8 +56,15 @@ class Mirror:
 
     def steps(self, *, needed: bool) -> list[int]:
         """The steps there; of a mirror that cannot be reached none, unless it is all there is."""
+        return self._ask(self.catalog.steps, needed)
+
+    def infos(self, *, needed: bool) -> list[CheckpointInfo]:
+        """What is known of the steps there, in the same way."""
+        return self._ask(self.history.all, needed)
+
+    def _ask(self, look: Callable[[], list[Found]], needed: bool) -> list[Found]:
         try:
-            return self.catalog.steps()
+            return look()
         except Exception as problem:  # of every library below
             if needed:
                 raise
@@ -197,7 +206,7 @@ class Mirror:
                 draft.rmtree()
             _put(source, draft, [name])
         sizes, there = files.walk(source)[1], files.walk(draft)[1]
-        marker = (source / names.COMMITTED).read_bytes() if names.COMMITTED in sizes else b""
+        marker = paths.read_bytes(source / names.COMMITTED) if names.COMMITTED in sizes else b""
         missing = {name for name, size in sizes.items() if there.get(name) != size}
         _put(source, draft, sorted(missing - {names.COMMITTED}))
         self._check(step, draft)
@@ -218,7 +227,7 @@ class Mirror:
 
 
 def _is_equal(one: epath.Path, other: epath.Path) -> bool:
-    return bool(other.exists() and one.read_bytes() == other.read_bytes())
+    return bool(other.exists() and paths.read_bytes(one) == paths.read_bytes(other))
 
 
 def _has_links(draft: epath.Path) -> bool:

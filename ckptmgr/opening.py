@@ -67,6 +67,6 @@ def _look_for(token: str, directory: epath.Path, there: str, line: Job) -> None:
 
 def _has(directory: epath.Path, token: str) -> bool:
     try:
-        return bool((directory / names.TOKEN).read_text() == token)
+        return paths.read_bytes(directory / names.TOKEN) == token.encode()
     except OSError:
         return False

@@ -5,10 +5,19 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import stat
+from typing import BinaryIO, cast
 
 from etils import epath
 
+from ckptmgr.errors import CheckpointError
+
 _NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+"""Errors that say that there is no such file; after any other there may be one."""
+_MOST_BYTES = 1 << 30  # of a file that is read whole: what is larger is none of ours
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # a FIFO would be waited for
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -18,9 +27,7 @@ def is_local(path: str | os.PathLike[str]) -> bool:
 def open_to_write(path: str | os.PathLike[str], flags: int) -> int:
     """A descriptor of a local file that is made if it is not there; a symlink in its place is refused."""
     try:
-        return os.open(
-            path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666
-        )
+        descriptor = os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | _AT_ONCE, 0o666)
     except OSError as problem:
         if problem.errno == errno.ELOOP or os.path.islink(path):
             raise OSError(
@@ -28,6 +35,60 @@ def open_to_write(path: str | os.PathLike[str], flags: int) -> int:
                 "it. Remove the symlink"
             ) from problem
         raise
+    return _regular(descriptor, path)
+
+
+def open_to_read(path: epath.Path) -> BinaryIO:
+    """Opens a file, or the file that a symlink leads to; anything else in its place is an OSError.
+
+    A FIFO is not waited for, and a device without an end is not read.
+    """
+    if not is_local(path):
+        return cast(BinaryIO, path.open("rb"))
+    return open(_regular(os.open(path, os.O_RDONLY | _AT_ONCE), path), "rb")
+
+
+def _regular(descriptor: int, path: str | os.PathLike[str]) -> int:
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"{path} is no regular file")
+
+
+def read_bytes(path: epath.Path) -> bytes:
+    """The content of a small file."""
+    if (found := size(path)) > _MOST_BYTES:
+        raise OSError(f"{path} has {found} bytes, which no such file has")
+    with open_to_read(path) as file:
+        return file.read()
+
+
+def size(path: epath.Path) -> int:
+    """The size of a file; it is opened, which tells whether it can be read."""
+    if not is_local(path):
+        return int(path.stat().length)
+    with open_to_read(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def may_exist(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file of this name, or that cannot be known now."""
+    if not is_local(path):
+        return bool(epath.Path(path).exists())
+    try:
+        os.lstat(path)
+    except (OSError, ValueError) as problem:
+        return getattr(problem, "errno", errno.ENOENT) not in ABSENT
+    return True
+
+
+def refuse_exhausted(problem: BaseException) -> None:
+    """Raises CheckpointError if a file could not be read for want of memory or open files: it may be whole."""
+    is_said = str(problem).startswith("RESOURCE_EXHAUSTED")  # by TensorStore
+    if is_said or isinstance(problem, MemoryError) or getattr(problem, "errno", None) in _EXHAUSTED:
+        raise CheckpointError(
+            f"this process has run out of memory, or of files that it may have open (ulimit -n): {problem}"
+        ) from problem
 
 
 def refuse_link(path: str | os.PathLike[str]) -> None:

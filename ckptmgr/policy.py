@@ -81,7 +81,9 @@ class every_seconds:  # noqa: N801
         kept: set[int] = set()
         due = -math.inf
         for record in sorted(history, key=_order_in_time):
-            if not record.time < due:  # a time that is no number is kept
+            if not math.isfinite(record.time):
+                kept.add(record.step)
+            elif record.time >= due:
                 kept.add(record.step)
                 due = record.time + self.s
         return kept
@@ -139,20 +141,19 @@ class best:  # noqa: N801
     def ranking(self, history: Iterable[Record]) -> list[int]:
         """Steps from best to worst; those without the metric, or with NaN, are left out."""
         sign = 1 if self.mode == "min" else -1
-        scored = [
-            (sign * record.metrics[self.metric], -record.step)
-            for record in history
-            if _is_real(record.metrics.get(self.metric))
-        ]
+        found = ((_number(record.metrics.get(self.metric)), record.step) for record in history)
+        scored = [(sign * number, -step) for number, step in found if number is not None]
         return [-step for _, step in sorted(scored)]
 
     def keep(self, history: Sequence[Record]) -> set[int]:
         return set(self.ranking(history)[: self.n])
 
 
-def _is_real(value: Any) -> bool:
-    """Whether a metric is a number that can be ranked; it may be infinite, or too large for a float."""
-    return isinstance(value, numbers.Real) and bool(value == value)  # NaN does not equal itself
+def _number(value: Any) -> float | None:
+    """A metric that can be ranked, which may be infinite, or an int too large for a float; NaN cannot."""
+    if isinstance(value, numbers.Integral):
+        return operator.index(value)
+    return float(value) if isinstance(value, numbers.Real) and not math.isnan(value) else None
 
 
 def spell(kept: KeepPolicy) -> str:

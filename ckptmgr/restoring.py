@@ -82,11 +82,14 @@ class Restorer:
 
     def best(self, request: Request) -> Checkpoint:
         """The step that the policies rank first, here and in the mirror."""
-        away = self._mirror.history.all() if self._mirror is not None else []
-        number = self._job.decide(_CHOICE, lambda: self._history.best(None, "min", beside=away))
+        number = self._job.decide(_CHOICE, self._best)
         if number is None:
             raise self._home.nothing_good({}, "no checkpoint has the metric that ranks them, or all are NaN")
         return self._restore(number, request)
+
+    def _best(self) -> int | None:
+        away = self._mirror.infos(needed=not self._home.steps()) if self._mirror is not None else []
+        return self._history.best(None, "min", beside=away)
 
     def one(self, step: int, request: Request) -> Checkpoint:
         """This step and no other."""

@@ -4,6 +4,7 @@ save STEP...        saves these steps, sharded over all devices of all processes
 load [STEP]         restores one onto all devices of all processes, and checks every bit that this process has
 shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says how many bytes it read
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
+slow                saves two steps, and waits for each, in vain if a fault makes it slow
 clock               asks a clock of its own whether to save
 attempt STEP...     saves steps, and says what came of each; `2:0` is saved by process 0 alone
 differs             process 1 gives something else, in every way; says what came of it
@@ -345,6 +346,20 @@ def rewind(directory, mesh):
         say("steps", *manager.steps())
 
 
+def slow(directory, mesh):
+    manager = ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S)
+    results = []
+    for step in (1, 2):
+        results.append(manager.save(step, spread(mesh, step)))
+        try:
+            manager.wait()
+        except ckptmgr.CheckpointTimeoutError as problem:
+            say(step, problem)
+        say("durable", results[-1].result(60).step)
+    manager.close()
+    say("steps", *manager.steps())
+
+
 def clock(directory, mesh):
     ours = [0.0, 100.0] if jax.process_index() == 0 else [0.0, 0.0]  # only process 0 finds that time has passed
     manager = ckptmgr.CheckpointManager(
@@ -384,7 +399,7 @@ if __name__ == "__main__":
     try:
         known = {
             each.__name__: each
-            for each in (save, load, shared, train, clock, attempt, differs, stages, own, reader, rewind)
+            for each in (save, load, shared, train, clock, slow, attempt, differs, stages, own, reader, rewind)
         }
         known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:

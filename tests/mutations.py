@@ -119,14 +119,23 @@ MUTATIONS = [
     ),
     Mutation(
         7, "NaN is ranked",
-        "policy.py", "if not math.isnan(record.metrics.get(self.metric, math.nan))",
-        "if self.metric in record.metrics",
+        "policy.py", " and not math.isnan(value) else None", " else None",
         "tests/test_policy.py",
     ),
     Mutation(
         7, "a failed deletion ends the others",
-        "aftermath.py", '_log.exception("step %d could not be deleted", step)', "raise",
+        "retention.py", '_log.exception("step %d could not be deleted", step)', "raise",
         "tests/test_faults.py::test_a_deletion_that_fails_is_logged_does_not_stop_the_next_and_is_finished_later",
+    ),
+    Mutation(
+        7, "a policy that fails keeps nothing",
+        "policy.py", 'wanted.append((f"{name} failed", {record.step for record in history}))', "pass",
+        "tests/test_custom_policies.py::test_a_policy_that_fails_deletes_nothing_and_the_log_says_so_once",
+    ),
+    Mutation(
+        7, "a pin that comes meanwhile is not seen",
+        "history.py", " or self._catalog.is_pinned(step)", "",
+        "tests/test_retention_harm.py::test_a_decision_is_looked_at_again_before_each_deletion",
     ),
     Mutation(
         8, "a restore that was overtaken is not read again",
@@ -173,6 +182,26 @@ MUTATIONS = [
         "tests/test_exactness.py::test_bits_types_and_places_are_those_of_the_run",
     ),
     Mutation(
+        11, "what was saved last is no exception",
+        "policy.py", 'found += ["last saved"] * (step == committed != newest)', "pass",
+        "tests/test_retention.py::test_what_was_just_saved_is_kept_although_later_steps_are_there",
+    ),
+    Mutation(
+        11, "a step that lacks a file counts",
+        "history.py", "return dataclasses.replace(info, distrusted=missing)", "return info",
+        "tests/test_retention_harm.py::test_a_step_that_lacks_a_file_is_not_counted_and_not_deleted",
+    ),
+    Mutation(
+        11, "steps are deleted while the newest is not understood",
+        "history.py", "        if unclear:\n", "        if False:\n",
+        "tests/test_retention_harm.py::test_nothing_is_deleted_while_a_newest_step_is_not_understood",
+    ),
+    Mutation(
+        11, "a decision is not looked at again",
+        "retention.py", "if history.still_holds(decision, step):", "if True:",
+        "tests/test_retention_harm.py::test_a_decision_is_looked_at_again_before_each_deletion",
+    ),
+    Mutation(
         14, "what the processes save is not compared",
         "job.py", "        if is_other:\n", "        if False:\n",
         "tests/test_job.py::test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_written",
@@ -181,6 +210,11 @@ MUTATIONS = [
         14, "a directory that is not shared is not looked for",
         "opening.py", "while token and not _has(directory, token):", "while False:",
         "tests/test_job.py::test_directories_that_are_not_shared_are_refused_in_all",
+    ),
+    Mutation(
+        14, "a process that is slow is not waited for",
+        "job.py", "if self._said and self._said.get(i) != each}", "if False}",
+        "tests/test_job.py::test_a_save_that_is_slow_in_one_process_is_not_failed_by_the_others",
     ),
     Mutation(
         12, "what a caller changed after an interrupt is saved",

@@ -121,6 +121,20 @@ def test_a_slow_disk_holds_up_no_caller_for_longer_than_asked(tmp_path, monkeypa
     assert manager.steps() == [1, 2, 3]
 
 
+def test_a_save_that_is_slower_than_every_wait_is_durable_in_the_end_and_the_next_is_fast(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "SLOW_S", 0.4)
+    with ckptmgr.CheckpointManager(tmp_path, timeout_s=0.2) as manager:
+        for step, point in enumerate(SAVING, start=1):
+            with monkeypatch.context() as patch:
+                faults.install(f"slow {point} 1", patch.setattr)
+                saved_slowly = manager.save(step, trainer.state(step))
+                with pytest.raises(ckptmgr.CheckpointTimeoutError, match=f"the save of step {step}"):
+                    manager.wait()
+                assert saved_slowly.result(60).step == step
+        manager.wait(60)
+        assert manager.steps() == list(range(1, len(SAVING) + 1))
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real disk of 6 MiB."""

@@ -151,8 +151,21 @@ def test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time(fault, t
     assert set(visible(tmp_path)) <= {"1", "2"}
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("slow", "fault", "at"),
+    [(1, "arrays", "arrays"), (0, "publish", "commit"), (0, "arrays", "arrays")][: counted(1, 3)],
+)
+def test_a_save_that_is_slow_in_one_process_is_not_failed_by_the_others(slow, fault, at, tmp_path):
+    said = lines(start(2, tmp_path, "slow", faults={slow: f"slow {fault} 1"}, timeout_s=3))
+    for index, (told, *others) in enumerate(said):
+        assert told.startswith("1 the save of step 1 took longer than 3.0 s"), said
+        assert (f"process {slow} at the {at} of step 1" in told) == (index != slow), said
+        assert others == ["durable 1", "durable 2", "steps 1 2"]
+
+
 def test_a_process_that_never_comes_is_named(tmp_path):
-    processes = start(2, tmp_path, "save", *map(str, range(1000)), timeout_s=5)
+    processes = start(2, tmp_path, "save", *map(str, range(1, 1000)), timeout_s=5)
     try:
         assert [process.stdout.readline() for process in processes] == ["joined\n"] * 2
         processes[1].send_signal(signal.SIGSTOP)

@@ -325,7 +325,7 @@ def recorded(tmp_path):
         for path in tmp_path.rglob("*")
         if path.is_file()
     }
-    files = manifest.record_files(epath.Path(tmp_path), sizes, lambda name: "/d/" in name)
+    files = manifest.record_files(epath.Path(tmp_path), sizes, lambda name, size: "/d/" in name)
     return tmp_path, dataclasses.replace(sample(), files=files)
 
 

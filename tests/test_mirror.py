@@ -350,3 +350,19 @@ def test_a_read_only_manager_reads_from_the_mirror_and_copies_nothing(home, tmp_
     reader = ckptmgr.CheckpointManager(home, read_only=True, mirror=tmp_path / "away")
     assert saved(reader) == (1, [])
     assert not (tmp_path / "away").exists()
+
+
+@pytest.mark.parametrize("is_empty", [False, True], ids=["steps here", "none here"])
+def test_the_best_comes_from_here_while_the_mirror_cannot_be_read(home, tmp_path, caplog, is_empty):
+    away = tmp_path / "away"
+    with ckptmgr.CheckpointManager(home, keep=ckptmgr.best("loss")) as manager:
+        for step in () if is_empty else (1, 2, 3):
+            manager.save(step, trainer.state(step), metrics={"loss": abs(step - 2)})
+    away.symlink_to(away)
+    with ckptmgr.CheckpointManager(home, keep=ckptmgr.best("loss"), mirror=away) as manager:
+        if is_empty:
+            with pytest.raises(OSError, match="symbolic links"):
+                manager.restore("best", params=trainer.state(0))
+        else:
+            assert manager.restore("best", params=trainer.state(0)).step == 2
+            assert f"the mirror {away} cannot be read" in caplog.text

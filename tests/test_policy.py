@@ -1,8 +1,10 @@
 """Policies against a short oracle that shares no code with them."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,3 +95,29 @@ def test_policies_are_values():
     assert len({best("loss"), best("loss"), best("loss", mode="max")}) == 2
     with pytest.raises(AttributeError):
         latest(3).n = 4
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_what_is_no_number_is_never_best_and_breaks_nothing(mode):
+    odd = [math.nan, None, "0.5", [0.5], {"loss": 0.5}, 0.5j, b"1"]
+    numbers = [0.5, 10**400, -(10**400), math.inf, -math.inf, True, np.float32(0.25), np.int8(2)]
+    records = [record(step, loss=value) for step, value in enumerate([*odd, *numbers])]
+    ranked = [records[step].metrics["loss"] for step in best("loss", mode=mode).ranking([*records, record(99)])]
+    expected = [-math.inf, -(10**400), np.float32(0.25), 0.5, True, np.int8(2), 10**400, math.inf]
+    assert ranked == (expected if mode == "min" else expected[::-1])
+
+
+@given(
+    st.lists(st.one_of(st.floats(), st.floats(-100, 100), st.sampled_from([0.0, 1e11])), min_size=1, max_size=12)
+)
+def test_every_seconds_keeps_something_of_every_history_and_what_it_keeps_is_far_apart(times):
+    """Times may be out of order, equal, or none: a run went back, a clock jumped."""
+    records = [record(step, time=time) for step, time in enumerate(times)]
+    kept = every_seconds(25).keep(records)
+    assert kept
+    known = [time for time in times if math.isfinite(time)]
+    far_apart = sorted(times[step] for step in kept if math.isfinite(times[step]))
+    assert all(later >= time + 25 for time, later in itertools.pairwise(far_apart))
+    assert all(any(each <= time < each + 25 for each in far_apart) or time in far_apart for time in known)
+    assert {step for step, time in enumerate(times) if time not in known} <= kept
+    assert every_seconds(25).keep([records[step] for step in sorted(kept)]) == kept

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 from conftest import counted, visible
 from etils import epath
@@ -239,3 +240,23 @@ def test_what_was_saved_last_stays_after_a_restart_although_later_steps_are_ther
         manager.save(70, PARAMS)
         manager.wait()
         assert manager.steps() == [70, 90, 100]
+
+
+def test_metrics_that_stock_orbax_wrote_may_be_anything(tmp_path):
+    found = {
+        1: '{"loss": 0.5}', 2: '{"loss": NaN}', 3: '{"loss": "0.1"}', 4: '{"loss": null}',
+        5: '{"loss": {"a": 0.1}}', 6: f'{{"loss": {10**400}}}', 7: '{"loss": -1e999}', 8: "[0.1]", 9: "0.1",
+        10: '{"loss": true}', 11: "{}",
+    }  # fmt: skip
+    with ocp.CheckpointManager(tmp_path) as stock:
+        for step in found:
+            item = {"params": ocp.args.StandardSave(PARAMS), "metrics": ocp.args.JsonSave({"loss": 1.0})}
+            stock.save(step, args=ocp.args.Composite(**item))
+    for step, text in found.items():
+        (tmp_path / str(step) / "metrics" / "metrics").write_text(text)
+    with CheckpointManager(tmp_path, keep=[best("loss", 2), best("loss", mode="max")]) as manager:
+        assert manager.best() == 7
+        assert manager.restore("best", params=PARAMS).step == 7
+        manager.save(12, PARAMS)
+        manager.wait()
+        assert manager.steps() == [1, 7, 10, 12]

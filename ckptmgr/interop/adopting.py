@@ -32,7 +32,7 @@ def _adopt(catalog: Catalog, step: int) -> bool:
     report = verifying.verify(manifest, directory, None)
     if not report:
         raise CorruptCheckpointError(f"step {step} is not adopted: {report}", step=step)
-    recorded = manifests.record_files(directory, files.walk(directory)[1], lambda name: False)
+    recorded = manifests.record_files(directory, files.walk(directory)[1], lambda name, size: False)
     _write(directory, manifests.encode(dataclasses.replace(manifest, files=recorded)))
     catalog.forget(step)
     return True

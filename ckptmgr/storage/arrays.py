@@ -10,11 +10,14 @@ stored inside a node (`max_inline_value_bytes`), so that it is covered too.
 
 from __future__ import annotations
 
+import collections
+import functools
 import hashlib
 import os
+import re
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +26,15 @@ from etils import epath
 
 from ckptmgr import paths
 from ckptmgr.lifecycle import Moment
-from ckptmgr.storage import chunks, devices, files
+from ckptmgr.storage import chunks, devices, extents, files
 from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values
 from ckptmgr.storage.devices import Part, Plan
 from ckptmgr.structure import LeafSpec, numpy_dtype
 
+_SPEC = re.compile(r" \[[\w ]+='")  # what TensorStore adds to a message: it may be long
 PART = "ocdbt.process_"  # Orbax's name for what one of several processes wrote
 _ENCODED_BYTES = 4 << 20  # smaller ones take less memory, and time for each commit
+_AHEAD_BYTES = 64 << 20  # of a restore
 _INLINE_BYTES = 4096  # larger than any zarr.json, so that each lies in a checksummed node
 
 
@@ -44,6 +49,11 @@ class DamagedArrayError(Exception):
 
 def _database(directory: epath.Path) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": _base(str(directory))}
+
+
+def base(directory: epath.Path) -> Any:
+    """The files of a database."""
+    return ts.KvStore.open(_base(str(directory)), context=ts.Context()).result()
 
 
 def _base(path: str) -> Any:
@@ -228,19 +238,35 @@ class Opener:
     def __init__(
         self, directory: epath.Path, *, zarr3: bool = True, ocdbt: bool = True, plain: bool = False
     ) -> None:
-        context = ts.Context({"file_io_mode": {"mode": "memmap"}} if paths.is_local(directory) else {})
+        context = ts.Context()  # files are read, not mapped: a mapped one that is cut short ends the process
         database = _database(directory)
         self._context = context
         self._store = ts.KvStore.open(database if ocdbt else database["base"], context=context).result()
         unchanging = {"recheck_cached_metadata": False, "recheck_cached_data": False}  # what is committed stays
         driver = "zarr3" if zarr3 else "zarr"
         self._spec = ts.Spec({"driver": driver, "fill_missing_data_reads": False, **unchanging})
+        self._directory = directory
         self._plain = plain
+        self._found: extents.Found | None = None
 
     def is_direct(self, spec: LeafSpec) -> bool:
         """Whether an array is one chunk that is read and checked without opening the array."""
         alone = self._plain and spec.chunks is None and spec.kind != "key" and 0 not in spec.shape
         return alone and _stored(spec).is_direct()
+
+    def plan(self, spec: LeafSpec, pieces: Sequence[Index]) -> tuple[list[Values], list[extents.Job]] | None:
+        """How the pieces of a large array are read straight from the files; None if TensorStore has to."""
+        stored = _stored(spec)
+        if not (self._plain and spec.kind != "key" and 0 not in spec.shape and stored.is_raw()):
+            return None
+        if not paths.is_local(self._directory):
+            return None
+        if self._found is None:
+            self._found = extents.find(base(self._directory))
+        prefix = chunks.prefix(spec.name)
+        if self._found.get(f"{prefix}zarr.json") != chunks.zarr_json(stored):
+            return None  # it is not what the manifest says: TensorStore's answer says what it is
+        return extents.plan(self._directory, self._found, prefix, stored, pieces)
 
     def chunk(self, spec: LeafSpec) -> Any:
         """A future of the only chunk of an array."""
@@ -278,23 +304,50 @@ class Read(NamedTuple):
 
     def damaged(self, reason: object) -> DamagedArrayError:
         first_line = str(reason).partition("\n")[0]
-        return DamagedArrayError(self.item, self.spec.path, first_line.partition(" [")[0])  # not the whole spec
+        return DamagedArrayError(self.item, self.spec.path, _SPEC.split(first_line)[0])
 
 
 def read(wanted: Sequence[Read]) -> list[list[Values]]:
     """The pieces of every wanted leaf, as numpy arrays; all asked for at once."""
     direct = [each.opener.is_direct(each.spec) for each in wanted]
+    plans = [None if fast else _plan(each) for each, fast in zip(wanted, direct, strict=True)]
     asked = [
-        each.opener.chunk(each.spec) if fast else each.opener.open(each.spec.name)
-        for each, fast in zip(wanted, direct, strict=True)
+        each.opener.chunk(each.spec) if fast else each.opener.open(each.spec.name) if plan is None else None
+        for each, fast, plan in zip(wanted, direct, plans, strict=True)
     ]
-    reading = [
-        [] if fast else _start(each, future) for each, fast, future in zip(wanted, direct, asked, strict=True)
+    window = _Window()
+    found = [
+        _cut(each, _result(each, future))
+        if fast
+        else _start(each, future, window)
+        if plan is None
+        else [_view(each, values) for values in plan[0]]
+        for each, fast, plan, future in zip(wanted, direct, plans, asked, strict=True)
     ]
-    return [
-        _cut(each, _result(each, future)) if fast else [_finished(each, *piece) for piece in pieces]
-        for each, fast, future, pieces in zip(wanted, direct, asked, reading, strict=True)
-    ]
+    window.drain(0)
+    _fill([(each, job) for each, plan in zip(wanted, plans, strict=True) if plan is not None for job in plan[1]])
+    return found
+
+
+def _plan(each: Read) -> tuple[list[Values], list[extents.Job]] | None:
+    try:
+        return each.opener.plan(each.spec, each.pieces)
+    except KeyError:
+        raise each.damaged("a chunk of it is missing") from None
+    except (ValueError, OSError) as problem:
+        paths.refuse_exhausted(problem)
+        raise each.damaged(problem) from problem
+
+
+def _fill(jobs: Sequence[tuple[Read, extents.Job]]) -> None:
+    """Reads these chunks into their places; raises DamagedArrayError."""
+    done = extents.read([job for _, job in jobs])
+    for each, _ in jobs:
+        try:
+            next(done)
+        except (ValueError, OSError, MemoryError) as problem:
+            paths.refuse_exhausted(problem)
+            raise each.damaged(problem) from problem
 
 
 def opened(each: Read) -> Any:
@@ -308,17 +361,41 @@ def drain(each: Read, futures: Sequence[Any]) -> None:
         _result(each, future)
 
 
-def _start(each: Read, future: Any) -> list[tuple[Values, Any]]:
-    """Starts to read the pieces of an opened array, each into memory that JAX can take over as it is."""
+class _Window:
+    """Bounds what TensorStore reads ahead: it holds each chunk until it is copied to its place."""
+
+    def __init__(self) -> None:
+        self._under_way: collections.deque[tuple[int, Read, Any]] = collections.deque()
+        self._nbytes = 0
+
+    def add(self, nbytes: int, each: Read, start: Callable[[], Any]) -> None:
+        self.drain(max(0, _AHEAD_BYTES - nbytes))
+        self._under_way.append((nbytes, each, start()))
+        self._nbytes += nbytes
+
+    def drain(self, most: int) -> None:
+        """Waits until at most so many bytes are under way; raises DamagedArrayError."""
+        while self._nbytes > most:
+            nbytes, each, future = self._under_way.popleft()
+            self._nbytes -= nbytes
+            _result(each, future)
+
+
+def _start(each: Read, future: Any, window: _Window) -> list[Values]:
+    """Reads the pieces of an opened array, each into memory that JAX can take over as it is."""
     array = _expected(each, future)
-    pieces = [_at(array, index) for index in each.pieces]
-    buffers = [chunks.aligned(piece.shape, array.dtype.numpy_dtype) for piece in pieces]
-    return [(buffer, ts.array(buffer).write(piece)) for buffer, piece in zip(buffers, pieces, strict=True)]
-
-
-def _finished(each: Read, buffer: Values, future: Any) -> Values:
-    _result(each, future)
-    return _view(each, buffer)
+    chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array without axes
+    dtype = array.dtype.numpy_dtype
+    found = []
+    for index in each.pieces:
+        piece = _at(array, index)
+        buffer = chunks.aligned(piece.shape, dtype)
+        into = ts.array(buffer)
+        for box in chunks.boxes(index, piece.shape, chunk, _AHEAD_BYTES // 4 // dtype.itemsize):
+            part = piece.translate_to[0][box] if box else piece
+            window.add(part.size * dtype.itemsize, each, functools.partial(_at(into, box).write, part))
+        found.append(_view(each, buffer))
+    return found
 
 
 def _expected(each: Read, future: Any) -> Any:
@@ -349,6 +426,7 @@ def _result(each: Read, future: Any) -> Any:
     try:
         return future.result()
     except (ValueError, OSError, NotImplementedError) as problem:
+        paths.refuse_exhausted(problem)
         raise each.damaged(problem) from problem
 
 

@@ -48,8 +48,11 @@ class Stored:
 
     def is_direct(self) -> bool:
         """Whether its chunks are small enough, and plain enough, to be encoded and checked here."""
-        small = math.prod(self.chunks) * numpy_dtype(self.dtype).itemsize <= _DIRECT_BYTES
-        return small and self.dtype not in _PACKED and sys.byteorder == "little"
+        return math.prod(self.chunks) * numpy_dtype(self.dtype).itemsize <= _DIRECT_BYTES and self.is_raw()
+
+    def is_raw(self) -> bool:
+        """Whether a chunk is the very bytes of its values in memory, and their checksum."""
+        return self.dtype not in _PACKED and sys.byteorder == "little"
 
 
 def chunk_shape(shape: Sequence[int], shard: Sequence[int], itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
@@ -136,6 +139,20 @@ def prefix(name: str) -> str:
 
 ONLY = ["/".join(["c", *["0"] * rank]) for rank in range(33)]
 """The name of the only chunk of an array of each rank."""
+
+
+def boxes(index: Index, shape: Sequence[int], chunk: Sequence[int], most: int) -> Iterator[Index]:
+    """A piece of an array, which is at `index` of it, cut between chunks into boxes of about `most` values."""
+    starts = [axis.start or 0 for axis in index] if index else [0] * len(shape)
+    steps = list(chunk)  # how far a box goes along each axis: the last axes first, whose values are neighbours
+    for axis in reversed(range(len(shape))):
+        room = most // max(1, math.prod(min(step, have) for step, have in zip(steps, shape, strict=True)))
+        steps[axis] *= min(max(1, room), -(-shape[axis] // steps[axis]) + 1)
+    cuts = [
+        [0, *range(-(-(first + 1) // step) * step - first, have, step), have]
+        for first, have, step in zip(starts, shape, steps, strict=True)
+    ]
+    return itertools.product(*[[slice(a, b) for a, b in itertools.pairwise(each)] for each in cuts])
 
 
 # ---------------------------------------------------------------- one chunk

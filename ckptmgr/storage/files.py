@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 
 from etils import epath
 
-from ckptmgr.paths import is_local, open_to_write
+from ckptmgr.paths import is_local, open_to_write, refuse_exhausted
+
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 40
 
 
 def write(path: epath.Path, data: bytes) -> None:
@@ -44,6 +47,29 @@ def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
             else:
                 sizes[entry.relative_to(directory).as_posix()] = entry.stat().length
     return folders, sizes
+
+
+def check_regular(directory: epath.Path) -> None:
+    """Raises OSError if something below is no file that TensorStore can read.
+
+    It would wait at a FIFO for ever, and ends the process if it gets no memory for a file that it reads whole.
+    """
+    todo = [str(directory)] if is_local(directory) else []
+    for folder in todo:  # grows while it is walked
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    found = entry.stat()
+                except OSError as problem:  # a symlink that leads nowhere, a file that has gone
+                    refuse_exhausted(problem)
+                    continue
+                mode = found.st_mode
+                if stat.S_ISDIR(mode) and not entry.is_symlink():
+                    todo.append(entry.path)
+                elif not stat.S_ISREG(mode):
+                    raise OSError(f"{entry.path} is no regular file")
+                elif found.st_size > _MEMORY and os.path.basename(folder) != "d":  # there it reads what it needs
+                    raise OSError(f"{entry.path} has {found.st_size} bytes, more than this machine has memory")
 
 
 def flush(path: epath.Path) -> None:

@@ -24,9 +24,9 @@ from etils import epath
 from ckptmgr import catalog, clock, names, paths, policy
 from ckptmgr import manifest as manifests
 from ckptmgr.catalog import Catalog
-from ckptmgr.errors import CheckpointError
+from ckptmgr.errors import CheckpointError, SaveError
 from ckptmgr.job import Call, Job
-from ckptmgr.storage import arrays, files
+from ckptmgr.storage import arrays, files, sealing
 
 BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
 STEP_METADATA = names.STEP_METADATA
@@ -48,12 +48,15 @@ def own_place(process: int, file: str = "") -> str:
     return f"process_{process}" if process else ""
 
 
-def checks_itself(name: str) -> bool:
-    """Whether TensorStore checks this file of a step as it reads it: OCDBT's manifests, nodes and chunks."""
-    is_read = (
-        name.endswith("/manifest.ocdbt") and f"/{arrays.PART}" not in name
-    )  # only `merge` reads those of parts
-    return is_read or "/d/" in name
+_SMALL_BYTES = 8 << 20
+
+
+def checks_itself(name: str, size: int) -> bool:
+    """Whether each part of this file of a step is checked as it is read: OCDBT's nodes, and chunks.
+
+    A small one has a checksum all the same: a file of another save in its place would be whole as well.
+    """
+    return "/d/" in name and size > _SMALL_BYTES
 
 
 # ---------------------------------------------------------------- writing
@@ -83,10 +86,12 @@ class Store:
         snapshots = {name: item for name, item in items.items() if isinstance(item, arrays.Snapshot)}
         stages = _Stages(step, self._job)
         try:
-            if self._job.leads:
-                self._lead(step, items, lambda: _commit(self._run, step, build_manifest), stages)
-            else:
-                self._follow(self._run.draft(step), snapshots, {name: items[name] for name in own}, stages)
+            with self._job.working():
+                if self._job.leads:
+                    meant = self._meant(step, items, own)
+                    self._lead(step, items, lambda: _commit(self._run, step, meant, build_manifest), stages)
+                else:
+                    self._follow(self._run.draft(step), snapshots, {name: items[name] for name in own}, stages)
         except BaseException:
             if self._job.leads:
                 self._run.discard(step)
@@ -94,6 +99,25 @@ class Store:
         finally:
             for snapshot in snapshots.values():
                 snapshot.release()
+
+    def _meant(self, step: int, items: Mapping[str, Any], own: Collection[str]) -> Callable[[], sealing.Meant]:
+        """What the step is to hold, asked for once the metrics have arrived."""
+
+        def meant() -> sealing.Meant:
+            plans = {name: item.plan for name, item in items.items() if isinstance(item, arrays.Snapshot)}
+            others = range(1, jax.process_count())
+            texts = {
+                f"{name}/{json_file(name)}": json.dumps(items[name]()).encode() for name in items.keys() - plans
+            }
+            texts |= {f"{item}/{name}": data for item, plan in plans.items() for name, data in plan.files.items()}
+            texts[STEP_METADATA] = _metadata(step, self._run.draft(step), set(items))
+            if paths.is_local(self._run.directory):
+                texts[names.COMMITTED] = _marker(self._run, step)
+            told = {f"{name}/{own_place(each, json_file(name))}" for name in {*own} - {*plans} for each in others}
+            parts = {f"{name}/{own_place(each)}": plans[name] for name in plans if name in own for each in others}
+            return sealing.Meant(texts, frozenset(told), parts | plans, self._compression)
+
+        return meant
 
     def _lead(self, step: int, items: Mapping[str, Any], commit: Callable[[], None], stages: _Stages) -> None:
         everything = {
@@ -303,15 +327,31 @@ def _commit_class(commit: Callable[[], None]) -> type[Any]:
     return Commit
 
 
-def _commit(run: Catalog, step: int, build_manifest: BuildManifest) -> None:
+def _metadata(step: int, draft: epath.Path, items: set[str]) -> bytes:
+    """What Orbax wrote about the step, if it is about this one."""
+    try:
+        data = paths.read_bytes(draft / STEP_METADATA)
+        found = json.loads(data)
+        if found["custom_metadata"] == SIGNATURE and items <= found["item_handlers"].keys():
+            return data
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise SaveError(f"{draft / STEP_METADATA} is not what Orbax wrote: step {step} is not committed", step=step)
+
+
+def _marker(run: Catalog, step: int) -> bytes:
+    return f"Checkpoint commit was successful to {run.directory / str(step)}".encode()
+
+
+def _commit(run: Catalog, step: int, meant: Callable[[], sealing.Meant], build_manifest: BuildManifest) -> None:
     """Makes a draft the step: every file is flushed, the manifest written, then it gets its name."""
-    draft = run.draft(step)
-    said = f"Checkpoint commit was successful to {run.directory / str(step)}".encode()
+    draft, said = run.draft(step), _marker(run, step)
     if paths.is_local(draft):
         files.write(draft / names.COMMITTED, said)
     files.flush(draft / STEP_METADATA)
     folders, sizes = files.walk(draft)
     recorded = manifests.record_files(draft, sizes, checks_itself)
+    sealing.check(step, draft, meant(), recorded)
     files.write(draft / manifests.NAME, build_manifest(recorded))
     run.keep_pin(step)
     files.sync(folders)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckptmgr import items, matching
+from ckptmgr import items, matching, paths
 from ckptmgr import manifest as manifests
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.layout import Target
@@ -135,8 +135,9 @@ class Trees:
 def text(each: arrays.Read, folder: epath.Path) -> str:
     """A leaf that is a str, from the file in which Orbax keeps those; raises DamagedArrayError."""
     try:
-        found = json.loads((folder / stock.TEXTS).read_bytes())[each.spec.name]
+        found = json.loads(paths.read_bytes(folder / stock.TEXTS))[each.spec.name]
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as problem:
+        paths.refuse_exhausted(problem)
         raise each.damaged(f"{stock.TEXTS} cannot be read: {problem}") from problem
     if not isinstance(found, str):
         raise each.damaged(f"{stock.TEXTS} holds {str(found)[:100]} instead of a str")
@@ -162,8 +163,9 @@ def read_value(manifest: manifests.Manifest, directory: epath.Path, name: str, p
     item = manifest.items[name]
     file = f"{item.place(name)}/{own_place(process, item.file)}"
     try:
-        return items.from_json(item, json.loads((directory / file).read_bytes()))
+        return items.from_json(item, json.loads(paths.read_bytes(directory / file)))
     except (ValueError, TypeError, OSError, RecursionError) as problem:
+        paths.refuse_exhausted(problem)
         raise CorruptCheckpointError(
             f"step {manifest.step}: {directory / file} cannot be read: {problem}", step=manifest.step, path=file
         ) from problem

@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from ckptmgr import manifest as manifests
-from ckptmgr import schema
+from ckptmgr import paths, schema
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.manifest import Item
 from ckptmgr.names import COMMITTED, UNFINISHED
-from ckptmgr.storage import arrays, stock
+from ckptmgr.storage import arrays, files, stock
 from ckptmgr.storage.orbax import METRICS, STEP, STEP_METADATA
 from ckptmgr.structure import TreeSpec
 
@@ -33,7 +34,13 @@ _WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowE
 
 def read(step: int, directory: epath.Path) -> manifests.Manifest:
     """Raises CorruptCheckpointError if the step cannot be read, or nothing in it is known."""
-    return _Step(step, directory).manifest()
+    try:
+        return _Step(step, directory).manifest()
+    except CorruptCheckpointError:
+        raise
+    except OSError as problem:
+        paths.refuse_exhausted(problem)
+        raise CorruptCheckpointError(f"step {step}: {directory} cannot be read: {problem}", step=step) from problem
 
 
 class _Step:
@@ -114,32 +121,33 @@ class _Step:
         if not (self._directory / folder).is_dir():
             raise self._damaged(folder, "is missing")
         kind = _kind(handler)
-        files = {entry.name for entry in (self._directory / folder).iterdir()}
-        if stock.TREE in files:
+        names = {entry.name for entry in (self._directory / folder).iterdir()}
+        if stock.TREE in names:
             return self._array(folder) if kind == "Array" else self._tree(folder)
         for key, read in ((_JAX_KEY, self._jax_key), (_NUMPY_KEY, self._numpy_key)):
-            if {key, f"{key}_metadata"} <= files:
+            if {key, f"{key}_metadata"} <= names:
                 return read(_join(folder, key))
-        file = next((file for file in _JSON_FILES if file in files), None)
+        file = next((file for file in _JSON_FILES if file in names), None)
         if file is not None and kind in ("Json", "Metrics", ""):
             return Item("json", file=file)
         if kind in ("Standard", "PyTree", "Array"):
             raise self._damaged(_join(folder, stock.TREE), "is missing")
-        return self._unread(folder, kind, files)
+        return self._unread(folder, kind, names)
 
-    def _unread(self, folder: str, kind: str, files: set[str]) -> Item:
+    def _unread(self, folder: str, kind: str, names: set[str]) -> Item:
         where = self._directory / folder
-        if _PROTO in files:
+        if _PROTO in names:
             why = f"it is a protocol buffer: google.protobuf.text_format reads {where / _PROTO}"
             return Item("unread", why=why)
-        if kind in ("Json", "Metrics", "Proto", "JaxRandomKey", "NumpyRandomKey") and files <= {COMMITTED}:
+        if kind in ("Json", "Metrics", "Proto", "JaxRandomKey", "NumpyRandomKey") and names <= {COMMITTED}:
             raise self._damaged(folder, "is empty")
         what = f"was written by Orbax's {kind}Handler" if kind else "holds no file that Orbax is known to write"
         return Item("unread", why=f"{where} {what}: read it with the program that wrote it")
 
     def _tree(self, folder: str) -> Item:
-        path = _join(folder, stock.TREE)
+        path, metadata, ocdbt = _join(folder, stock.TREE), None, True
         try:
+            files.check_regular(self._directory / folder)
             metadata = _json(self._directory / path)
             zarr3, ocdbt = bool(metadata.get("use_zarr3")), bool(metadata.get("use_ocdbt", True))
             opener = arrays.Opener(self._directory / folder, zarr3=zarr3, ocdbt=ocdbt)
@@ -147,6 +155,10 @@ class _Step:
         except CorruptCheckpointError:
             raise
         except _WRONG as problem:
+            paths.refuse_exhausted(problem)
+            database = _join(folder, "manifest.ocdbt")
+            if isinstance(metadata, dict) and ocdbt and not (self._directory / database).is_file():
+                raise self._damaged(database, "is missing") from problem
             raise self._damaged(path, f"cannot be read: {_first_line(problem)}") from problem
         outside = [leaf.name for leaf in tree.leaves if ".." in leaf.name.split("/")]
         if outside and not ocdbt:
@@ -212,7 +224,7 @@ class _Step:
         try:
             found = _json(self._directory / file)
             named = found.items() if isinstance(found, dict) else ()
-            return {name: float(number) for name, number in named if isinstance(number, int | float)}
+            return {name: float(number) for name, number in named if _is_number(number)}
         except _WRONG as problem:
             raise self._damaged(file, f"cannot be read: {_first_line(problem)}") from problem
 
@@ -233,7 +245,18 @@ def _join(folder: str, name: str) -> str:
 
 def _json(path: epath.Path) -> Any:
     """The content of a JSON file; None if it is not there."""
-    return json.loads(path.read_bytes()) if path.exists() else None
+    try:
+        return json.loads(paths.read_bytes(path))
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        paths.refuse_exhausted(problem)
+        raise
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a metric is a number that a float can be; an int that is too large is left out, as a str is."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
 
 
 def _seconds(metadata: Mapping[str, Any]) -> float:
@@ -243,4 +266,4 @@ def _seconds(metadata: Mapping[str, Any]) -> float:
 
 
 def _first_line(problem: object) -> str:
-    return str(problem).partition("\n")[0][:200] or type(problem).__name__
+    return str(problem).partition("\n")[0][:600] or type(problem).__name__

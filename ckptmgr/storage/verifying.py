@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from etils import epath
 
 from ckptmgr import manifest as manifests
+from ckptmgr import paths
 from ckptmgr.checkpoint import Damage, VerifyReport
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.storage import arrays, orbax, reading
+from ckptmgr.storage import arrays, files, orbax, reading
+from ckptmgr.structure import LeafSpec
 
 Progress = Callable[[int, int], object]
 _BATCH_BYTES = 256 << 20  # what is held in memory at a time
@@ -25,10 +27,15 @@ def verify(manifest: manifests.Manifest, directory: epath.Path, on_progress: Pro
         if item.kind != "arrays":
             damages += _damaged_values(manifest, directory, name)
             continue
-        for process, spec in itertools.product(range(item.processes), item.tree.leaves):
-            folder = directory / item.place(name) / orbax.own_place(process)
-            opener = arrays.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt)
-            damages += _damages(arrays.Read(name, opener, spec), folder)
+        folders = [directory / item.place(name) / orbax.own_place(each) for each in range(item.processes)]
+        try:
+            files.check_regular(directory / item.place(name))
+        except OSError as problem:
+            paths.refuse_exhausted(problem)
+            damages.append(Damage(name, f"cannot be read: {problem}"))
+            continue
+        for folder, spec in itertools.product(folders, item.tree.leaves):
+            damages += _damages(name, item, folder, spec)
             leaves += 1
             nbytes += manifests.leaf_nbytes(spec)
             if on_progress is not None:
@@ -73,8 +80,9 @@ def _damaged_files(manifest: manifests.Manifest, directory: epath.Path) -> Itera
             yield Damage(name, str(problem).partition(f"{directory / name} ")[2])
 
 
-def _damages(read: arrays.Read, folder: epath.Path) -> list[Damage]:
+def _damages(name: str, item: manifests.Item, folder: epath.Path, spec: LeafSpec) -> list[Damage]:
     """What is wrong with one array, read whole but not held whole."""
+    read = arrays.Read(name, arrays.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt), spec)
     try:
         if read.spec.kind == "str":
             reading.text(read, folder)

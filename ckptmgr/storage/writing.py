@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ class Copied:
 
     def wait(self, timeout_s: float) -> bool:
         """Waits until every leaf is copied: under `max_host_bytes` what is written makes room for the next."""
-        return all(snapshot.complete.wait(timeout_s) for snapshot in self._snapshots.values())
+        ends = time.monotonic() + timeout_s
+        return all(each.complete.wait(ends - time.monotonic()) for each in self._snapshots.values())
 
     def completed_at(self) -> float:
         """When every leaf had been copied, on the clock of `time.perf_counter`."""
@@ -106,7 +108,7 @@ class Copier:
         self._options = options
         self._planner = devices.Planner(options.chunk_bytes)
 
-    def copy(self, step: int, time: float, composed: Composed) -> Copied:
+    def copy(self, step: int, saved_at: float, composed: Composed) -> Copied:
         """Copies every item to the host before any writer starts: a writer would slow the copies down."""
         trees = {name: item for name, item in composed.items() if isinstance(item, items.Tree)}
         snapshots = {name: self._snapshot(name, tree, len(trees)) for name, tree in trees.items()}
@@ -119,7 +121,7 @@ class Copier:
         described |= {name: manifests.Item(v.kind, file=orbax.json_file(name)) for name, v in values.items()}
         manifest = manifests.Manifest(
             step=step,
-            time=time,
+            time=saved_at,
             items=described,
             metadata=self._options.metadata,
             versions=manifests.versions(),
