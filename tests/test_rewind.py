@@ -74,6 +74,28 @@ def test_there_and_back_again(tmp_path):
         assert [said[0][each] for each in ("step", "from", "set_aside", "returned")] == [50, 100, [90, 100], []]
 
 
+def test_a_branch_comes_back_with_the_steps_that_it_goes_on_from(tmp_path):
+    """60 goes on from the first 50, which was set aside too: another 50 is listed by now."""
+    with CheckpointManager(tmp_path) as manager:
+        save(manager, 40, 50, 60)
+        manager.rewind(50)
+        manager.rewind(40)
+        save(manager, 50, 55, value=7)
+        assert set_aside(tmp_path) == [[60], [50]]
+        manager.rewind(60)
+        assert (values(tmp_path), set_aside(tmp_path)) == ({40: 40, 50: 50, 60: 60}, [[50, 55]])
+
+
+def test_a_branch_comes_back_although_the_step_that_it_goes_on_from_was_deleted(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        save(manager, 40, 50, 60)
+        manager.rewind(50)
+        save(manager, 55)
+        manager.delete(50)
+        manager.rewind(60)
+        assert (values(tmp_path), set_aside(tmp_path)) == ({40: 40, 60: 60}, [[55]])
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("newest", [70, 110][: counted(1, full=2)])
 def test_after_a_crash_on_the_new_branch_it_goes_on_there_and_back_again(newest, tmp_path):
@@ -557,7 +579,7 @@ def test_a_save_in_progress_is_waited_for(tmp_path, monkeypatch):
         assert (manager.steps(), set_aside(tmp_path)) == ([1], [[2]])
 
 
-def test_without_a_rewind_nothing_is_lost_and_both_the_save_and_the_next_start_say_what_is_meant(tmp_path, caplog):
+def test_without_a_rewind_the_save_and_the_next_start_say_what_is_meant(tmp_path, caplog):
     with CheckpointManager(tmp_path, keep=2) as manager:
         save(manager, 50, 90, 100)
         manager.restore(90, params=trainer.state(0))
