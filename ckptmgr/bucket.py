@@ -4,20 +4,22 @@
 <directory>/.ckptmgr/saving/<step>         a note: the step is being written under its own name
 <directory>/.ckptmgr/deleting/<step>       a note: the step is being deleted
 <directory>/.ckptmgr/damaged/<step>-*/     a damaged checkpoint whose step was saved again
+<directory>/.ckptmgr/abandoned/<branch>/   what a rewind has set aside: copied, then removed
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from etils.epath import backend
 
-from ckptmgr import catalog, names, paths, recognize
+from ckptmgr import branches, catalog, names, paths, recognize
 from ckptmgr.catalog import KEPT, Catalog
-from ckptmgr.names import COMMITTED, DAMAGED, DELETING, SAVING
+from ckptmgr.names import COMMITTED, DAMAGED, DELETING, REWINDING, SAVING
 
 
 def open_catalog(directory: epath.Path, read_stock: Any) -> Catalog:
@@ -113,12 +115,44 @@ class Bucket(Catalog):
     def set_aside(self, step: int) -> epath.Path:
         self.forget(step)
         aside = self.directory / DAMAGED / f"{step}-{time.time_ns()}"
-        client = self._client()
-        source = client._strip_protocol(str(self.path(step)))
-        for name in client.find(source):
-            client.cp_file(name, f"{aside}{name.removeprefix(source)}")
-        client.rm(source, recursive=True)
+        self._copy(self.path(step), aside)
+        self._remove_all(self.path(step))
         return aside
+
+    def _remove_all(self, folder: epath.Path) -> None:
+        client = self._client()
+        client.rm(client._strip_protocol(str(folder)), recursive=True)
+
+    def _copy(self, source: epath.Path, target: epath.Path) -> None:
+        """Copies a checkpoint, on the server; the file that makes it one comes last."""
+        client = self._client()
+        start = client._strip_protocol(str(source))
+        for name in sorted(client.find(start), key=lambda name: name.endswith(f"/{COMMITTED}")):
+            client.cp_file(name, f"{target}{name.removeprefix(start)}")
+
+    # ------------------------------------------------------------ going on from another step
+
+    def _missing_file(self, manifest: object, place: str) -> None:
+        return None  # it would be requests for each step
+
+    def _move(self, ahead: Sequence[branches.Move]) -> None:
+        """Copies, then removes; of the moves ahead only the first may have been begun."""
+        self._look_anew()
+        source, target = (self.directory / place for place in ahead[0][:2])
+        if (source / COMMITTED).exists():
+            self._copy(source, target)
+            (source / COMMITTED).unlink()
+        if self._children(source):
+            self._remove_all(source)
+
+    def _has_moved(self, ahead: Sequence[branches.Move]) -> None:
+        self._write_plan(ahead)
+
+    def _write_plan(self, moves: Sequence[branches.Move]) -> None:
+        (self.directory / REWINDING).write_bytes(json.dumps(moves).encode())
+
+    def _end_rewind(self) -> None:
+        (self.directory / REWINDING).unlink()
 
     def _move_version_1(self) -> None:
         """Does nothing: version 1 left nothing beside the steps of a bucket that tells whose it is."""
@@ -130,7 +164,7 @@ class Bucket(Catalog):
         deleted = [step for step in self._notes(DELETING) if step not in good]
         found = [(self.path(step), "a save that was interrupted") for step in saved]
         found += [(self.path(step), "a deletion that was interrupted") for step in deleted]
-        return found + [(path, KEPT) for path in self._inside(DAMAGED)]
+        return found + [(path, KEPT) for path in self._inside(DAMAGED)] + self._set_aside()
 
     def _hide(self, step: int) -> epath.Path:
         self._write_note(DELETING, step)

@@ -34,7 +34,7 @@ MUTATIONS = [
     ),
     Mutation(
         1, "leftovers of an interrupted save stay",
-        "catalog.py", "            elif why != KEPT:\n", "            elif False:\n",
+        "catalog.py", "            elif why not in _STAYS:\n", "            elif False:\n",
         "tests/test_catalog.py",
     ),
     Mutation(
@@ -258,6 +258,48 @@ MUTATIONS = [
         14, "a process that is slow is not waited for",
         "job.py", "if self._said and self._said.get(i) != each}", "if False}",
         "tests/test_job.py::test_a_save_that_is_slow_in_one_process_is_not_failed_by_the_others",
+    ),
+    Mutation(
+        11, "a rewind moves before it says what it moves",
+        "catalog.py", "            self._write_plan(plan.moves)\n            self.finish_rewind()\n",
+        "            for index in range(len(plan.moves)):\n                self._move(plan.moves[index:])\n",
+        "tests/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
+    ),
+    Mutation(
+        11, "a rewind that was interrupted is not finished",
+        "catalog.py", "        try:\n            self.finish_rewind()\n", "        try:\n            pass\n",
+        "tests/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
+    ),
+    Mutation(
+        11, "the newest step leaves before the others",
+        "branches.py", "reverse=newest_first", "reverse=True",
+        "tests/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
+    ),
+    Mutation(
+        11, "what was set aside is removed at the next start",
+        "catalog.py", "_STAYS = (KEPT, BRANCH)", "_STAYS = (KEPT,)",
+        "tests/test_rewind.py::test_retention_best_and_leftovers_leave_alone_what_was_set_aside",
+    ),
+    Mutation(
+        11, "a branch comes back without what it goes on from",
+        "branches.py", "while step not in listed or (wanted and mark(str(step)) != wanted):",
+        "while step not in listed:",
+        "tests/test_rewind.py::test_a_branch_comes_back_with_the_steps_that_it_goes_on_from",
+    ),
+    Mutation(
+        11, "the mirror keeps what was set aside",
+        "aftermath.py", "                mirror.rewind(there)\n", "                pass\n",
+        "tests/test_rewind.py::test_the_mirror_goes_back_too",
+    ),
+    Mutation(
+        11, "policies go by what was set aside",
+        "manager.py", "            self._last = None  # the policies", "            # the policies",
+        "tests/test_rewind.py::test_policies_go_by_the_branch_that_is_live",
+    ),
+    Mutation(
+        11, "the next start does not say that another branch was saved last",
+        "restoring.py", "                self._warn_of_lower(candidate)\n", "",
+        "tests/test_rewind.py::test_without_a_rewind_the_save_and_the_next_start_say_what_is_meant",
     ),
     Mutation(
         12, "what a caller changed after an interrupt is saved",

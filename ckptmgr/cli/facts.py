@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckptmgr import bucket, journal, policy, report, structure
+from ckptmgr import bucket, journal, paths, policy, report, structure
 from ckptmgr import manifest as manifests
+from ckptmgr import rewinding as rewinds
 from ckptmgr.checkpoint import CheckpointInfo, VerifyReport
 from ckptmgr.errors import CheckpointNotFoundError, NewerFormatError
 from ckptmgr.history import History
@@ -250,6 +251,16 @@ def free_bytes(directory: epath.Path) -> int | None:
         found = os.statvfs(directory)
         return found.f_bavail * found.f_frsize
     return None
+
+
+def rewinding(directory: epath.Path, mirror: str | None, step: int) -> Facts:
+    """What a rewind would set aside and bring back, in a run or in its mirror."""
+    places = [directory] + ([paths.resolve(mirror, "--mirror")] if mirror is not None else [])
+    plans = rewinds.plan([bucket.open_catalog(place, reading.read_stock) for place in places], step)
+    return {
+        "set_aside": sorted({each for plan in plans for each in plan.set_aside}),
+        "returned": sorted({each for plan in plans for each in plan.returned}),
+    }
 
 
 # ---------------------------------------------------------------- the rest

@@ -170,14 +170,21 @@ def verified(found: list[Facts]) -> RenderableType:
     return Group(*lines) if lines else Text("no checkpoints")
 
 
+def rewound(found: Facts) -> RenderableType:
+    lines = {"set aside": found["set_aside"], "come back" if not found["done"] else "came back": found["returned"]}
+    said = [f"{what}: {', '.join(map(str, steps))}" for what, steps in lines.items() if steps]
+    goes_on = "goes on" if found["done"] else "would go on"
+    return "\n".join([f"the run {goes_on} from step {found['step']}", *said])
+
+
 def leftovers(found: Facts) -> RenderableType:
     rows = found["leftovers"]
     if not rows:
         return "nothing is left over"
     table = _table("path", "size", "what it is")
     for row in rows:
-        table.add_row(row["path"], size(row["nbytes"]), row["why"])
-    total = size(sum(row["nbytes"] for row in rows))
+        table.add_row(row["path"], size(row["nbytes"]), row["why"] + ("" if row["goes"] else "; stays"))
+    total = size(sum(row["nbytes"] for row in rows if row["goes"]))
     return Group(table, f"removed: {total}" if found["removed"] else f"--yes would remove {total}")
 
 

@@ -167,6 +167,28 @@ def test_gc(runs):
     assert answer("gc", runs / "good")["leftovers"] == []
 
 
+def test_rewind_and_what_gc_says_of_it(runs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def here(*words):
+        done = typer.testing.CliRunner().invoke(app, list(map(str, words)))
+        return done.output if done.exception is None else str(done.exception)
+
+    good = runs / "good"
+    assert here("rewind", good, 1, "--dry-run").splitlines() == [
+        "the run would go on from step 1",
+        "set aside: 2, 3",
+    ]
+    assert json.loads(here("rewind", good, 1, "--json"))["set_aside"] == [2, 3]
+    assert ckptmgr.CheckpointManager(good, read_only=True).steps() == [1]
+    assert "the steps are 1, and those that were set aside 2, 3" in here("rewind", good, 4)
+    assert here("gc", good, "--yes").count("rewind to one of its steps brings it back; stays") == 2
+    assert "came back: 2" in here("rewind", good, 2)
+    (left,) = json.loads(here("gc", good, "--yes", "--abandoned", "--json"))["leftovers"]
+    assert (left["path"].rpartition("/")[2], left["goes"], left["nbytes"] > 0) == ("3", True, True)
+    assert json.loads(here("gc", good, "--json"))["leftovers"] == []
+
+
 def test_what_another_process_writes_to_is_not_touched(runs):
     with ckptmgr.CheckpointManager(runs / "good"):
         code, _, err = run("rm", runs / "good", 1)
