@@ -1,16 +1,18 @@
-"""After a commit: callbacks, mirror, retention."""
+"""After a commit: callbacks, mirror, retention. Also what a rewind changes in them."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from ckptmgr import bucket, paths, policy, retention
+from ckptmgr import branches, bucket, paths, policy, retention, rewinding
 from ckptmgr.catalog import Catalog
 from ckptmgr.checkpoint import CheckpointInfo
+from ckptmgr.errors import SaveError
 from ckptmgr.history import History
 from ckptmgr.job import Job
 from ckptmgr.journal import Journal
@@ -27,6 +29,19 @@ def check_mirror(mirror: epath.Path | None, home: epath.Path) -> None:
         raise ValueError(f"mirror={str(mirror)!r} is the directory itself; a second home is another place")
     if mirror is not None and not paths.is_local(home):
         raise ValueError(f"mirror={str(mirror)!r}: only a directory on a disk is copied, not {home}")
+
+
+@contextlib.contextmanager
+def _reaching(mirror: Mirror, step: int) -> Iterator[None]:
+    """What fails in the mirror stops a rewind."""
+    try:
+        yield
+    except Exception as problem:  # of every library below
+        raise SaveError(
+            f"the run does not go back to step {step}, and nothing is changed in its directory: the mirror "
+            f"{mirror.catalog.directory} cannot be used, and restore() would take later steps from it: {problem}",
+            step=step,
+        ) from problem
 
 
 class Aftermath:
@@ -55,18 +70,66 @@ class Aftermath:
 
     def _keep_for_now(self, step: int) -> None:
         """Retention counts steps by their numbers; what was just saved is kept although later ones are there."""
-        for history in (self._history, *([self.mirror.history] if self.mirror is not None else [])):
-            history.committed = step
-        if self._options.keep and paths.is_local(self._home.directory):  # a bucket is asked for little
+        self._remember(step)
+        if paths.is_local(self._home.directory) and not self._has_warned:  # a bucket is asked for little
             self._warn_of_later([each for each in self._home.steps() if each > step], step)
 
+    def _remember(self, step: int) -> None:
+        for history in (self._history, *([self.mirror.history] if self.mirror is not None else [])):
+            history.committed = step
+
     def _warn_of_later(self, later: Sequence[int], step: int) -> None:
-        if later and not self._has_warned:
+        if later:
             self._has_warned = True
             _log.warning(
-                "step %d was saved below the newest step %d. Retention and restore() go by the numbers of steps: "
-                "to go on from here, delete the %d later steps", step, later[-1], len(later)
+                "step %d was saved below the newest step %d. The next start resumes from step %d: restore() and "
+                "retention go by the numbers of steps. If the run is to go on from here, call "
+                "manager.rewind(%d): it sets aside the later steps (%d)",
+                step, later[-1], later[-1], step, len(later),
             )  # fmt: skip
+
+    # ------------------------------------------------------------ going on from another step
+
+    def rewind(self, step: int) -> list[int]:
+        """Sets aside what is later than a step, here and in the mirror; gives the steps that are others now.
+
+        The mirror comes first: if it cannot be reached, nothing is changed here.
+        """
+        mirror = self.mirror
+        if mirror is None:
+            with self._retaining:
+                self._home.finish_rewind()
+                return self._rewind(rewinding.plan([self._home], step)[0], step)
+        mirror.wait()
+        with self._retaining:
+            self._home.finish_rewind()
+            with _reaching(mirror, step):
+                mirror.catalog.finish_rewind()
+                mirror.catalog.steps()
+            here, there = rewinding.plan([self._home, mirror.catalog], step)
+            with _reaching(mirror, step):
+                mirror.rewind(there)
+            return sorted({*self._rewind(here, step), *there.set_aside, *there.returned})
+
+    def _rewind(self, plan: branches.Plan, step: int) -> list[int]:
+        former = max(self._home.steps(), default=None)
+        self._home.rewind(plan)
+        _log.info(
+            "the run goes on from step %d: %d steps are set aside, %d come back",
+            step, len(plan.set_aside), len(plan.returned),
+        )  # fmt: skip
+        said = {"from": former, "set_aside": plan.set_aside, "returned": plan.returned}
+        self._journal.record("rewound", step, **said)
+        return [*plan.set_aside, *plan.returned]
+
+    def go_on_from(self, step: int, moved: Sequence[int]) -> None:
+        """Drops what is remembered of the steps before a rewind; in every process."""
+        for catalog in (self._home, *([self.mirror.catalog] if self.mirror is not None else [])):
+            for each in moved:
+                catalog.forget(each)
+        self._remember(step)
+        self._has_warned = False
+        self.update_mirror()
 
     def update_mirror(self, *new: int) -> None:
         """Has the mirror look at what is here, new steps above all; returns at once."""

@@ -4,20 +4,22 @@
 <directory>/.ckptmgr/saving/<step>         a note: the step is being written under its own name
 <directory>/.ckptmgr/deleting/<step>       a note: the step is being deleted
 <directory>/.ckptmgr/damaged/<step>-*/     a damaged checkpoint whose step was saved again
+<directory>/.ckptmgr/abandoned/<branch>/   what a rewind has set aside: copied, then removed
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from etils.epath import backend
 
-from ckptmgr import catalog, names, paths
+from ckptmgr import branches, catalog, names, paths, recognize
 from ckptmgr.catalog import KEPT, Catalog
-from ckptmgr.names import COMMITTED, DAMAGED, DELETING, SAVING
+from ckptmgr.names import COMMITTED, DAMAGED, DELETING, REWINDING, SAVING
 
 
 def open_catalog(directory: epath.Path, read_stock: Any) -> Catalog:
@@ -39,14 +41,39 @@ class Bucket(Catalog):
         return super().has(step)
 
     def _is_step(self, name: str) -> bool:
-        return bool((self.directory / name / COMMITTED).exists())
+        """Whether a folder has Orbax's marker, and is no copy of another step of ours."""
+        marker = self._read(f"{name}/{COMMITTED}")
+        if marker is None or (marker and not marker.startswith(recognize.MARKED)):
+            return False
+        if recognize.marked_step(marker) in (None, recognize.own_number(name)):
+            return True
+        metadata = self._read(f"{name}/{names.STEP_METADATA}")
+        return metadata is not None and not recognize.is_signature(metadata)
+
+    def _read(self, name: str) -> bytes | None:
+        """An object, in one request; None if there is none, be there others below its name."""
+        self._look_anew()
+        try:
+            found: bytes = self._client().cat_file(str(self.directory / name))
+        except FileNotFoundError:
+            return None
+        return found
 
     def _is_somebodys(self, step: int) -> bool:
         """What an interrupted save has left is not: there is a note of it. Version 1 wrote none."""
-        if self._is_step(str(step)) or self._note(SAVING, step).exists() or not self._children(self.path(step)):
+        if self._is_step(str(step)) or self._note(SAVING, step).exists() or not self._is_taken(step):
             return False
-        metadata = self.path(step) / names.STEP_METADATA
-        return not (metadata.exists() and b'"ckptmgr"' in metadata.read_bytes())
+        metadata = self._read(f"{step}/{names.STEP_METADATA}")
+        if metadata is None or not recognize.is_signature(metadata):
+            return True
+        return self._read(f"{step}/{COMMITTED}") is not None  # a copy of another step
+
+    def _is_taken(self, step: int) -> bool:
+        """Whether there are objects below the name of a step, or one that has it."""
+        own, found = self._list(self.path(step))
+        return any(
+            each["name"].rstrip("/") != own or (each["name"] == own and each["type"] == "file") for each in found
+        )
 
     def identity(self, step: int) -> None:
         return None
@@ -88,12 +115,44 @@ class Bucket(Catalog):
     def set_aside(self, step: int) -> epath.Path:
         self.forget(step)
         aside = self.directory / DAMAGED / f"{step}-{time.time_ns()}"
-        client = self._client()
-        source = client._strip_protocol(str(self.path(step)))
-        for name in client.find(source):
-            client.cp_file(name, f"{aside}{name.removeprefix(source)}")
-        client.rm(source, recursive=True)
+        self._copy(self.path(step), aside)
+        self._remove_all(self.path(step))
         return aside
+
+    def _remove_all(self, folder: epath.Path) -> None:
+        client = self._client()
+        client.rm(client._strip_protocol(str(folder)), recursive=True)
+
+    def _copy(self, source: epath.Path, target: epath.Path) -> None:
+        """Copies a checkpoint, on the server; the file that makes it one comes last."""
+        client = self._client()
+        start = client._strip_protocol(str(source))
+        for name in sorted(client.find(start), key=lambda name: name.endswith(f"/{COMMITTED}")):
+            client.cp_file(name, f"{target}{name.removeprefix(start)}")
+
+    # ------------------------------------------------------------ going on from another step
+
+    def _missing_file(self, manifest: object, place: str) -> None:
+        return None  # it would be requests for each step
+
+    def _move(self, ahead: Sequence[branches.Move]) -> None:
+        """Copies, then removes; of the moves ahead only the first may have been begun."""
+        self._look_anew()
+        source, target = (self.directory / place for place in ahead[0][:2])
+        if (source / COMMITTED).exists():
+            self._copy(source, target)
+            (source / COMMITTED).unlink()
+        if self._children(source):
+            self._remove_all(source)
+
+    def _has_moved(self, ahead: Sequence[branches.Move]) -> None:
+        self._write_plan(ahead)
+
+    def _write_plan(self, moves: Sequence[branches.Move]) -> None:
+        (self.directory / REWINDING).write_bytes(json.dumps(moves).encode())
+
+    def _end_rewind(self) -> None:
+        (self.directory / REWINDING).unlink()
 
     def _move_version_1(self) -> None:
         """Does nothing: version 1 left nothing beside the steps of a bucket that tells whose it is."""
@@ -105,7 +164,7 @@ class Bucket(Catalog):
         deleted = [step for step in self._notes(DELETING) if step not in good]
         found = [(self.path(step), "a save that was interrupted") for step in saved]
         found += [(self.path(step), "a deletion that was interrupted") for step in deleted]
-        return found + [(path, KEPT) for path in self._inside(DAMAGED)]
+        return found + [(path, KEPT) for path in self._inside(DAMAGED)] + self._set_aside()
 
     def _hide(self, step: int) -> epath.Path:
         self._write_note(DELETING, step)
@@ -142,14 +201,19 @@ class Bucket(Catalog):
 
         Some clients list the directory itself, which may have the name of what is in it: paths tell them apart.
         """
+        own, found = self._list(directory)
+        listed = (each["name"].rstrip("/") for each in found)
+        return sorted(path.rpartition("/")[2] for path in listed if path != own)
+
+    def _list(self, directory: epath.Path) -> tuple[str, list[Any]]:
+        """A directory as its client names it, and what the client lists there."""
         self._look_anew()
         client = self._client()
         own = client._strip_protocol(str(directory))
         try:
-            found = [path.rstrip("/") for path in client.ls(own, detail=False)]
+            return own, client.ls(own, detail=True)
         except FileNotFoundError:
-            return []
-        return sorted(path.rpartition("/")[2] for path in found if path != own)
+            return own, []
 
     def _look_anew(self) -> None:
         """Makes the client forget what it has listed: others write there too."""

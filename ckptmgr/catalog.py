@@ -8,6 +8,8 @@ The disk is the truth: nothing about steps is remembered that the next listing c
     <directory>/.ckptmgr/deleting/<step>-*/  a step that is being deleted
     <directory>/.ckptmgr/replaced/<step>/    the old checkpoint of a step that is being replaced
     <directory>/.ckptmgr/damaged/<step>-*/   a damaged checkpoint whose step was saved again
+    <directory>/.ckptmgr/abandoned/<branch>/<step>/    a checkpoint that a rewind has set aside (`branches`)
+    <directory>/.ckptmgr/rewinding           what a rewind has still to move
 
 A directory is a step if its name is a number and ckptmgr or Orbax finished something in it (`recognize`).
 Everything else outside of `.ckptmgr/` is somebody's: never read, counted, renamed or deleted. Where no step has a
@@ -18,21 +20,26 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from ckptmgr import branches as branching
 from ckptmgr import manifest as manifests
 from ckptmgr import names, paths, recognize, version_1
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, SaveError
 from ckptmgr.manifest_cache import ManifestCache, Stamp
-from ckptmgr.names import DAMAGED, DELETING, PIN, REPLACED, SAVING, STEP
+from ckptmgr.names import ABANDONED, DAMAGED, DELETING, PIN, REPLACED, REWINDING, SAVING, STEP
 
 KEPT = "damaged, and set aside for whoever wants to look into it"
+BRANCH = "set aside by a rewind: rewind to one of its steps brings it back"
 SET_BACK = "set aside for a save that was interrupted: it is the step again"
 _WHY = {
     SAVING: "a save that was interrupted",
@@ -40,6 +47,7 @@ _WHY = {
     REPLACED: "replaced by a newer save of the step",
     DAMAGED: KEPT,
 }
+_STAYS = (KEPT, BRANCH)
 _PINNED = b"kept by ckptmgr whatever the retention policy says\n"
 _ORBAX_SIGNS = {names.STEP_METADATA, "_METADATA"}
 _log = logging.getLogger("ckptmgr")
@@ -57,6 +65,9 @@ class Catalog:
         self._manifests = ManifestCache()
         self._names: Mapping[int, str] = {}
         self._damaged: dict[int, Stamp] = {}
+        self._is_of_version_2 = False
+        self._place = str(directory)
+        self._recognized: dict[str, tuple[int, ...] | None] = {}
 
     def prepare(self) -> None:
         """Makes sure that the run can be written to."""
@@ -70,14 +81,35 @@ class Catalog:
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission") from None
         if not _writable(self.directory):
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission")
-        self._ours(SAVING)
+        for folder in (SAVING, DELETING, REPLACED, DAMAGED):
+            if folder == SAVING or os.path.lexists(self.directory / folder):
+                self._ours(folder)
 
     def _ours(self, folder: str) -> epath.Path:
         """A folder of ours in the run, which is made if it is not there."""
         for each in dict.fromkeys([names.OURS, folder]):
-            paths.refuse_link(self.directory / each)
-            (self.directory / each).mkdir(exist_ok=True)
+            self._make_ours(self.directory / each)
+        if self._is_of_version_2:  # also after somebody has removed all of it
+            self._write_version()
         return self.directory / folder
+
+    def _make_ours(self, folder: epath.Path) -> None:
+        paths.refuse_link(folder)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if not folder.is_dir():
+            raise NotADirectoryError(
+                f"{folder} is a file; ckptmgr needs a folder of that name. Move the file away"
+            )
+        if not _writable(folder):
+            raise PermissionError(
+                f"{folder} cannot be written to: no permission. Give it to who runs the training"
+            )
+        if os.stat(folder).st_dev != os.stat(self.directory).st_dev:
+            raise OSError(
+                errno.EXDEV,
+                f"{folder} is on another file system than the steps, which are renamed from there. Unmount it",
+            )
 
     def path(self, step: int) -> epath.Path:
         return self.directory / self._names.get(step, str(step))
@@ -111,7 +143,14 @@ class Catalog:
 
     def _is_step(self, name: str) -> bool:
         """Whether ckptmgr or Orbax wrote something in this directory."""
-        return recognize.is_step(os.path.join(self.directory, name))
+        path = f"{self._place}/{name}"
+        seen = recognize.stamp(path)
+        if seen is None or self._recognized.get(name) != seen:
+            if not recognize.is_step(path):
+                self._recognized.pop(name, None)
+                return False
+            self._recognized[name] = seen
+        return True
 
     def _is_msgpack(self, name: str) -> bool:
         """Whether this is a file that begins as a map of msgpack does, which is what flax writes. (0x80, an empty
@@ -125,24 +164,25 @@ class Catalog:
 
     def check_free(self, step: int) -> None:
         """Raises SaveError if a save would mix names of two forms, or replace what is no checkpoint."""
-        if self._names:
-            name = next(iter(self._names.values()))
-            raise SaveError(
-                f"step {step} is not saved: the steps in {self.directory} are named as {name} is, which ckptmgr "
-                f"reads and does not write. Save into another directory, or rename them ({name} to "
-                f"{names.number(name)})",
-                step=step,
-            )
+        self._refuse_names(f"step {step} is not saved", step)
         if self.can_replace and step not in self.damaged and self._is_step(str(step)):
             with contextlib.suppress(CorruptCheckpointError):
                 self.manifest(step)  # raises NewerFormatError: what a later ckptmgr wrote is not replaced
         self._refuse_somebodys(step)
 
-    def _refuse_somebodys(self, step: int) -> None:
+    def _refuse_names(self, what: str, step: int) -> None:
+        if self._names:
+            name = next(iter(self._names.values()))
+            raise SaveError(
+                f"{what}: the steps in {self.directory} are named as {name} is, which ckptmgr reads and does not "
+                f"write. Save into another directory, or rename them ({name} to {names.number(name)})",
+                step=step,
+            )
+
+    def _refuse_somebodys(self, step: int, what: str = "is not saved") -> None:
         if self._is_somebodys(step):
             raise SaveError(
-                f"step {step} is not saved: {self.path(step)} is there and is no checkpoint; move it away",
-                step=step,
+                f"step {step} {what}: {self.path(step)} is there and is no checkpoint; move it away", step=step
             )
 
     def _is_somebodys(self, step: int) -> bool:
@@ -251,6 +291,7 @@ class Catalog:
     def forget(self, step: int) -> None:
         """Drops what was remembered of a step that was replaced or deleted."""
         self._manifests.drop(step)
+        self._recognized.pop(str(step), None)
         self._damaged.pop(step, None)
 
     def what_is_missing(self, step: int) -> str | None:
@@ -353,30 +394,178 @@ class Catalog:
         self.forget(step)
         return self.path(step).rename(self._ours(DAMAGED) / f"{step}-{time.time_ns()}")
 
+    # ------------------------------------------------------------ going on from another step
+
+    def branches(self) -> list[branching.Branch]:
+        """What rewinds have set aside, the oldest first."""
+        found = [branching.parse(path.name, self._numbers(path.name)) for path in self._inside(ABANDONED)]
+        return sorted((each for each in found if each and each.steps), key=lambda branch: branch.time)
+
+    def _numbers(self, branch: str) -> list[int]:
+        entries = self._inside(f"{ABANDONED}/{branch}")
+        return [int(path.name) for path in entries if STEP.fullmatch(path.name)]
+
+    def mark(self, place: str) -> str:
+        """What tells the checkpoint in a place of the run from every other one: a checksum of its description."""
+        path = self.directory / place
+        if paths.is_local(path) and os.path.islink(path):
+            return _checksum(os.fsencode(os.readlink(path)))
+        for name in (manifests.NAME, names.STEP_METADATA):
+            with contextlib.suppress(OSError):
+                return _checksum(paths.read_bytes(path / name))
+        with contextlib.suppress(OSError):
+            return f"{os.stat(path).st_ino % 2**32:08x}"
+        return "0" * 8
+
+    def plan_rewind(self, step: int) -> branching.Plan | None:
+        """What a rewind to a step moves; None if it is neither listed nor in a branch. Nothing is changed.
+
+        Raises SaveError if the steps have names that ckptmgr does not write, or what is no step is in the way.
+        """
+        listed = self.steps()
+        self._refuse_names(f"the run does not go back to step {step}", step)
+        found = branching.plan(step, listed, self.branches(), self.mark, time.time_ns())
+        for each in found.returned if found else ():
+            self._refuse_somebodys(each, "does not come back")
+        return found
+
+    def plan_rewind_without(self, like: branching.Plan) -> branching.Plan:
+        """What moves here with a plan for another directory of the run, if the step itself is not here."""
+        return branching.plan_without(like.base, like.mark, self.steps(), self.mark, time.time_ns())
+
+    def check_whole(self, step: int, place: str) -> None:
+        """Raises CorruptCheckpointError if a step is seen to be damaged; its arrays are not read."""
+        missing = self._missing_file(self._read_manifest(step, self.directory / place), place)
+        if missing is not None:
+            raise CorruptCheckpointError(f"step {step}: {missing}", step=step)
+
+    def _missing_file(self, manifest: manifests.Manifest, place: str) -> str | None:
+        return manifests.missing_file(manifest, self.directory / place)
+
+    def rewind(self, plan: branching.Plan) -> None:
+        """Moves what is planned. If the process is killed in it, `finish_rewind` moves the rest."""
+        if plan.moves:
+            self._write_plan(plan.moves)
+            self.finish_rewind()
+
+    def finish_rewind(self) -> None:
+        """Moves what a rewind has planned and not yet moved."""
+        ahead = self._read_plan()
+        if ahead is None:
+            return
+        while ahead:
+            self._move(ahead)
+            ahead = ahead[1:]
+            self._has_moved(ahead)
+        self._end_rewind()
+
+    def _move(self, ahead: Sequence[branching.Move]) -> None:
+        """Makes the first of these moves, unless it has been made.
+
+        If the second one takes the place that becomes free, the two checkpoints are swapped at once: the place is
+        never empty.
+        """
+        source, target, mark = ahead[0]
+        follows = ahead[1] if len(ahead) > 1 and ahead[1].target == source else None
+        if follows and self._is_at(source, mark) and self._is_at(follows.source, follows.mark):
+            _exchange(self.directory / follows.source, self.directory / source)
+        if follows and self._is_at(follows.source, mark):
+            source = follows.source  # they are swapped
+        if self._is_at(source, mark):
+            self._make_place(target)
+            (self.directory / source).rename(self.directory / target)
+
+    def _is_at(self, place: str, mark: str) -> bool:
+        """Whether the checkpoint with this mark is there. What lies behind a symlink to a folder is not ours."""
+        folders = (names.OURS, ABANDONED, os.path.dirname(place))
+        if any(os.path.islink(self.directory / folder) for folder in folders if folder):
+            return False
+        return os.path.lexists(self.directory / place) and self.mark(place) == mark
+
+    def _make_place(self, target: str) -> None:
+        """Makes the folder of a branch. What the step once replaced goes: the next start would set it back."""
+        folder, _, name = target.rpartition("/")
+        if folder:
+            self._ours(ABANDONED)
+            self._ours(folder)
+        if (old := self._old(int(name))).exists():
+            remove(old)
+
+    def _has_moved(self, ahead: Sequence[branching.Move]) -> None:
+        """Does nothing: on a disk every move shows whether it has been made."""
+
+    def _write_plan(self, moves: Sequence[branching.Move]) -> None:
+        _write_durably(self.directory / REWINDING, json.dumps(moves).encode())
+
+    def _read_plan(self) -> Sequence[branching.Move] | None:
+        """The moves ahead; None if no rewind was interrupted."""
+        path = self.directory / REWINDING
+        if paths.is_local(path) and os.path.islink(path):
+            return None
+        try:
+            moves = [branching.Move(*each) for each in json.loads(paths.read_bytes(path))]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, RecursionError) as problem:
+            _log.error("%s cannot be read, and the rewind is not finished: %s", path, problem)
+            return None
+        if not all(move.is_sound() for move in moves):
+            _log.error("%s says what no rewind does, and is not followed: remove it", path)
+            return None
+        return moves
+
+    def _end_rewind(self) -> None:
+        """Makes the new names durable, then forgets the plan."""
+        folders = [self.directory / f"{ABANDONED}/{path.name}" for path in self._inside(ABANDONED)]
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)  # if nothing is left in it
+        for folder in (*filter(os.path.isdir, folders), self.directory / ABANDONED, self.directory):
+            _sync(folder)
+        (self.directory / REWINDING).unlink()
+
+    # ------------------------------------------------------------ what was interrupted
+
     def tidy(self) -> None:
         """Finishes what an earlier process was stopped in: saves, deletions, and replacing a step."""
         self._move_version_1()
+        try:
+            self.finish_rewind()
+        except Exception as problem:  # of a disk or of a client; the run is usable without it
+            _log.error("a rewind of %s was interrupted, and cannot be finished now: %s", self.directory, problem)
         for entry, why in self.leftovers():
             if why == SET_BACK:
                 entry.rename(self.directory / entry.name)
-            elif why != KEPT:
+            elif why not in _STAYS:
                 self._remove(entry)
 
     def _move_version_1(self) -> None:
         """Moves what version 1 left beside the steps, once."""
-        if (self.directory / names.VERSION).exists():
+        self._is_of_version_2 = os.path.lexists(self.directory / names.VERSION)
+        if self._is_of_version_2:
             return
         for name, place in version_1.moves(str(self.directory)):
             self._ours(os.path.dirname(place))
             (self.directory / name).rename(self.directory / place)
         for name in version_1.to_remove(str(self.directory)):
             (self.directory / name).unlink()
-        with open(self.directory / names.VERSION, "w", opener=paths.open_to_write) as file:
-            file.write("2\n")
+        self._write_version()
+        self._is_of_version_2 = True
+
+    def _write_version(self) -> None:
+        if not os.path.lexists(self.directory / names.VERSION):
+            with open(self.directory / names.VERSION, "w", opener=paths.open_to_write) as file:
+                file.write("2\n")
 
     def leftovers(self) -> list[tuple[epath.Path, str]]:
-        """What is no step, and why it lies there. What is damaged is kept: `tidy` leaves it alone."""
-        return [(path, self._why(folder, path.name)) for folder in _WHY for path in self._inside(folder)]
+        """What is no step, and why it lies there. `tidy` leaves alone what is damaged, or was set aside."""
+        found = [(path, self._why(folder, path.name)) for folder in _WHY for path in self._inside(folder)]
+        return found + self._set_aside()
+
+    def _set_aside(self) -> list[tuple[epath.Path, str]]:
+        """The steps of the branches."""
+        places = [branch.place(step) for branch in self.branches() for step in sorted(branch.steps)]
+        return [(self.directory / place, BRANCH) for place in places]
 
     def _why(self, folder: str, name: str) -> str:
         if folder == REPLACED and not (self.directory / name).exists():
@@ -425,6 +614,30 @@ def remove(leftover: epath.Path) -> bool:
         _log.warning("%s could not be removed, and is tried again at the next start: %s", leftover, problem)
         return False
     return True
+
+
+def _checksum(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
+
+
+def _write_durably(path: epath.Path, data: bytes) -> None:
+    """A small file on a disk that is there whole or not at all, also after a power cut."""
+    new = f"{path}.new"
+    with open(new, "wb", opener=paths.open_to_write) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    _sync(path.parent)
+
+
+def _sync(directory: epath.Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _writable(directory: epath.Path) -> bool:

@@ -130,10 +130,14 @@ class History:
     def watch(self, after: int | None, timeout_s: float | None, poll_s: float) -> Iterator[int]:
         """Yields the steps after one as they come; ends when none has come for `timeout_s`."""
         waited_since = time.monotonic()
+        known: set[int] = set()
         while True:
-            new = [step for step in self._catalog.steps() if after is None or step > after]
+            listed = [step for step in self._catalog.steps() if after is None or step > after]
+            if max(listed, default=-1) < max(known, default=-1):
+                known.intersection_update(listed)  # the run went back: what it saves from here on is new
+            new = [step for step in listed if step not in known]
             for step in new:
-                after = step
+                known.add(step)
                 if self._is_readable(step):
                     yield step
             if new:

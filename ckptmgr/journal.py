@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from etils import epath
@@ -18,6 +19,7 @@ from etils import epath
 from ckptmgr import names, paths, policy, version_1
 
 _log = logging.getLogger("ckptmgr")
+_TAIL_BYTES = 1 << 16
 
 
 class Journal:
@@ -45,11 +47,34 @@ class Journal:
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:
     """The events of a run; lines that a crash cut short, and what no manager wrote, are left out."""
+    return _events(_lines(directory) if paths.is_local(directory) else ())
+
+
+def _events(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     found = []
-    for line in _lines(directory) if paths.is_local(directory) else ():
+    for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [event for event in found if _is_event(event)]
+
+
+def last_saved(directory: epath.Path) -> int | None:
+    """The step that was saved last since the last rewind; None if the end of the journal does not tell."""
+    for event in reversed(_events(_end_of(directory / names.JOURNAL).splitlines())):
+        if event["event"] in ("saved", "rewound"):
+            return int(event["step"]) if event["event"] == "saved" else None
+    return None
+
+
+def _end_of(path: epath.Path) -> bytes:
+    """The last part of a journal; of one that cannot be read, nothing. Does not wait for the writer of a FIFO."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        try:
+            return os.pread(descriptor, _TAIL_BYTES, max(0, os.fstat(descriptor).st_size - _TAIL_BYTES))
+        finally:
+            os.close(descriptor)
+    return b""
 
 
 def _lines(directory: epath.Path) -> list[bytes]:

@@ -195,6 +195,7 @@ class CheckpointManager:
                 raise ValueError("save needs params, or an opt_state that holds them")
 
             def copy() -> writing.Copied:
+                self._writer.hold()
                 self._catalog.check_free(step)
                 composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
                 self._pending.wait()
@@ -218,11 +219,11 @@ class CheckpointManager:
             self._last = dataclasses.replace(newest, time=self._clock.since(newest.time))
         return self._last
 
-    def _writable(self, step: int) -> orbax.Store:
+    def _writable(self, step: int, what: str = "saved") -> orbax.Store:
         if self._job.count == 1:  # processes raise it together, in the next call that they make together
             self._pending.raise_failure()
         if self._store is None:
-            raise SaveError(f"step {step} cannot be saved: this manager is read-only or closed", step=step)
+            raise SaveError(f"step {step} cannot be {what}: this manager is read-only or closed", step=step)
         return self._store
 
     def _refuse(self, step: int, force: bool, on_exists: str) -> str | None:
@@ -506,8 +507,35 @@ class CheckpointManager:
         self._writable(step)
         self._pending.wait()
         if self._job.leads:
+            self._writer.hold()
             self._catalog.delete(step)
             self._journal.record("deleted", step, why="asked for")
+
+    def rewind(self, step: int) -> None:
+        """Lets the run go on from an earlier step: later ones are set aside, and nothing is deleted.
+
+        What was set aside is in no listing, and retention leaves it alone. A rewind to one of these steps brings
+        it back with those before it, and sets aside what was saved in its place. If the number is also listed,
+        the listed step is meant. The mirror's steps are set aside too. With several processes all make the call.
+
+        Waits for the save in progress and for the mirror. If the process is killed in it, the next manager that
+        may write finishes it.
+
+        Raises:
+          CheckpointNotFoundError: the step is neither listed nor set aside; the message says which are.
+          CorruptCheckpointError: the step is seen to be damaged (its manifest, or the size of a file).
+          SaveError: the manager is read-only or closed, a save has failed, or the mirror cannot be reached.
+        """
+        step = policy.step_number(step)
+        with contextlib.nullcontext() if self._pending.is_current() else self._turn:
+            self._writable(step, "gone back to")
+            if self._pending.is_current() and self._job.count > 1:
+                raise SaveError(f"step {step}: all processes make a rewind, and a callback runs in one", step=step)
+            call = Call(f"the rewind to step {step}")
+            self._job.together(call, self._pending.wait)
+            moved = self._job.decide(call, lambda: self._aftermath.rewind(step))
+            self._last = None  # the policies of `save_every` go by what is listed now
+            self._aftermath.go_on_from(step, moved)
 
     def pin(self, step: int) -> None:
         """Keeps a step whatever retention says, until `unpin`."""

@@ -18,7 +18,7 @@ import fsspec
 from etils import epath
 from etils.epath import backend
 
-from ckptmgr import catalog, history, lifecycle, names, paths, retention
+from ckptmgr import branches, catalog, history, lifecycle, names, paths, retention
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
@@ -48,6 +48,7 @@ class Mirror:
         self._home, self._keep, self._then = home, keep, then
         self._background = lifecycle.Background(timeout_s)
         self._lock = threading.Lock()
+        self._at_work = threading.Lock()  # a rewind comes before or after what is copied and deleted there
         self._is_running = self._has_news = False
         self._owed: set[int] | None = None  # not known before it has been looked at
         self._announced: set[int] = set()
@@ -97,6 +98,11 @@ class Mirror:
         """Waits until nothing is being copied."""
         self._background.wait(timeout_s)
 
+    def rewind(self, plan: branches.Plan) -> None:
+        """Moves there what is planned; raises what the storage raises."""
+        with self._at_work:
+            self.catalog.rewind(plan)
+
     def _run(self) -> None:
         while True:
             with self._lock:
@@ -104,7 +110,8 @@ class Mirror:
                 if not self._is_running:
                     return
             try:
-                self._catch_up()
+                with self._at_work:
+                    self._catch_up()
             except Exception as problem:  # of every library below; training goes on without its mirror
                 _log.error(
                     "the mirror %s cannot be written to, and is tried again after the next save: %s",
@@ -117,6 +124,7 @@ class Mirror:
 
     def _catch_up(self) -> None:
         self.catalog.prepare()
+        self.catalog.finish_rewind()
         while owed := self._look():
             step = max(owed)
             if not self._copied(step, owed[step]):

@@ -22,6 +22,10 @@ SAVING = f"{OURS}/saving"
 DELETING = f"{OURS}/deleting"
 REPLACED = f"{OURS}/replaced"
 DAMAGED = f"{OURS}/damaged"
+ABANDONED = f"{OURS}/abandoned"
+"""Steps that a rewind has set aside."""
+REWINDING = f"{OURS}/rewinding"
+"""What a rewind has still to move."""
 
 STEP = re.compile(r"0|[1-9][0-9]*")
 PIN = "PINNED"

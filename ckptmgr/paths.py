@@ -34,6 +34,10 @@ def open_to_write(path: str | os.PathLike[str], flags: int) -> int:
                 f"{path} is a symlink, and what it leads to might be a file of others: ckptmgr does not write to "
                 "it. Remove the symlink"
             ) from problem
+        if problem.errno == errno.EISDIR:
+            raise IsADirectoryError(
+                f"{path} is a directory; ckptmgr needs a file of that name. Move the directory away"
+            ) from problem
         raise
     return _regular(descriptor, path)
 

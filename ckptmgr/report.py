@@ -18,21 +18,22 @@ _MOST = 300  # points or marks in one picture: of more, every second, third, ...
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 200, 80, 26
 Point = tuple[float, float]
 Events = Sequence[Mapping[str, Any]]
+Unread = CorruptCheckpointError | NewerFormatError
 
 
 def html(manager: CheckpointManager) -> str:
     """The whole file, of what is on disk and what the run's journal tells."""
     events = journal.read(manager.directory)
-    infos, damaged = survey(manager, journal.policies(manager.directory))
+    infos, unread = survey(manager, journal.policies(manager.directory))
     name = f"{manager.directory.name}: checkpoints"
     body = "\n".join([
-        _head(manager, infos, damaged, events),
-        _section("Timeline", _timeline(events, infos, damaged)),
+        _head(manager, infos, unread, events),
+        _section("Timeline", _timeline(events, infos, unread)),
         _section("Metrics", _metrics(events, infos)),
         _section("Size by leaf", _leaves(infos)),
         _section("Saving", _saving(events)),
-        _section("Walk-backs and failures", _troubles(events, damaged)),
-        _section("Checkpoints on disk", _checkpoints(infos, damaged)),
+        _section("Walk-backs and failures", _troubles(events, unread)),
+        _section("Checkpoints on disk", _checkpoints(infos, unread)),
     ])  # fmt: skip
     page = _PAGE.format(title=_text(name), style=_STYLE, body=body)
     return page.encode("ascii", "xmlcharrefreplace").decode()  # the same in whatever encoding it is written
@@ -40,17 +41,26 @@ def html(manager: CheckpointManager) -> str:
 
 def survey(
     manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None
-) -> tuple[list[CheckpointInfo], dict[int, str]]:
-    """The checkpoints on disk and why `keep` keeps each, and what is wrong with those that cannot be read."""
-    infos, damaged = manager.infos(), {}
+) -> tuple[list[CheckpointInfo], dict[int, Unread]]:
+    """The checkpoints on disk and why `keep` keeps each, and why those that cannot be read are not."""
+    infos = manager.infos()
+    unread: dict[int, Unread] = {}
     for step in sorted(set(manager.steps()) - {info.step for info in infos}):
         try:
             manager.info(step)
         except (CorruptCheckpointError, NewerFormatError) as problem:
-            damaged[step] = str(problem)
+            unread[step] = problem
         except CheckpointNotFoundError:
             continue  # deleted while we looked
-    return history.explain(infos, keep or ()), damaged
+    return history.explain(infos, keep or ()), unread
+
+
+def _state(problem: Unread) -> str:
+    return "needs a newer ckptmgr" if isinstance(problem, NewerFormatError) else "damaged"
+
+
+def _damaged(unread: Mapping[int, Unread]) -> list[int]:
+    return [step for step, problem in unread.items() if not isinstance(problem, NewerFormatError)]
 
 
 def _text(value: object) -> str:
@@ -85,15 +95,17 @@ def _of(events: Events, *kinds: str) -> list[Mapping[str, Any]]:
 
 
 def _head(
-    manager: CheckpointManager, infos: Sequence[CheckpointInfo], damaged: Mapping[int, str], events: Events
+    manager: CheckpointManager, infos: Sequence[CheckpointInfo], unread: Mapping[int, Unread], events: Events
 ) -> str:
     newest = infos[-1] if infos else None
     facts = {
         "directory": manager.directory,
         "on disk": f"{len(infos)} checkpoints, {_size(sum(info.disk_nbytes or info.nbytes for info in infos))}",
         "saved in all": f"{len(_of(events, 'saved'))}" if events else _UNKNOWN,
-        "damaged": len(damaged) or "none",
+        "damaged": len(_damaged(unread)) or "none",
     }
+    if len(unread) > len(_damaged(unread)):
+        facts["need a newer ckptmgr"] = len(unread) - len(_damaged(unread))
     if newest is not None:
         facts["newest"] = f"step {newest.step}, {_when(newest.time)}"
         facts["made with"] = (
@@ -136,21 +148,32 @@ _SHAPES = {
     "kept": ("on disk", "<circle r='6' class='kept'/>"),
     "pinned": ("on disk, pinned", "<path d='M0-8 8 0 0 8-8 0Z' class='kept'/>"),
     "damaged": ("on disk, damaged", "<path d='M0-8 8 7H-8Z' class='bad'/>"),
+    "later": ("on disk, needs a newer ckptmgr", "<path d='M-6-6H6V6H-6Z' class='gone'/>"),
     "deleted": ("saved, then deleted", "<circle r='5' class='gone'/>"),
     "failed": ("a save that failed", "<path d='M-6-6 6 6M6-6-6 6' class='bad line'/>"),
     "passed over": ("passed over in a restore", "<path d='M-7-5H7L0 7Z' class='bad'/>"),
     "restored": ("restored, or resumed from", "<path d='M0-8V8M-5 3 0 8 5 3' class='line'/>"),
 }
 """What happened to a step; each is told by its shape, colour only helps."""
-_LANES = {"kept": 0, "pinned": 0, "damaged": 0, "deleted": 1, "failed": 2, "passed over": 2, "restored": 3}
+_LANES = {
+    "kept": 0,
+    "pinned": 0,
+    "damaged": 0,
+    "later": 0,
+    "deleted": 1,
+    "failed": 2,
+    "passed over": 2,
+    "restored": 3,
+}
 _NAMES = ("on disk", "deleted", "trouble", "restored")
 
 
-def _timeline(events: Events, infos: Sequence[CheckpointInfo], damaged: Mapping[int, str]) -> str:
+def _timeline(events: Events, infos: Sequence[CheckpointInfo], unread: Mapping[int, Unread]) -> str:
     """Steps from left to right; below each other what is there, what is gone, what went wrong, what was read."""
-    here = {info.step for info in infos} | set(damaged)
+    here = {info.step for info in infos} | set(unread)
     rows = [(info.step, "pinned" if info.pinned else "kept", ", ".join(info.kept)) for info in infos]
-    rows += [(step, "damaged", why) for step, why in damaged.items()]
+    damaged = _damaged(unread)
+    rows += [(step, "damaged" if step in damaged else "later", str(why)) for step, why in unread.items()]
     rows += [(e["step"], "deleted", e["why"]) for e in _of(events, "deleted") if e["step"] not in here]
     rows += [(e["step"], e["event"], e.get("why", "")) for e in _of(events, "failed", "passed over", "restored")]
     if not rows:
@@ -273,14 +296,14 @@ def _row(*cells: object) -> str:
     )
 
 
-def _troubles(events: Events, damaged: Mapping[int, str]) -> str:
+def _troubles(events: Events, unread: Mapping[int, Unread]) -> str:
     words = {"failed": "a save failed", "passed over": "damaged, passed over in a restore"}
     rows = [_row(e["step"], _when(e["time"]), words[e["event"]], e["why"]) for e in _of(events, *words)]
-    rows += [_row(step, "now", "damaged on disk", why) for step, why in damaged.items()]
+    rows += [_row(step, "now", _state(why), why) for step, why in unread.items()]
     return _table(("step", "when", "what", "why"), "".join(rows)) if rows else _nothing("None is known.")
 
 
-def _checkpoints(infos: Sequence[CheckpointInfo], damaged: Mapping[int, str]) -> str:
+def _checkpoints(infos: Sequence[CheckpointInfo], unread: Mapping[int, Unread]) -> str:
     rows = {
         info.step: _row(
             info.step, _when(info.time), _size(info.nbytes), ", ".join(info.kept) + " (pinned)" * info.pinned,
@@ -288,7 +311,7 @@ def _checkpoints(infos: Sequence[CheckpointInfo], damaged: Mapping[int, str]) ->
         )
         for info in infos
     }  # fmt: skip
-    rows |= {step: _row(step, "", "", "damaged", "") for step in damaged}
+    rows |= {step: _row(step, "", "", _state(why), "") for step, why in unread.items()}
     shown, said = _thinned([rows[step] for step in sorted(rows)])
     if not shown:
         return _nothing("Nothing has been saved yet.")

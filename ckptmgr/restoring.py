@@ -111,8 +111,18 @@ class Restorer:
                 self._job.decide(_CHOICE, still_listed)
             else:
                 self._home.mark_damaged(skipped)
+                self._warn_of_lower(candidate)
                 return found
         raise self._home.nothing_good(skipped)
+
+    def _warn_of_lower(self, step: int) -> None:
+        """Says it if the step that was saved last is not the newest: somebody went back, and did not say so."""
+        saved = journal.last_saved(self._home.directory) if self._job.leads else None
+        if saved is not None and saved < step and self._home.has(saved):
+            _log.warning(
+                "step %d is restored, which has the highest number, and step %d was saved after it. If the run is "
+                "to go on from step %d, call manager.rewind(%d) and restore again", step, saved, saved, saved
+            )  # fmt: skip
 
     def _refuse_if_listed(self, step: int, ends: float, problem: str) -> None:
         """Raises if process 0 still lists a step that another does not find."""

@@ -41,8 +41,17 @@ class Writer:
             _refuse_version_1(directory)
             _files[path] = _lock(path)
         _managers[path] += 1
+        self._path = path
         self.release = weakref.finalize(self, _release, path, os.getpid())
         """Gives the right back; also called when nobody holds the manager any more, or Python ends."""
+
+    def hold(self) -> None:
+        """Takes the lock anew if its file was removed. Raises SaveError if another process has it since."""
+        descriptor = _files.get(self._path)
+        if descriptor is not None and not _is_still(self._path, descriptor):
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            _files[self._path] = _lock(self._path)
+            os.close(descriptor)
 
 
 def _release(path: str, owner: int) -> None:

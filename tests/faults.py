@@ -35,6 +35,12 @@ MIRROR_POINTS = {
     "check": "ckptmgr.mirror:Mirror._check",  # the copy is read back
     "make step": "ckptmgr.catalog:Catalog.publish",  # the copy gets its name
 }
+REWIND_POINTS = {
+    "plan": "ckptmgr.catalog:_write_durably",  # what is to be moved
+    "move": "ckptmgr.bucket:Bucket._move",  # one checkpoint, in a bucket
+    "moved": "ckptmgr.bucket:Bucket._write_plan",  # what is still to be moved, in a bucket
+    "copy": "ckptmgr.bucket:Bucket._copy",
+}
 SLOW_S = 5.0  # longer than what is timed beside it takes on a busy machine
 
 
@@ -76,7 +82,7 @@ def install(fault, put=setattr):
         return
     kind, _, rest = fault.partition(" ")
     point, _, turn = rest.rpartition(" ")
-    module, _, path = (POINTS | MIRROR_POINTS)[point].partition(":")
+    module, _, path = (POINTS | MIRROR_POINTS | REWIND_POINTS)[point].partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     real, seen = getattr(owner, name), []

@@ -10,6 +10,7 @@ attempt STEP...     saves steps, and says what came of each; `2:0` is saved by p
 differs             process 1 gives something else, in every way; says what came of it
 stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
 own save|load       each process has iterators of its own
+rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
 reader              each process in turn reads alone beside the others, then all do
 """
 
@@ -289,6 +290,7 @@ def shared(directory, _, axes, broadcast):
     }
     template = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in values.items()}
     template["keys"] = jax.eval_shape(lambda: keys(0))
+    os.preadv = counted_preadv
     before = read_bytes()
     manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S)
     found = manager.restore(params=template, layout=layout, broadcast=broadcast == "True")
@@ -305,9 +307,18 @@ def shared(directory, _, axes, broadcast):
 
 
 def read_bytes():
-    counted = ("/tensorstore/kvstore/file/bytes_read", "/tensorstore/file/mmap_bytes")
-    found = [metric for name in counted for metric in ts.experimental_collect_matching_metrics(name)]
-    return sum(value["value"] for metric in found for value in metric["values"])
+    """What TensorStore has read of files, and what we have read of arrays ourselves."""
+    found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in found for value in metric["values"]) + sum(READ)
+
+
+READ = []
+preadv = os.preadv
+
+
+def counted_preadv(*given):
+    READ.append(preadv(*given))
+    return READ[-1]
 
 
 def train(directory, mesh, save_every):
@@ -325,6 +336,24 @@ def train(directory, mesh, save_every):
             if manager.preempted:
                 break
     say("ended", step)
+
+
+def rewind(directory, mesh):
+    with ckptmgr.CheckpointManager(directory, keep=3, mirror=MIRROR, timeout_s=TIMEOUT_S) as manager:
+        for step in (50, 60, 70):
+            manager.save(step, spread(mesh, step))
+        manager.rewind(50)
+        manager.save(60, spread(mesh, 160))
+        try:
+            manager.rewind(55)
+        except ckptmgr.CheckpointNotFoundError as problem:
+            say("refused", problem)
+        found = manager.restore(params=spread(mesh, 0))
+        check(found.params, 160)
+        manager.rewind(70)
+        for step in (60, 70):
+            check(manager.restore(step, params=spread(mesh, 0)).params, step)
+        say("steps", *manager.steps())
 
 
 def slow(directory, mesh):
@@ -380,7 +409,7 @@ if __name__ == "__main__":
     try:
         known = {
             each.__name__: each
-            for each in (save, load, shared, train, clock, slow, attempt, differs, stages, own, reader)
+            for each in (save, load, shared, train, clock, slow, attempt, differs, stages, own, reader, rewind)
         }
         known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:

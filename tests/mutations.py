@@ -24,7 +24,7 @@ MUTATIONS = [
     ),
     Mutation(
         7, "a directory that is somebody's counts as a step",
-        "catalog.py", "return recognize.is_step(os.path.join(self.directory, name))", "return True",
+        "catalog.py", "            if not recognize.is_step(path):\n", "            if False:\n",
         "tests/test_foreign_files.py::test_a_directory_that_nobody_of_us_wrote_is_no_step_and_is_left_alone",
     ),
     Mutation(
@@ -34,7 +34,7 @@ MUTATIONS = [
     ),
     Mutation(
         1, "leftovers of an interrupted save stay",
-        "catalog.py", "            elif why != KEPT:\n", "            elif False:\n",
+        "catalog.py", "            elif why not in _STAYS:\n", "            elif False:\n",
         "tests/test_catalog.py",
     ),
     Mutation(
@@ -104,7 +104,8 @@ MUTATIONS = [
     ),
     Mutation(
         6, "what a failed save has written stays",
-        "storage/orbax.py", "            draft.rmtree()", "            pass",
+        "storage/orbax.py",
+        "                self._run.discard(step)\n            raise", "                pass\n            raise",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
@@ -212,9 +213,93 @@ MUTATIONS = [
         "tests/test_job.py::test_directories_that_are_not_shared_are_refused_in_all",
     ),
     Mutation(
+        11, "a copy of a step that is half made counts as a step",
+        "recognize.py", 'return isinstance(found, dict) and "tree_metadata" in found and _LATER not in found',
+        "return True",
+        "tests/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+    ),
+    Mutation(
+        11, "a copy of a step counts under its new number",
+        "recognize.py", "or not _is_of_another_step(path, int(head[1]))",
+        "or True",
+        "tests/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+    ),
+    Mutation(
+        11, "a symlink to a step of the run counts as one",
+        "recognize.py", "    if _leads_beside(path):\n",
+        "    if False:\n",
+        "tests/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+    ),
+    Mutation(
+        11, "a step is written into what somebody has put there",
+        "catalog.py", "        if self._is_somebodys(step):\n",
+        "        if False:\n",
+        "tests/test_strangers.py::test_a_number_that_a_stranger_has_is_refused_by_name_and_the_others_are_saved",
+    ),
+    Mutation(
+        11, "in a bucket any object that is named as the marker is one",
+        "bucket.py", "if marker is None or (marker and not marker.startswith(recognize.MARKED)):",
+        "if marker is None:",
+        "tests/test_strangers.py::test_strangers_in_a_bucket_are_not_there_for_us_and_stay",
+    ),
+    Mutation(
+        11, "a lock whose file was removed is not taken again",
+        "writer.py", "if descriptor is not None and not _is_still(self._path, descriptor):",
+        "if False:",
+        "tests/test_strangers.py::test_another_process_that_took_a_run_whose_lock_was_removed_is_named",
+    ),
+    Mutation(
+        11, "what is being deleted lies beside the steps",
+        "catalog.py", 'self._ours(DELETING) / f"{step}-{time.time_ns()}"',
+        'self.directory / f".deleted-{step}-{time.time_ns()}"',
+        "tests/test_whereabouts.py::test_over_the_life_of_a_run_nothing_is_touched_outside_of_steps_and_our_folder",
+    ),
+    Mutation(
         14, "a process that is slow is not waited for",
         "job.py", "if self._said and self._said.get(i) != each}", "if False}",
         "tests/test_job.py::test_a_save_that_is_slow_in_one_process_is_not_failed_by_the_others",
+    ),
+    Mutation(
+        11, "a rewind moves before it says what it moves",
+        "catalog.py", "            self._write_plan(plan.moves)\n            self.finish_rewind()\n",
+        "            for index in range(len(plan.moves)):\n                self._move(plan.moves[index:])\n",
+        "tests/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
+    ),
+    Mutation(
+        11, "a rewind that was interrupted is not finished",
+        "catalog.py", "        try:\n            self.finish_rewind()\n", "        try:\n            pass\n",
+        "tests/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
+    ),
+    Mutation(
+        11, "the newest step leaves before the others",
+        "branches.py", "reverse=newest_first", "reverse=True",
+        "tests/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
+    ),
+    Mutation(
+        11, "what was set aside is removed at the next start",
+        "catalog.py", "_STAYS = (KEPT, BRANCH)", "_STAYS = (KEPT,)",
+        "tests/test_rewind.py::test_retention_best_and_leftovers_leave_alone_what_was_set_aside",
+    ),
+    Mutation(
+        11, "a branch comes back without what it goes on from",
+        "branches.py", "while step not in listed or (wanted and mark(str(step)) != wanted):",
+        "while step not in listed:",
+        "tests/test_rewind.py::test_a_branch_comes_back_with_the_steps_that_it_goes_on_from",
+    ),
+    Mutation(
+        11, "the mirror keeps what was set aside",
+        "aftermath.py", "                mirror.rewind(there)\n", "                pass\n",
+        "tests/test_rewind.py::test_the_mirror_goes_back_too",
+    ),
+    Mutation(
+        11, "policies go by what was set aside",
+        "manager.py", "            self._last = None  # the policies", "            # the policies",
+        "tests/test_rewind.py::test_policies_go_by_the_branch_that_is_live",
+    ),
+    Mutation(
+        11, "the next start does not say that another branch was saved last",
+        "restoring.py", "                self._warn_of_lower(candidate)\n", "",
+        "tests/test_rewind.py::test_without_a_rewind_the_save_and_the_next_start_say_what_is_meant",
     ),
     Mutation(
         12, "what a caller changed after an interrupt is saved",
@@ -230,5 +315,41 @@ MUTATIONS = [
         16, "a rename that matches nothing is accepted",
         "matching.py", "if rule not in used]", "if False]",
         "tests/test_exactness.py::test_a_rename_that_matches_nothing_is_refused",
+    ),
+    Mutation(
+        2, 'a small file of arrays has no checksum',
+        'storage/orbax.py', 'return "/d/" in name and size > _SMALL_BYTES',
+        'return "/d/" in name',
+        'tests/storage/test_sealing.py::test_a_database_of_another_save_that_has_the_same_size_is_found',
+    ),
+    Mutation(
+        2, 'what lies in a step is not compared with what was meant',
+        'storage/orbax.py', '    sealing.check(step, draft, meant(), recorded)\n',
+        '',
+        'tests/storage/test_sealing.py::test_what_somebody_does_to_a_step_while_it_is_written_is_never_sealed_as_whole',
+    ),
+    Mutation(
+        2, 'a remembered manifest is that of its number',
+        'catalog.py', 'self._manifests.get(step, stamp)',
+        'self._manifests.get(step, self._manifests._known.get(step, (None,))[0])',
+        'tests/test_manifest_cache.py::test_a_step_that_another_process_replaced_is_told_of_as_it_is_now',
+    ),
+    Mutation(
+        13, 'files are mapped',
+        'storage/arrays.py', '        context = ts.Context()  # files are read',
+        '        context = ts.Context({"file_io_mode": {"mode": "memmap"}})  # files are read',
+        'tests/test_truncated.py',
+    ),
+    Mutation(
+        13, 'a FIFO is read',
+        'paths.py', 'if stat.S_ISREG(os.fstat(descriptor).st_mode):',
+        'if True:',
+        'tests/test_odd_files.py::test_anything_in_the_place_of_any_file_or_folder_is_said_and_walked_back_from',
+    ),
+    Mutation(
+        13, 'a process without open files passes good steps over',
+        'paths.py', 'if is_said or isinstance(problem, MemoryError)',
+        'if False and isinstance(problem, MemoryError)',
+        'tests/test_odd_files.py::test_a_process_that_may_open_no_more_files_says_so_and_passes_nothing_over',
     ),
 ]  # fmt: skip

@@ -358,3 +358,9 @@ def restored(directory):
         assert (found.step, found.skipped) == (reader.latest(), {})
     assert np.array_equal(found.params["w"], member.state(found.step)["w"])
     return found.step
+
+
+def test_all_processes_go_back_together(tmp_path):
+    for index, said in enumerate(lines(start(2, tmp_path, "rewind"))):
+        assert said[0].startswith(f"refused {'process 0: ' if index else ''}there is no step 55 in {tmp_path}")
+        assert said[1:] == ["steps 50 60 70"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ckptmgr
-from ckptmgr import report
+from ckptmgr import manifest, report
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -140,3 +140,17 @@ def test_a_long_run_stays_a_small_file(browser, tmp_path):
     page = written(tmp_path / "long")
     assert page.stat().st_size < 500_000
     assert "One of 17 is shown" in opened(browser, page).page_source
+
+
+def test_a_step_of_a_newer_format_needs_a_newer_ckptmgr_and_is_not_damaged(tmp_path):
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"w": np.ones(3)})
+    path = tmp_path / "2" / "manifest.json"
+    body = path.read_bytes().replace(b'"format":1', b'"format":9').rpartition(b',"crc32"')[0]
+    path.write_bytes(body + manifest._seal(body))
+    page = report.html(ckptmgr.CheckpointManager(tmp_path, read_only=True))
+    assert page.count("<td>needs a newer ckptmgr</td>") == 2  # among the troubles, and on disk
+    assert "on disk, needs a newer ckptmgr" in page
+    assert "on disk, damaged" not in page
+    assert "<td>damaged" not in page

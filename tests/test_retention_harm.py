@@ -1,7 +1,6 @@
 """Retention that cannot do harm: what is not whole does not count, and what changes is looked at again."""
 
 import dataclasses
-import os
 import random
 import shutil
 import subprocess
@@ -82,27 +81,6 @@ UNCLEAR = {
     "a file is missing": lambda step: next(step.rglob("d/*")).unlink(),
     "it cannot be looked into": lambda step: step.chmod(0),
 }
-
-
-@pytest.fixture
-def nobody(tmp_path):
-    """Root may look into everything: here it is somebody else, to whom the test's directory belongs."""
-    if os.geteuid() != 0:
-        yield lambda: None
-        return
-
-    def become():
-        for path in (tmp_path, *tmp_path.rglob("*")):
-            os.chown(path, 65534, 65534)
-        os.seteuid(65534)
-
-    modes = {path: path.stat().st_mode for path in tmp_path.parents[:2]}
-    for path in modes:
-        path.chmod(0o755)
-    yield become
-    os.seteuid(0)
-    for path, mode in modes.items():
-        path.chmod(mode)
 
 
 @pytest.mark.parametrize("how", UNCLEAR)

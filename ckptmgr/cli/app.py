@@ -17,7 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from ckptmgr import bucket, interop, policy, report
-from ckptmgr.catalog import KEPT, remove
+from ckptmgr.catalog import BRANCH, KEPT, remove
 from ckptmgr.cli import doctor as doctors
 from ckptmgr.cli import facts, tables
 from ckptmgr.cli.working import working
@@ -136,11 +136,16 @@ def verify(
 def keep(run: Run, policy_: Policies, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Deletes what no policy keeps; with --dry-run it tells what would be kept, and why."""
     policies = [policy.parse(each) for each in policy_]
-    found = facts.run(facts.reader(run), policies)
-    doomed = [row["step"] for row in found["steps"] if not row["kept"] and not row["damaged"]]
-    if not dry_run:
-        _delete(run, doomed)
-    _show(found | {"deleted": [] if dry_run else doomed, "would_delete": doomed}, as_json, tables.kept)
+    reader = facts.reader(run)
+    found, past = facts.run(reader, policies), facts.history(reader.directory, policies)
+    decision = past.decide_deletions()
+    to_delete = sorted(decision.to_delete)
+    if to_delete and not dry_run:
+        with _writer(run) as manager:
+            to_delete = [step for step in to_delete if past.still_holds(decision, step)]
+            for step in to_delete:
+                manager.delete(step)
+    _show(found | {"deleted": [] if dry_run else to_delete, "would_delete": to_delete}, as_json, tables.kept)
 
 
 # ---------------------------------------------------------------- changing
@@ -160,6 +165,22 @@ def unpin(run: Run, step: OneStep, as_json: AsJson = False) -> None:
     with _writer(run) as manager:
         manager.unpin(step)
     _show({"run": run, "unpinned": step}, as_json, lambda found: f"step {step} is no longer pinned")
+
+
+@app.command(epilog="Example: ckptmgr rewind runs/digits 50 --dry-run")
+def rewind(
+    run: Run,
+    step: OneStep,
+    mirror: Annotated[str | None, typer.Option(help="The run's mirror, where the same is done.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Lets a run go on from a step: later ones are set aside, and come back with a rewind to one of them."""
+    found = facts.rewinding(facts.reader(run).directory, mirror, step)
+    if not dry_run:
+        with CheckpointManager(run, mirror=mirror) as manager:
+            manager.rewind(step)
+    _show({"run": run, "step": step, **found, "done": not dry_run}, as_json, tables.rewound)
 
 
 @app.command(epilog="Example: ckptmgr rm runs/digits 100 200 --dry-run")
@@ -192,15 +213,17 @@ def gc(
     run: Run,
     yes: Annotated[bool, typer.Option("--yes", help="Removes them.")] = False,
     damaged: Annotated[bool, typer.Option("--damaged", help="Those that are damaged and set aside too.")] = False,
+    abandoned: Annotated[bool, typer.Option("--abandoned", help="Steps that a rewind has set aside too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tells what interrupted processes have left, and with --yes removes it."""
     manager = facts.reader(run)
-    found = [each for each in facts.leftovers(manager.directory) if damaged or each["why"] != KEPT]
+    asked_for = {KEPT: damaged, BRANCH: abandoned}
+    found = [each | {"goes": asked_for.get(each["why"], True)} for each in facts.leftovers(manager.directory)]
     if yes:
         with _writer(run):  # which says if another process writes, and tidies as it opens
             for path, why in bucket.open_catalog(manager.directory, reading.read_stock).leftovers():
-                if damaged and why == KEPT:
+                if asked_for.get(why):
                     remove(path)
     _show({"run": run, "leftovers": found, "removed": yes}, as_json, tables.leftovers)
 

@@ -11,10 +11,13 @@ import sys
 import time
 from typing import Any
 
+from etils import epath
 from packaging.requirements import Requirement
 
-from ckptmgr import paths
-from ckptmgr.cli.facts import free_bytes
+from ckptmgr import names, paths
+from ckptmgr.cli.facts import Facts, free_bytes, left_alone
+from ckptmgr.errors import CheckpointError
+from ckptmgr.manager import CheckpointManager
 from ckptmgr.storage import files
 
 _PROBE_BYTES = 64 << 20
@@ -34,8 +37,19 @@ def examine(directory: str) -> dict[str, Any]:
         "devices": _devices(),
         "storage": storage,
         "not_installed": _not_installed(),
+        "left_alone": _left_alone(paths.resolve(directory), warnings),
         "warnings": warnings,
     }
+
+
+def _left_alone(directory: epath.Path, warnings: list[str]) -> Facts | None:
+    """What is no checkpoint; None if the directory is no run."""
+    try:
+        steps = CheckpointManager(directory, read_only=True).steps()
+        return left_alone(directory) if steps or (directory / names.OURS).exists() else None
+    except (CheckpointError, OSError) as problem:
+        warnings.append(str(problem))
+        return None
 
 
 def _versions() -> tuple[dict[str, str], list[str]]:

@@ -13,15 +13,18 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckptmgr import bucket, journal, policy, report, structure
+from ckptmgr import bucket, journal, paths, policy, report, structure
 from ckptmgr import manifest as manifests
+from ckptmgr import rewinding as rewinds
 from ckptmgr.checkpoint import CheckpointInfo, VerifyReport
-from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, NewerFormatError
+from ckptmgr.errors import CheckpointNotFoundError, NewerFormatError
+from ckptmgr.history import History
 from ckptmgr.layout import HOST
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.storage import reading
 
 Facts = dict[str, Any]
+_MOST_NAMES, _LONGEST_NAME = 10, 60
 
 
 def reader(run: str) -> CheckpointManager:
@@ -64,28 +67,35 @@ def chosen(manager: CheckpointManager, step: int | None) -> int:
 def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = None) -> Facts:
     """Every checkpoint of a run, and why it is kept: by `keep`, or by what its training said last."""
     policies = journal.policies(manager.directory) if keep is None else keep
-    infos, damaged = report.survey(manager, policies)
+    infos, unread = report.survey(manager, policies)
     rows: list[Facts] = [
-        {"step": step, "damaged": why, "later_format": _is_later(manager, step), "kept": None}
-        for step, why in damaged.items()
+        {"step": step, "damaged": str(why), "later_format": isinstance(why, NewerFormatError), "kept": None}
+        for step, why in unread.items()
     ]
     rows += [_row(info) | {"kept": None if policies is None else list(info.kept)} for info in infos]
     return {
         "run": str(manager.directory),
         "keep": None if policies is None else [policy.spell(each) for each in policies],
         "steps": sorted(rows, key=lambda row: row["step"]),
+        "left_alone": left_alone(manager.directory),
     }
 
 
-def _is_later(manager: CheckpointManager, step: int) -> bool:
-    """Whether a step that is not read was written by a later ckptmgr, and is not damaged at all."""
-    try:
-        manager.info(step)
-    except NewerFormatError:
-        return True
-    except CheckpointError:
-        return False
-    return False
+def history(directory: epath.Path, keep: Sequence[policy.KeepPolicy]) -> History:
+    """What retention goes by."""
+    return History(bucket.open_catalog(directory, reading.read_stock), keep)
+
+
+def left_alone(directory: epath.Path) -> Facts:
+    """What lies in a run and is neither a checkpoint nor ours: how much, and the first names."""
+    found = bucket.open_catalog(directory, reading.read_stock).strangers()
+    return {"count": len(found), "names": [_printable(name) for name in found[:_MOST_NAMES]]}
+
+
+def _printable(name: str) -> str:
+    """A name as a terminal can show it: quoted if it holds control characters or bytes that are no text."""
+    shown = name if name.isprintable() else repr(name)
+    return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}..."
 
 
 def _row(info: CheckpointInfo) -> Facts:
@@ -241,6 +251,16 @@ def free_bytes(directory: epath.Path) -> int | None:
         found = os.statvfs(directory)
         return found.f_bavail * found.f_frsize
     return None
+
+
+def rewinding(directory: epath.Path, mirror: str | None, step: int) -> Facts:
+    """What a rewind would set aside and bring back, in a run or in its mirror."""
+    places = [directory] + ([paths.resolve(mirror, "--mirror")] if mirror is not None else [])
+    plans = rewinds.plan([bucket.open_catalog(place, reading.read_stock) for place in places], step)
+    return {
+        "set_aside": sorted({each for plan in plans for each in plan.set_aside}),
+        "returned": sorted({each for plan in plans for each in plan.returned}),
+    }
 
 
 # ---------------------------------------------------------------- the rest

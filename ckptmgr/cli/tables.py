@@ -45,7 +45,17 @@ def run(found: Facts) -> RenderableType:
     for row in found["steps"]:
         table.add_row(*_cells(row))
     policies = "unknown" if found["keep"] is None else ", ".join(found["keep"]) or "keep everything"
-    return Group(f"{found['run']}  (retention: {policies})", table if found["steps"] else "no checkpoints")
+    head = f"{found['run']}  (retention: {policies})"
+    return Group(head, table if found["steps"] else "no checkpoints", *_left_alone(found))
+
+
+def _left_alone(found: Facts) -> list[Text]:
+    """What is no checkpoint, in one line; nothing if there is nothing."""
+    told = found.get("left_alone")
+    if not told or not told["count"]:
+        return []
+    more = told["count"] - len(told["names"])
+    return [Text(f"no checkpoints, left alone: {', '.join(told['names'])}{f', and {more} more' if more else ''}")]
 
 
 def _cells(row: Facts) -> list[str | Text]:
@@ -160,14 +170,21 @@ def verified(found: list[Facts]) -> RenderableType:
     return Group(*lines) if lines else Text("no checkpoints")
 
 
+def rewound(found: Facts) -> RenderableType:
+    lines = {"set aside": found["set_aside"], "come back" if not found["done"] else "came back": found["returned"]}
+    said = [f"{what}: {', '.join(map(str, steps))}" for what, steps in lines.items() if steps]
+    goes_on = "goes on" if found["done"] else "would go on"
+    return "\n".join([f"the run {goes_on} from step {found['step']}", *said])
+
+
 def leftovers(found: Facts) -> RenderableType:
     rows = found["leftovers"]
     if not rows:
         return "nothing is left over"
     table = _table("path", "size", "what it is")
     for row in rows:
-        table.add_row(row["path"], size(row["nbytes"]), row["why"])
-    total = size(sum(row["nbytes"] for row in rows))
+        table.add_row(row["path"], size(row["nbytes"]), row["why"] + ("" if row["goes"] else "; stays"))
+    total = size(sum(row["nbytes"] for row in rows if row["goes"]))
     return Group(table, f"removed: {total}" if found["removed"] else f"--yes would remove {total}")
 
 
@@ -181,7 +198,7 @@ def doctor(found: Facts) -> RenderableType:
     for what, command in found["not_installed"].items():
         table.add_row("not installed", f"{what}: {command}")
     warnings = [Text(f"WARNING {each}", style="bold red") for each in found["warnings"]]
-    return Group(table, *(warnings or [Text("nothing is wrong")]))
+    return Group(table, *_left_alone(found), *(warnings or [Text("nothing is wrong")]))
 
 
 def _storage(found: Facts) -> str:

@@ -16,9 +16,11 @@ import optax
 import optimizers
 import pytest
 import typer.testing
+from etils import epath
 from jax.example_libraries import optimizers as example_libraries
 
 import ckptmgr
+from ckptmgr.cli import doctor, facts, tables
 from ckptmgr.cli.app import app
 from ckptmgr.testing import assert_trees_equal
 
@@ -69,6 +71,23 @@ def test_ls(runs):
     assert found["steps"][0]["kept"] == ["best(metric='loss', n=1, mode='min')"]
     assert found["steps"][2]["metrics"] == {"loss": "nan"}
     assert "DAMAGED" in ok("ls", runs / "bad")
+
+
+def test_what_is_no_checkpoint_is_told_once_by_ls_and_doctor(runs):
+    run = runs / "good"
+    assert facts.left_alone(epath.Path(run)) == {"count": 0, "names": []}
+    names = ["2024", "[bold]", "a\nb", "\udcff", "x" * 200, *(f"y{n}" for n in range(7))]
+    for name in names:
+        (run / name).mkdir()
+    told = facts.run(ckptmgr.CheckpointManager(run, read_only=True))["left_alone"]
+    assert told["count"] == 12
+    shown = "2024, [bold], 'a\\nb', " + "x" * 60 + "..., y0, y1, y2, y3, y4, y5"
+    assert ", ".join(told["names"]) == shown
+    assert ok("ls", run).count(f"no checkpoints, left alone: {shown}, and 2 more\n") == 1
+    found = facts.left_alone(epath.Path(run))
+    assert doctor._left_alone(epath.Path(run), []) == found == told
+    assert doctor._left_alone(epath.Path(runs), []) is None  # no run
+    assert "[bold]" in str(tables._left_alone({"left_alone": found})[0])
 
 
 def test_show(runs):
@@ -146,6 +165,28 @@ def test_gc(runs):
     ok("gc", runs / "good", "--yes", "--damaged")
     assert not aside.exists()
     assert answer("gc", runs / "good")["leftovers"] == []
+
+
+def test_rewind_and_what_gc_says_of_it(runs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def here(*words):
+        done = typer.testing.CliRunner().invoke(app, list(map(str, words)))
+        return done.output if done.exception is None else str(done.exception)
+
+    good = runs / "good"
+    assert here("rewind", good, 1, "--dry-run").splitlines() == [
+        "the run would go on from step 1",
+        "set aside: 2, 3",
+    ]
+    assert json.loads(here("rewind", good, 1, "--json"))["set_aside"] == [2, 3]
+    assert ckptmgr.CheckpointManager(good, read_only=True).steps() == [1]
+    assert "the steps are 1, and those that were set aside 2, 3" in here("rewind", good, 4)
+    assert here("gc", good, "--yes").count("rewind to one of its steps brings it back; stays") == 2
+    assert "came back: 2" in here("rewind", good, 2)
+    (left,) = json.loads(here("gc", good, "--yes", "--abandoned", "--json"))["leftovers"]
+    assert (left["path"].rpartition("/")[2], left["goes"], left["nbytes"] > 0) == ("3", True, True)
+    assert json.loads(here("gc", good, "--json"))["leftovers"] == []
 
 
 def test_what_another_process_writes_to_is_not_touched(runs):
