@@ -1,7 +1,7 @@
 """What a run directory must hold, may hold, and must never give: kept by hand, with no code of the package.
 
-A step that `must` be there was accepted, and no policy, caller or stranger has taken it since. Beside those, a step
-`may` be there: no policy keeps it, a process was killed while it was saved, or a stranger has harmed it. Whatever
+A step that `must` be there was accepted, and no policy, caller or stranger has taken it since. Others `may` be
+there: no policy keeps it, a process was killed while it was saved, or a stranger has harmed it. Whatever
 is read of a step is one of the values that `may` has for it; from a mirror also an earlier one (`ever`).
 """
 
@@ -69,10 +69,10 @@ class Books:
         return found
 
     def see(self, listed):
-        """Raises if a step is not listed that must be. What is gone stays so, and what is there may not just go."""
+        """Raises if a step that must be there is not listed. What is gone is not to come back."""
         lost = self.must - set(listed)
         assert not lost, f"lost: {sorted(lost)} of {sorted(self.must)}; listed: {sorted(listed)}"
-        for step in set(self.may) - set(listed) - self.harmed:  # what lacks its manifest is not listed, and is there
+        for step in set(self.may) - set(listed) - self.harmed:  # one without its manifest is not listed
             self.delete(step)
         self.must |= set(self.may) - self.harmed
 

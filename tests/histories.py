@@ -1,6 +1,6 @@
 """Random histories of a run directory: what we do, what strangers do and what happens, each beside `books`.
 
-A history is a text, `save:3 reopen:8 rename:1`: each word is an operation and the seed of its choices. So a history
+A history is a text, `save:3 reopen:8 rename:1`: each word is an operation and the seed of its choices. So one
 that finds something can be cut down, kept, and played again:
 
     python tests/histories.py "save:3 reopen:8"        plays one, and says what it does
@@ -41,12 +41,27 @@ POLICIES = {
     "best": functools.partial(ckptmgr.best, "loss"),
 }  # fmt: skip
 FAULTS = [
-    "before arrays 2", "before description 1", "before file 3", "before file 9", "before sync 1", "before publish 1",
-    "after publish 1", "before exchange 1", "after exchange 1", "before retain 1", "after choose 1", "before delete 1",
-    "before rename 2", "before remove 1", "after remove 1", "fail arrays 1", "fail file 4", "short file 5",
-    "full sync 1", "fail publish 1", "fail exchange 1", "fail delete 1", "fail remove 1", "fail choose 1",
+    "before arrays 2", "before description 1", "before file 3", "before file 9", "before sync 1",
+    "before publish 1", "after publish 1", "before exchange 1", "after exchange 1", "before retain 1",
+    "after choose 1", "before delete 1", "before rename 2", "before remove 1", "after remove 1",
+    "fail arrays 1", "fail file 4", "short file 5", "full sync 1", "fail publish 1", "fail exchange 1", "fail delete 1", "fail remove 1", "fail choose 1",
 ]  # fmt: skip
-NAMES = ["0", "3", "7", "11", "2024", "007", "-1", "notes", "5.bak", "old-5", "x.replaced", ".hidden", "tmp", "naïve ☃"]
+NAMES = [
+    "0",
+    "3",
+    "7",
+    "11",
+    "2024",
+    "007",
+    "-1",
+    "notes",
+    "5.bak",
+    "old-5",
+    "x.replaced",
+    ".hidden",
+    "tmp",
+    "ü ☃",
+]
 
 
 def state(value, step):
@@ -67,6 +82,12 @@ def value_of(found):
     assert found.opt_state["m"].tobytes() == wanted["opt_state"]["m"].tobytes(), found
     assert found.extras == wanted["extras"], found
     return value
+
+
+def claim(holds, what):
+    """An assertion, also about an exception that was caught."""
+    if not holds:
+        raise AssertionError(what)
 
 
 def policies(keep):
@@ -160,7 +181,7 @@ class World:
             self.flying, self.books = None, before
             self.books.ever[step].add(value)
             self.tell(f"failed: {problem}")
-            assert self.place(step) not in ("free", "good"), problem
+            claim(self.place(step) == "other", problem)
 
     # ------------------------------------------------------------ saving
 
@@ -216,10 +237,10 @@ class World:
         try:
             result = manager.save(step, **state(value, step), metrics=self.metrics(value), on_exists=on_exists)
         except ckptmgr.CheckpointExistsError:
-            assert on_exists == "error" and place != "free", (step, place)
+            claim(on_exists == "error" and place != "free", (step, place))
         except ckptmgr.SaveError as problem:
             self.tell(f"refused: {problem}")
-            assert place == "other" or self.has_other_names(), problem
+            claim(place == "other" or self.has_other_names(), problem)
         else:
             assert result or (on_exists == "skip" and place != "free"), result
             if result:
@@ -326,7 +347,7 @@ class World:
             try:
                 value = value_of(self.reader.restore(step, layout=ckptmgr.HOST))
             except ckptmgr.CheckpointError as problem:
-                assert step in self.books.harmed, problem
+                claim(step in self.books.harmed, problem)
                 continue
             self.books.read(step, value)
             self.books.may[step] = {value}
@@ -345,8 +366,6 @@ class World:
 
     def rewind(self):
         """Back to a step, or to one that was set aside by it before."""
-        if not hasattr(self.manager, "rewind"):
-            return
         self.settle()
         self.check()
         step, known = self.draw.choice(sorted({*self.books.may, *self.aside}) or [1]), self.books
@@ -354,11 +373,11 @@ class World:
         try:
             self.manager.rewind(step)
         except ckptmgr.CheckpointNotFoundError as problem:
-            assert step not in known.must and step not in self.aside, problem
+            claim(step not in known.must and step not in self.aside, problem)
         except ckptmgr.CorruptCheckpointError as problem:
             known.fails(step, problem)
         except ckptmgr.SaveError as problem:
-            assert self.mirrored and not self.away.is_dir(), problem
+            claim(self.mirrored and not self.away.is_dir(), problem)
         else:
             self.settle()
             self.after_rewind(step, set(self.reader.steps()))
@@ -425,7 +444,7 @@ class World:
         except ValueError:
             assert step == "best"
         except ckptmgr.CheckpointError as problem:
-            assert step is not None or not self.books.must, problem
+            claim(step is not None or not self.books.must, problem)
             if step != "best":
                 self.books.fails(step, problem)
         else:
@@ -439,9 +458,11 @@ class World:
         try:
             found = self.reader.restore(layout=ckptmgr.HOST)
         except ckptmgr.CheckpointError as problem:
-            assert not before.must, problem
+            claim(not before.must, problem)
         else:
-            (before if value_of(found) in before.may.get(found.step, ()) else self.books).read(found.step, value_of(found))
+            (before if value_of(found) in before.may.get(found.step, ()) else self.books).read(
+                found.step, value_of(found)
+            )
 
     def resume(self):
         self.settle()
@@ -449,7 +470,7 @@ class World:
         try:
             found = self.manager.restore_or(**state(0, 0), layout=ckptmgr.HOST)
         except ckptmgr.CheckpointError as problem:
-            assert not self.books.must, problem
+            claim(not self.books.must, problem)
         else:
             assert found.resumed or not self.books.must
             if found.resumed:
@@ -462,7 +483,7 @@ class World:
         infos = {info.step: info for info in manager.infos()}
         assert self.books.must <= set(infos), infos
         for step in self.books.must:
-            assert getattr(infos[step], "distrusted", None) is None, infos[step]
+            assert infos[step].distrusted is None, infos[step]
             assert manager.info(step).pinned == (step in self.books.pinned), step
             assert manager.verify(step), manager.verify(step)
         for step in set(self.books.may) - self.books.must:
@@ -480,7 +501,11 @@ class World:
         self.close()
         saves = [(self.some_step(), self.value()) for _ in range(self.draw.randint(1, 3))]
         fault = self.draw.choice(FAULTS)
-        task = self.task(saves, fault) if self.draw.random() < 0.7 else self.task(saves, "", self.draw.uniform(0, 0.4))
+        task = (
+            self.task(saves, fault)
+            if self.draw.random() < 0.7
+            else self.task(saves, "", self.draw.uniform(0, 0.4))
+        )
         self.tell(f"another process saves {saves} with {task['fault'] or task['kill']}")
         said = self.helper.do(task)
         self.tell(f"it said {said}")
@@ -570,6 +595,10 @@ class World:
         if self.draw.random() < 0.8:
             self.settle()
 
+    def all_books(self):
+        """Those that hold now, and those that hold if the save that is being written fails."""
+        return [self.books, self.flying[2]] if self.flying else [self.books]
+
     def their_step(self):
         """A step that they do something to, and where; not the one that is being written."""
         flying = self.flying and self.flying[0]
@@ -639,7 +668,8 @@ class World:
             path.unlink(missing_ok=True)
         if len(files) == 99 and self.draw.random() < 0.5:
             shutil.rmtree(self.run / str(step))
-        self.books.harm(step)
+        for known in self.all_books():
+            known.harm(step)
 
     def spoil(self):
         """A file of a step is cut, or a bit of it flips, or something else is in its place."""
@@ -647,20 +677,24 @@ class World:
         step = self.their_step()
         if step is None:
             return
-        files = sorted(path for path in (self.run / str(step)).rglob("*") if path.is_file() and path.name != "PINNED")
+        files = sorted(
+            path for path in (self.run / str(step)).rglob("*") if path.is_file() and path.name != "PINNED"
+        )
         if not files:
             return
         path, how = self.draw.choice(files), self.draw.choice(["cut", "empty", "bit", "fifo", "folder", "link"])
         self.tell(f"a stranger spoils {path.relative_to(self.run)}: {how}")
-        self.books.harm(step)
+        for known in self.all_books():
+            known.harm(step)
         with contextlib.suppress(FileNotFoundError):
             whole = path.read_bytes()
             at = self.draw.randrange(len(whole)) if whole else 0
+            flipped = bytes(byte ^ 4 for byte in whole[at : at + 1])
             path.unlink()
             {
                 "cut": lambda: path.write_bytes(whole[:at]),
                 "empty": lambda: path.write_bytes(b""),
-                "bit": lambda: path.write_bytes(whole[:at] + bytes([b ^ 4 for b in whole[at : at + 1]]) + whole[at + 1 :]),
+                "bit": lambda: path.write_bytes(whole[:at] + flipped + whole[at + 1 :]),
                 "fifo": lambda: os.mkfifo(path),
                 "folder": path.mkdir,
                 "link": lambda: path.symlink_to(self.elsewhere / "precious"),
@@ -682,7 +716,8 @@ class World:
         except FileNotFoundError:
             return
         self.parked[target] = step, known.may[step], step in known.must, step in known.pinned
-        known.delete(step)
+        for known in self.all_books():
+            known.delete(step)
         self.note(target)
 
     def rename_back(self, path):
@@ -693,10 +728,11 @@ class World:
         self.tell(f"a stranger renames {path.name} back to {step}")
         path.rename(home)
         del self.parked[path], self.theirs[path]
-        self.books.may[step] = values
-        (self.books.must if was_whole else self.books.harmed).add(step)
-        if was_pinned:
-            self.books.pinned.add(step)
+        for known in self.all_books():
+            known.may[step] = set(values)
+            (known.must if was_whole else known.harmed).add(step)
+            if was_pinned:
+                known.pinned.add(step)
 
     def other_disk(self):
         """A step is moved to another disk, and a symlink put in its place."""
@@ -741,7 +777,10 @@ class World:
     def version_1(self):
         """Leftovers as version 1 had them beside the steps: after `ours_goes` they are taken for such."""
         self.close()
-        step, name = self.some_step(), self.draw.choice(["{}.orbax-checkpoint-tmp", ".deleted-{}-17", "{}.damaged-3"])
+        step, name = (
+            self.some_step(),
+            self.draw.choice(["{}.orbax-checkpoint-tmp", ".deleted-{}-17", "{}.damaged-3"]),
+        )
         path = self.run / name.format(step)
         self.tell(f"version 1 has left {path.name}")
         if not path.exists():
@@ -758,7 +797,8 @@ class World:
         if self.mirrored and self.away.is_dir():
             self.see_the_copies()
         with ckptmgr.CheckpointManager(self.run) as manager:
-            left = [path for name in ("saving", "deleting", "replaced") for path in (self.run / ".ckptmgr" / name).glob("*")]
+            ours = self.run / ".ckptmgr"
+            left = [path for name in ("saving", "deleting", "replaced") for path in (ours / name).glob("*")]
             assert not left, left
             listed = manager.steps()
             self.books.see(listed)
@@ -780,8 +820,9 @@ class World:
 OPERATIONS = {
     name: (often, getattr(World, name))
     for name, often in {
-        "save": 12, "reopen": 2, "delete": 1, "pin": 1.5, "rewind": 1, "clock": 1, "restore": 3, "resume": 0.7, "look": 1, "threads": 0.5,
-        "two": 0.7, "interrupt": 2, "killed": 0.5, "beside": 0.15, "closed": 0.15, "second_writer": 0.1, "mirror_goes": 0.7,
+        "save": 12, "reopen": 2, "delete": 1, "pin": 1.5, "rewind": 1, "clock": 1, "restore": 3, "resume": 0.7,
+        "look": 1, "threads": 0.5, "two": 0.7, "interrupt": 2, "killed": 0.5, "beside": 0.15, "closed": 0.15,
+        "second_writer": 0.1, "mirror_goes": 0.7,
         "put": 2.5, "copy": 1, "remove": 0.7, "spoil": 1, "rename": 1.5, "other_disk": 0.4, "touch": 0.5,
         "add_to": 0.3, "ours_goes": 0.5, "version_1": 0.3,
     }.items()
@@ -921,7 +962,9 @@ def serve_one(task, write):
         faults.install(task["fault"])
         if task["kill"] is not None:
             threading.Timer(task["kill"], os.kill, [os.getpid(), signal.SIGKILL]).start()
-        with ckptmgr.CheckpointManager(task["run"], keep=policies(task["keep"]), clock=lambda: task["now"]) as manager:
+        with ckptmgr.CheckpointManager(
+            task["run"], keep=policies(task["keep"]), clock=lambda: task["now"]
+        ) as manager:
             for step, value, loss in task["saves"]:
                 metrics = {} if loss is None else {"loss": loss}
                 try:

@@ -1,4 +1,4 @@
-"""Random histories of a run directory: what was accepted is there, bit for bit, and nothing of a stranger's is gone."""
+"""Random histories of a run directory: what was accepted is there, and nothing of a stranger's is gone."""
 
 import os
 
