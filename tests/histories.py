@@ -44,7 +44,8 @@ FAULTS = [
     "before arrays 2", "before description 1", "before file 3", "before file 9", "before sync 1",
     "before publish 1", "after publish 1", "before exchange 1", "after exchange 1", "before retain 1",
     "after choose 1", "before delete 1", "before rename 2", "before remove 1", "after remove 1",
-    "fail arrays 1", "fail file 4", "short file 5", "full sync 1", "fail publish 1", "fail exchange 1", "fail delete 1", "fail remove 1", "fail choose 1",
+    "fail arrays 1", "fail file 4", "short file 5", "full sync 1", "fail publish 1", "fail exchange 1",
+    "fail delete 1", "fail remove 1", "fail choose 1",
 ]  # fmt: skip
 NAMES = [
     "0",
@@ -118,6 +119,7 @@ class World:
         self.theirs = {}  # what strangers have put, by path
         self.parked = {}  # steps that they have renamed: path -> step, its values, whether it was whole and pinned
         self.aside = {}  # what a rewind has set aside: step -> the values that it may bring back
+        self.harmed_aside = set()
         self.draw = random.Random(0)
         self.open([], mirrored=False)
         self.reader = ckptmgr.CheckpointManager(self.run, read_only=True)
@@ -315,7 +317,7 @@ class World:
             ("restore", lambda: self.manager.restore(layout=ckptmgr.HOST)),
             ("delete", lambda: self.manager.delete(listed)),
             ("pin", lambda: (self.run / str(listed)).is_symlink() or self.manager.pin(listed)),
-            #("close", lambda: self.manager.close()),
+            ("close", lambda: self.manager.close()),
         ])  # fmt: skip
         line = int(2 ** self.draw.uniform(0, 11))
         self.tell(f"{what} ({step} as {value}, or of {listed}), interrupted at line {line}")
@@ -369,31 +371,38 @@ class World:
         self.settle()
         self.check()
         step, known = self.draw.choice(sorted({*self.books.may, *self.aside}) or [1]), self.books
+        before = set(self.reader.steps())
+        if self.mirrored:  # retention follows it
+            known.release(self.keep, step)
         self.tell(f"rewind to {step}; set aside: {self.aside}")
         try:
             self.manager.rewind(step)
         except ckptmgr.CheckpointNotFoundError as problem:
-            claim(step not in known.must and step not in self.aside, problem)
+            claim(step not in known.must and not self.aside.get(step), problem)
         except ckptmgr.CorruptCheckpointError as problem:
             known.fails(step, problem)
         except ckptmgr.SaveError as problem:
             claim(self.mirrored and not self.away.is_dir(), problem)
         else:
             self.settle()
-            self.after_rewind(step, set(self.reader.steps()))
+            self.after_rewind(step, before, set(self.reader.steps()))
 
-    def after_rewind(self, step, listed):
+    def after_rewind(self, step, before, listed):
         """What is listed is of the branch that the step is of; all else is set aside."""
         known = self.books
-        assert max(listed) == step, listed
-        for each in list(known.may):
-            if each not in listed:
-                assert each > step or each not in known.must or step in self.aside, f"{each} is gone"
-                self.set_aside(each)
+        is_away = self.mirrored and max(listed, default=0) <= step  # else it is in the mirror alone
+        assert is_away or max(listed) == step, listed
+        for each in before - listed:
+            assert each > step or each not in known.must or step not in before, f"{each} is gone"
+            self.set_aside(each)
         for each in listed:
             try:
                 value = value_of(self.reader.restore(each, layout=ckptmgr.HOST))
             except ckptmgr.CheckpointError as problem:
+                if each in self.harmed_aside:
+                    self.set_aside(each)
+                    known.may[each] = self.aside[each]
+                    known.harm(each)
                 known.fails(each, problem)
                 continue
             if value not in known.may.get(each, ()):
@@ -405,6 +414,8 @@ class World:
         self.committed = step
 
     def set_aside(self, step):
+        if step in self.books.harmed:
+            self.harmed_aside.add(step)
         self.aside.setdefault(step, set()).update(self.books.may.get(step, ()))
         self.books.delete(step)
 
@@ -651,7 +662,7 @@ class World:
 
         with contextlib.suppress(KeyboardInterrupt, shutil.Error, FileNotFoundError):
             shutil.copytree(self.run / str(step), target, copy_function=copy)
-        if target.exists():
+        if target.exists() and step not in self.books.harmed:  # a copy without a manifest may pass for a step
             self.note(target)
 
     def remove(self):
@@ -716,18 +727,20 @@ class World:
         except FileNotFoundError:
             return
         self.parked[target] = step, known.may[step], step in known.must, step in known.pinned
+        if step not in self.books.harmed:  # one without a manifest may pass for the step that it is named as
+            self.note(target)
         for known in self.all_books():
             known.delete(step)
-        self.note(target)
 
     def rename_back(self, path):
         step, values, was_whole, was_pinned = self.parked[path]
         home = self.run / str(step)
-        if os.path.lexists(home) or (self.flying and self.flying[0] == step):
+        if os.path.lexists(home) or not os.path.lexists(path) or (self.flying and self.flying[0] == step):
             return
         self.tell(f"a stranger renames {path.name} back to {step}")
         path.rename(home)
-        del self.parked[path], self.theirs[path]
+        del self.parked[path]
+        self.theirs.pop(path, None)
         for known in self.all_books():
             known.may[step] = set(values)
             (known.must if was_whole else known.harmed).add(step)
