@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 from etils.epath import backend
 
-from ckptmgr import catalog, names, paths
+from ckptmgr import catalog, names, paths, recognize
 from ckptmgr.catalog import KEPT, Catalog
 from ckptmgr.names import COMMITTED, DAMAGED, DELETING, SAVING
 
@@ -39,14 +39,39 @@ class Bucket(Catalog):
         return super().has(step)
 
     def _is_step(self, name: str) -> bool:
-        return bool((self.directory / name / COMMITTED).exists())
+        """Whether a folder has Orbax's marker, and is no copy of another step of ours."""
+        marker = self._read(f"{name}/{COMMITTED}")
+        if marker is None or (marker and not marker.startswith(recognize.MARKED)):
+            return False
+        if recognize.marked_step(marker) in (None, recognize.own_number(name)):
+            return True
+        metadata = self._read(f"{name}/{names.STEP_METADATA}")
+        return metadata is not None and not recognize.is_signature(metadata)
+
+    def _read(self, name: str) -> bytes | None:
+        """An object, in one request; None if there is none, be there others below its name."""
+        self._look_anew()
+        try:
+            found: bytes = self._client().cat_file(str(self.directory / name))
+        except FileNotFoundError:
+            return None
+        return found
 
     def _is_somebodys(self, step: int) -> bool:
         """What an interrupted save has left is not: there is a note of it. Version 1 wrote none."""
-        if self._is_step(str(step)) or self._note(SAVING, step).exists() or not self._children(self.path(step)):
+        if self._is_step(str(step)) or self._note(SAVING, step).exists() or not self._is_taken(step):
             return False
-        metadata = self.path(step) / names.STEP_METADATA
-        return not (metadata.exists() and b'"ckptmgr"' in metadata.read_bytes())
+        metadata = self._read(f"{step}/{names.STEP_METADATA}")
+        if metadata is None or not recognize.is_signature(metadata):
+            return True
+        return self._read(f"{step}/{COMMITTED}") is not None  # a copy of another step
+
+    def _is_taken(self, step: int) -> bool:
+        """Whether there are objects below the name of a step, or one that has it."""
+        own, found = self._list(self.path(step))
+        return any(
+            each["name"].rstrip("/") != own or (each["name"] == own and each["type"] == "file") for each in found
+        )
 
     def identity(self, step: int) -> None:
         return None
@@ -142,14 +167,19 @@ class Bucket(Catalog):
 
         Some clients list the directory itself, which may have the name of what is in it: paths tell them apart.
         """
+        own, found = self._list(directory)
+        listed = (each["name"].rstrip("/") for each in found)
+        return sorted(path.rpartition("/")[2] for path in listed if path != own)
+
+    def _list(self, directory: epath.Path) -> tuple[str, list[Any]]:
+        """A directory as its client names it, and what the client lists there."""
         self._look_anew()
         client = self._client()
         own = client._strip_protocol(str(directory))
         try:
-            found = [path.rstrip("/") for path in client.ls(own, detail=False)]
+            return own, client.ls(own, detail=True)
         except FileNotFoundError:
-            return []
-        return sorted(path.rpartition("/")[2] for path in found if path != own)
+            return own, []
 
     def _look_anew(self) -> None:
         """Makes the client forget what it has listed: others write there too."""

@@ -7,6 +7,7 @@ got another number.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 
@@ -14,10 +15,12 @@ from ckptmgr import manifest as manifests
 from ckptmgr import names, paths
 from ckptmgr.errors import CheckpointError
 
-_ITEM_SIGNS = ("_METADATA", names.COMMITTED)
-"""Files of Orbax in an item; an older version wrote none beside the items."""
+MARKED = b"Checkpoint commit was successful to "
+"""How Orbax's marker begins; then comes the path of what was committed."""
+_LATER = "store_array_data_equal_to_fill_value"
+"""In the metadata of a tree, only if Orbax also writes `_CHECKPOINT_METADATA` beside the items."""
 _HEAD = re.compile(rb'\{"format":[0-9]+,"step":([0-9]+),')
-_HEAD_BYTES, _SMALL_BYTES = 64, 1 << 20
+_HEAD_BYTES, _SMALL_BYTES, _TREE_BYTES = 64, 1 << 20, 64 << 20
 
 
 def is_step(path: str) -> bool:
@@ -27,47 +30,70 @@ def is_step(path: str) -> bool:
     if paths.may_exist(os.path.join(path, manifests.NAME)):
         return not _is_of_another_step(path)
     if is_signed(path):
-        return _is_marked(path)
+        return _has_lost_its_manifest(path)
     return paths.may_exist(os.path.join(path, names.STEP_METADATA)) or _has_items(path)
 
 
 def is_signed(path: str) -> bool:
     """Whether Orbax's metadata of a folder says that ckptmgr wrote it."""
-    return b'"ckptmgr"' in begin(os.path.join(path, names.STEP_METADATA), _SMALL_BYTES)
+    return is_signature(begin(os.path.join(path, names.STEP_METADATA), _SMALL_BYTES))
+
+
+def is_signature(metadata: bytes) -> bool:
+    return b'"ckptmgr"' in metadata
 
 
 def _leads_beside(path: str) -> bool:
-    """Whether it is a symlink to another entry of the same run. (A step may be one, to another disk.)"""
-    return os.path.islink(path) and os.path.dirname(os.path.realpath(path)) == os.path.realpath(
-        os.path.dirname(path)
-    )
+    """Whether it is a symlink to the run or to another entry of it. (A step may be one, to another disk.)"""
+    if not os.path.islink(path):
+        return False
+    run, target = os.path.realpath(os.path.dirname(path)), os.path.realpath(path)
+    return run in (target, os.path.dirname(target)) or run.startswith(os.path.join(target, ""))
 
 
 def _is_of_another_step(path: str) -> bool:
     """Whether it is a copy of another step; a number that is damaged proves nothing."""
     file = os.path.join(path, manifests.NAME)
-    head, own = _HEAD.match(begin(file, _HEAD_BYTES)), names.number(os.path.basename(path))
-    if head is None or own is None or int(head[1]) == own or _is_marked(path):
+    head = _HEAD.match(begin(file, _HEAD_BYTES))
+    if head is None or int(head[1]) == own_number(path):
         return False
+    marked = marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES))
+    if marked in (int(head[1]), own_number(path)):
+        return marked != own_number(path)  # else its manifest was exchanged
     try:
-        with open(file, "rb") as opened:
+        with open(file, "rb", opener=_open) as opened:
             manifests.decode(opened.read(), step=int(head[1]), path=file)
     except (OSError, CheckpointError):
         return False
     return True
 
 
-def _is_marked(path: str) -> bool:
-    """Whether the file that is written before the manifest names this step.
+def own_number(path: str) -> int | None:
+    """The step that a folder is named after."""
+    name = os.path.basename(path)
+    return int(name) if names.STEP.fullmatch(name) else names.number(name)
 
-    If not, the folder is a copy that is half made, or was made under another name.
+
+def marked_step(marker: bytes) -> int | None:
+    """The step that Orbax's marker names; None if it names none."""
+    path = marker.removeprefix(MARKED) if marker.startswith(MARKED) else b""
+    return names.number(os.fsdecode(path.rpartition(b"/")[2].strip()))
+
+
+def _has_lost_its_manifest(path: str) -> bool:
+    """Whether a folder of ours without a manifest was a step once: the file before the manifest names the step.
+
+    If not, it is a copy that is half made, or was made under another name.
     """
     said = begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES)
     return said.rpartition(b"/")[2].strip() == os.fsencode(os.path.basename(path))
 
 
 def _has_items(path: str) -> bool:
-    if any(paths.may_exist(os.path.join(path, name)) for name in _ITEM_SIGNS):
+    """Whether Orbax has finished something in a folder in which its file beside the items is missing."""
+    if marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES)) == own_number(path):
+        return True
+    if _has_tree(path):
         return True
     try:
         with os.scandir(path) as entries:
@@ -75,7 +101,31 @@ def _has_items(path: str) -> bool:
     except OSError as problem:
         paths.refuse_exhausted(problem)
         return problem.errno not in paths.ABSENT  # so that no step goes unnoticed
-    return any(paths.may_exist(os.path.join(folder, name)) for folder in folders for name in _ITEM_SIGNS)
+    return any(map(_is_item, folders))
+
+
+def _is_item(folder: str) -> bool:
+    """Whether Orbax finished an item, and not a whole step of a run that lies in this folder."""
+    if os.path.lexists(os.path.join(folder, names.STEP_METADATA)):
+        return names.number(os.path.basename(folder)) is None  # else the item was saved by itself
+    if os.path.lexists(os.path.join(folder, manifests.NAME)):
+        return False
+    return begin(os.path.join(folder, names.COMMITTED), _SMALL_BYTES).startswith(MARKED) or _has_tree(folder)
+
+
+def _has_tree(folder: str) -> bool:
+    """Whether there is metadata of a tree, be it damaged, of an Orbax that wrote nothing beside the items.
+
+    A later Orbax wrote more: where that is missing, the folder is a copy that is half made.
+    """
+    file = os.path.join(folder, "_METADATA")
+    if not os.path.lexists(file):
+        return False
+    try:
+        found = json.loads(begin(file, _TREE_BYTES))
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(found, dict) and "tree_metadata" in found and _LATER not in found
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -90,7 +140,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def begin(file: str, size: int) -> bytes:
     """The first bytes of a file; of one that cannot be read, nothing. Does not wait for the writer of a FIFO."""
     try:
-        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        descriptor = _open(file, os.O_RDONLY)
     except OSError as problem:
         paths.refuse_exhausted(problem)
         return b""
@@ -100,3 +150,7 @@ def begin(file: str, size: int) -> bytes:
         return b""
     finally:
         os.close(descriptor)
+
+
+def _open(file: str, flags: int) -> int:
+    return os.open(file, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))

@@ -289,6 +289,7 @@ def shared(directory, _, axes, broadcast):
     }
     template = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in values.items()}
     template["keys"] = jax.eval_shape(lambda: keys(0))
+    os.preadv = counted_preadv
     before = read_bytes()
     manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S)
     found = manager.restore(params=template, layout=layout, broadcast=broadcast == "True")
@@ -305,9 +306,18 @@ def shared(directory, _, axes, broadcast):
 
 
 def read_bytes():
-    counted = ("/tensorstore/kvstore/file/bytes_read", "/tensorstore/file/mmap_bytes")
-    found = [metric for name in counted for metric in ts.experimental_collect_matching_metrics(name)]
-    return sum(value["value"] for metric in found for value in metric["values"])
+    """What TensorStore has read of files, and what we have read of arrays ourselves."""
+    found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in found for value in metric["values"]) + sum(READ)
+
+
+READ = []
+preadv = os.preadv
+
+
+def counted_preadv(*given):
+    READ.append(preadv(*given))
+    return READ[-1]
 
 
 def train(directory, mesh, save_every):

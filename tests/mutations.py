@@ -104,7 +104,8 @@ MUTATIONS = [
     ),
     Mutation(
         6, "what a failed save has written stays",
-        "storage/orbax.py", "            draft.rmtree()", "            pass",
+        "storage/orbax.py",
+        "                self._run.discard(step)\n            raise", "                pass\n            raise",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
@@ -272,5 +273,41 @@ MUTATIONS = [
         16, "a rename that matches nothing is accepted",
         "matching.py", "if rule not in used]", "if False]",
         "tests/test_exactness.py::test_a_rename_that_matches_nothing_is_refused",
+    ),
+    Mutation(
+        2, 'a small file of arrays has no checksum',
+        'storage/orbax.py', 'return "/d/" in name and size > _SMALL_BYTES',
+        'return "/d/" in name',
+        'tests/storage/test_sealing.py::test_a_database_of_another_save_that_has_the_same_size_is_found',
+    ),
+    Mutation(
+        2, 'what lies in a step is not compared with what was meant',
+        'storage/orbax.py', '    sealing.check(step, draft, meant(), recorded)\n',
+        '',
+        'tests/storage/test_sealing.py::test_what_somebody_does_to_a_step_while_it_is_written_is_never_sealed_as_whole',
+    ),
+    Mutation(
+        2, 'a remembered manifest is that of its number',
+        'catalog.py', 'self._manifests.get(step, stamp)',
+        'self._manifests.get(step, self._manifests._known.get(step, (None,))[0])',
+        'tests/test_manifest_cache.py::test_a_step_that_another_process_replaced_is_told_of_as_it_is_now',
+    ),
+    Mutation(
+        13, 'files are mapped',
+        'storage/arrays.py', '        context = ts.Context()  # files are read',
+        '        context = ts.Context({"file_io_mode": {"mode": "memmap"}})  # files are read',
+        'tests/test_truncated.py',
+    ),
+    Mutation(
+        13, 'a FIFO is read',
+        'paths.py', 'if stat.S_ISREG(os.fstat(descriptor).st_mode):',
+        'if True:',
+        'tests/test_odd_files.py::test_anything_in_the_place_of_any_file_or_folder_is_said_and_walked_back_from',
+    ),
+    Mutation(
+        13, 'a process without open files passes good steps over',
+        'paths.py', 'if is_said or isinstance(problem, MemoryError)',
+        'if False and isinstance(problem, MemoryError)',
+        'tests/test_odd_files.py::test_a_process_that_may_open_no_more_files_says_so_and_passes_nothing_over',
     ),
 ]  # fmt: skip

@@ -531,6 +531,10 @@ def test_what_an_older_orbax_wrote_without_metadata_and_markers_is_read(tmp_path
     (run / "2" / "_CHECKPOINT_METADATA").unlink()
     for path in run.rglob("commit_success.txt"):
         path.unlink()
+    for path in run.rglob("_METADATA"):
+        told = json.loads(path.read_text())
+        del told["store_array_data_equal_to_fill_value"]  # which came later than the file beside the items
+        path.write_text(json.dumps(told))
     found = CheckpointManager(run, read_only=True).restore(2)
     assert_same(parts(found), {"params": make.tree(2), "opt_state": plain_state(2)})
     assert found.info.items == ("opt_state", "params", "step")

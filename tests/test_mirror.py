@@ -124,7 +124,7 @@ def test_a_step_that_is_damaged_here_is_taken_from_the_mirror(home, away, caplog
         damage(home / "2")
         assert saved(manager) == (2, [])
         assert saved(manager, 2) == (2, [])
-        assert f"step 2 is taken from {away}: step 2: params" in caplog.text
+        assert f"step 2 is taken from {away}: step 2: {home}/2/params" in caplog.text
         manager.save(2, trainer.state(2)).result()  # the damaged one makes room
         manager.wait()
         assert manager.verify(2)

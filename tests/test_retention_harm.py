@@ -96,13 +96,10 @@ def nobody(tmp_path):
             os.chown(path, 65534, 65534)
         os.seteuid(65534)
 
-    modes = {path: path.stat().st_mode for path in tmp_path.parents[:2]}
-    for path in modes:
-        path.chmod(0o755)
+    for path in tmp_path.parents:
+        path.chmod(path.stat().st_mode | 0o055)
     yield become
     os.seteuid(0)
-    for path, mode in modes.items():
-        path.chmod(mode)
 
 
 @pytest.mark.parametrize("how", UNCLEAR)

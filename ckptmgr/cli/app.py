@@ -136,11 +136,16 @@ def verify(
 def keep(run: Run, policy_: Policies, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Deletes what no policy keeps; with --dry-run it tells what would be kept, and why."""
     policies = [policy.parse(each) for each in policy_]
-    found = facts.run(facts.reader(run), policies)
-    doomed = [row["step"] for row in found["steps"] if not row["kept"] and not row["damaged"]]
-    if not dry_run:
-        _delete(run, doomed)
-    _show(found | {"deleted": [] if dry_run else doomed, "would_delete": doomed}, as_json, tables.kept)
+    reader = facts.reader(run)
+    found, past = facts.run(reader, policies), facts.history(reader.directory, policies)
+    decision = past.decide_deletions()
+    to_delete = sorted(decision.to_delete)
+    if to_delete and not dry_run:
+        with _writer(run) as manager:
+            to_delete = [step for step in to_delete if past.still_holds(decision, step)]
+            for step in to_delete:
+                manager.delete(step)
+    _show(found | {"deleted": [] if dry_run else to_delete, "would_delete": to_delete}, as_json, tables.kept)
 
 
 # ---------------------------------------------------------------- changing

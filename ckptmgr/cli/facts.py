@@ -17,6 +17,7 @@ from ckptmgr import bucket, journal, policy, report, structure
 from ckptmgr import manifest as manifests
 from ckptmgr.checkpoint import CheckpointInfo, VerifyReport
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, NewerFormatError
+from ckptmgr.history import History
 from ckptmgr.layout import HOST
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.storage import reading
@@ -75,6 +76,11 @@ def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = N
         "keep": None if policies is None else [policy.spell(each) for each in policies],
         "steps": sorted(rows, key=lambda row: row["step"]),
     }
+
+
+def history(directory: epath.Path, keep: Sequence[policy.KeepPolicy]) -> History:
+    """What retention goes by."""
+    return History(bucket.open_catalog(directory, reading.read_stock), keep)
 
 
 def _is_later(manager: CheckpointManager, step: int) -> bool:

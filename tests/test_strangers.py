@@ -1,0 +1,243 @@
+"""What others put into the directory of a run is no step and stays as it is: on a disk, in a mirror, a bucket."""
+
+import logging
+import os
+import uuid
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import strangers
+from conftest import counted
+from etils.epath.backend import fsspec_backend
+
+import ckptmgr
+from ckptmgr import CheckpointManager
+
+TEMPLATE = {"w": jnp.zeros((4, 4)), "b": jnp.zeros(3)}
+
+
+def params(step):
+    return {"w": jnp.full((4, 4), float(step)), "b": jnp.arange(3.0)}
+
+
+def save(manager, *steps):
+    for step in steps:
+        manager.save(step, params(step), metrics={"loss": 1 / step})
+
+
+@pytest.fixture
+def run(tmp_path):
+    with CheckpointManager(tmp_path / "run") as manager:
+        save(manager, 5, 10, 15)
+    return tmp_path / "run"
+
+
+def check(manager, *steps):
+    """Every look at a run whose steps are these, and nothing but these."""
+    newest = steps[-1]
+    assert manager.steps() == list(steps)
+    assert manager.latest() == newest
+    for found in (manager.restore(params=TEMPLATE), manager.restore_or(params=TEMPLATE)):
+        assert (found.step, found.resumed, found.skipped) == (newest, True, {})
+        assert np.array_equal(found.params["w"], params(newest)["w"])
+    assert [info.step for info in manager.infos()] == list(steps)
+    assert all(info.distrusted is None for info in manager.infos())
+    assert manager.best("loss") == newest
+    assert list(manager.watch(timeout_s=0, poll_s=0)) == list(steps)
+    assert manager.verify() and manager.verify().step == newest  # noqa: PT018
+
+
+def check_life(run, steps, **options):
+    """Looks at a run, saves once more under `keep=1`, closes, and looks at it again."""
+    check(CheckpointManager(run, read_only=True), *steps)
+    with CheckpointManager(run, keep=1, **options) as manager:
+        check(manager, *steps)
+        save(manager, 20)
+        manager.wait()
+        check(manager, 20)
+    with CheckpointManager(run, keep=1, **options) as manager:
+        check(manager, 20)
+
+
+def without(kinds, *names):
+    return {what: kind for what, kind in kinds.items() if kind[0] not in names}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_said(caplog):
+    yield
+    assert "Traceback" not in caplog.text
+
+
+def test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay(run):
+    kinds = without(strangers.KINDS, "20")
+    assert len(kinds) > 140
+    before = strangers.make(run, kinds)
+    check_life(run, (5, 10, 15))
+    assert strangers.seen(run, [name for name, _ in kinds.values()]) == before
+    assert set(os.listdir(run)) == {"20", ".ckptmgr", *(name for name, _ in kinds.values())}
+
+
+ALONE = list(without(strangers.KINDS, "20"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("what", ALONE[:: counted(40, full=1)])
+def test_each_kind_alone(run, what):
+    kinds = {what: strangers.KINDS[what]}
+    before = strangers.make(run, kinds)
+    check_life(run, (5, 10, 15))
+    assert strangers.seen(run, [kinds[what][0]]) == before
+
+
+@pytest.mark.parametrize("what", strangers.LIKE_OURS)
+def test_what_cannot_be_told_from_damage_is_passed_over_loudly_and_stays(run, what, caplog):
+    name, make = strangers.LIKE_OURS[what]
+    make(run / name, run)
+    before = strangers.seen(run, [name])
+    with CheckpointManager(run, keep=1) as manager:
+        assert manager.steps() == [5, 10, 15, int(name)]
+        save(manager, 20)
+        manager.wait()
+        assert manager.steps() == [5, 10, 15, 20, int(name)]
+        assert "nothing is deleted" in caplog.text
+        found = manager.restore(params=TEMPLATE)
+        assert (found.step, list(found.skipped)) == (20, [int(name)])
+        assert f"step {name} is passed over as damaged" in caplog.text
+        save(manager, 21)
+        manager.wait()
+        assert manager.steps() == [21, int(name)]
+    assert strangers.seen(run, [name]) == before
+
+
+# ---------------------------------------------------------------- a number that a stranger has
+
+IN_THE_WAY = [what for what, (name, _) in strangers.KINDS.items() if name.isdecimal() and name.isascii()]
+IN_THE_WAY = [
+    what for what in IN_THE_WAY
+    if str(int(strangers.KINDS[what][0])) == strangers.KINDS[what][0] and not what.startswith("empty_folder")
+]  # fmt: skip
+
+
+def test_a_number_that_a_stranger_has_is_refused_by_name_and_the_others_are_saved(run):
+    before = strangers.make(run, strangers.KINDS)
+    with CheckpointManager(run) as manager:
+        for what in IN_THE_WAY:
+            name = strangers.KINDS[what][0]
+            for how in ("error", "skip", "replace"):
+                with pytest.raises(ckptmgr.SaveError, match=f"{name} is there and is no checkpoint; move it away"):
+                    manager.save(int(name), params(1), on_exists=how)
+        save(manager, 16)
+    assert manager.steps() == [5, 10, 15, 16]
+    assert strangers.seen(run, [name for name, _ in strangers.KINDS.values()]) == before
+    assert os.listdir(run / ".ckptmgr" / "saving") == []
+
+
+def test_an_empty_folder_that_has_the_number_makes_room(run):
+    (run / "16").mkdir()
+    with CheckpointManager(run) as manager:
+        save(manager, 16)
+    assert manager.steps() == [5, 10, 15, 16]
+
+
+# ---------------------------------------------------------------- a mirror on a disk
+
+
+def test_strangers_in_a_mirror_and_at_home_stay_and_the_others_are_copied(run, tmp_path, caplog):
+    away = tmp_path / "away"
+    with CheckpointManager(run, mirror=away):
+        pass
+    kinds = without(strangers.KINDS, "20")
+    before = [strangers.make(place, kinds) for place in (run, away)]
+    check_life(run, (5, 10, 15), mirror=away, mirror_keep=1)
+    check(CheckpointManager(away, read_only=True), 20)
+    names = [name for name, _ in kinds.values()]
+    assert [strangers.seen(place, names) for place in (run, away)] == before
+    for place in (run, away):
+        assert set(os.listdir(place)) == {"20", ".ckptmgr", *names}
+    assert "no checkpoint" not in caplog.text
+
+
+def test_a_stranger_in_a_mirror_that_has_the_number_of_a_step_is_said_and_stays(run, tmp_path, caplog):
+    away = tmp_path / "away"
+    (away / "10").mkdir(parents=True)
+    (away / "10" / "file").write_text("mine")
+    before = strangers.seen(away, ["10"])
+    with caplog.at_level(logging.ERROR), CheckpointManager(run, mirror=away) as manager:
+        save(manager, 20)
+        manager.wait()
+    assert CheckpointManager(away, read_only=True).steps() == [5, 15, 20]
+    assert strangers.seen(away, ["10"]) == before
+    assert f"{away / '10'} is there and is no checkpoint; move it away" in caplog.text
+
+
+# ---------------------------------------------------------------- a bucket
+
+PLACES = ["gs", "s3"]
+in_a_bucket = [
+    pytest.mark.xdist_group("remote"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def marked(test):
+    for mark in in_a_bucket:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture
+def bucket(request, servers):
+    return f"{request.param}://bucket/{uuid.uuid4().hex}/run"
+
+
+def client_of(run):
+    client = fsspec_backend.fs(run)
+    return client, client._strip_protocol(run)
+
+
+@marked
+@pytest.mark.soak
+@pytest.mark.parametrize("bucket", PLACES[:: counted(2, full=1)], indirect=True)
+def test_strangers_in_a_bucket_are_not_there_for_us_and_stay(bucket):
+    with CheckpointManager(bucket) as manager:
+        save(manager, 5, 10, 15)
+    client, run = client_of(bucket)
+    strangers.put(client, run)
+    before = strangers.objects(client, run, "5", "10", "15")
+    assert len(before) > 30
+    check(CheckpointManager(bucket, read_only=True), 5, 10, 15)
+    with CheckpointManager(bucket, keep=1) as manager:
+        save(manager, 20)
+        manager.wait()
+        check(manager, 20)
+    assert strangers.objects(client, run, "20") == before
+    with CheckpointManager(bucket) as manager:
+        for number in (2024, 2025, 2027, 2028, 25, 7)[:: counted(3, full=1)]:
+            with pytest.raises(ckptmgr.SaveError, match=f"{number} is there and is no checkpoint; move it away"):
+                manager.save(number, params(1))
+        save(manager, 30)
+        manager.wait()
+        assert manager.steps() == [20, 30]
+    assert strangers.objects(client, run, "20", "30") == before
+
+
+@marked
+@pytest.mark.soak
+@pytest.mark.parametrize("bucket", PLACES[:: counted(2, full=1)], indirect=True)
+def test_strangers_in_a_mirror_in_a_bucket_stay_and_the_others_are_copied(run, bucket, caplog):
+    client, away = client_of(bucket)
+    strangers.put(client, away, copies=False)
+    before = strangers.objects(client, away)
+    with CheckpointManager(run, mirror=bucket, mirror_keep=1) as manager:
+        save(manager, 20)
+        manager.wait()
+        save(manager, 2024)
+        manager.wait()
+        save(manager, 2040)
+    assert strangers.objects(client, away, "2040") == before
+    assert CheckpointManager(bucket, read_only=True).steps() == [2040]
+    assert "2024 is there and is no checkpoint; move it away" in caplog.text
