@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench soak oldest clean
+.PHONY: demo test lint docs bench soak oldest interrupts clean
 
 demo: .venv/installed
 	$(BIN)/python docs/examples/demo.py --keep runs/demo
@@ -37,8 +37,21 @@ oldest: .venv-oldest/installed
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -e '.[dev]' -c tests/oldest.txt
 	touch $@
 
+# A thousand interrupts on each of these Pythons, those of pyenv if it is there, in environments of their own.
+PYTHONS ?= $(foreach v,3.11 3.12 3.13,$(or $(lastword $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python$(v))),python$(v)))
+interrupts: $(foreach python,$(PYTHONS),.venv-$(notdir $(python))/interrupted)
+
+.venv-%/interrupted: .venv-%/ready
+	PYTHONPATH=tests .venv-$*/bin/python -u tests/interrupts.py 1000
+
+.SECONDARY:
+.venv-%/ready: pyproject.toml
+	$(or $(filter %/$*,$(PYTHONS)),$*) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest site
+	rm -rf .venv .venv-* site
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

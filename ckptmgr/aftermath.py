@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 
 from etils import epath
@@ -19,6 +18,7 @@ from ckptmgr.journal import Journal
 from ckptmgr.mirror import Mirror
 from ckptmgr.options import Options
 from ckptmgr.storage import reading
+from ckptmgr.writer import Shared
 
 _log = logging.getLogger("ckptmgr")
 
@@ -47,18 +47,21 @@ def _reaching(mirror: Mirror, step: int) -> Iterator[None]:
 class Aftermath:
     """Of a job's processes the one that leads does all of it; a failure here is logged and harms no save."""
 
-    def __init__(self, options: Options, home: Catalog, history: History, job: Job, journal: Journal) -> None:
+    def __init__(
+        self, options: Options, home: Catalog, history: History, job: Job, journal: Journal, shared: Shared
+    ) -> None:
         self._options, self._home, self._history = options, home, history
         self._job, self._journal = job, journal
         self._has_warned = False
-        self._retaining = threading.Lock()  # the mirror's thread has its own reasons
+        self._shared = shared
         self.mirror = self._open_mirror()
 
     def _open_mirror(self) -> Mirror | None:
         if self._options.mirror is None:
             return None
         found = bucket.open_catalog(self._options.mirror, reading.read_stock)
-        return Mirror(self._home, found, self._options.mirror_keep, self._options.timeout_s, self._retain)
+        options = self._options
+        return Mirror(self._home, found, options.mirror_keep, options.timeout_s, self._shared.mirroring)
 
     def follow(self, info: CheckpointInfo) -> None:
         """Does what follows from the commit of a step."""
@@ -97,11 +100,11 @@ class Aftermath:
         """
         mirror = self.mirror
         if mirror is None:
-            with self._retaining:
+            with self._shared.retaining:
                 self._home.finish_rewind()
                 return self._rewind(rewinding.plan([self._home], step)[0], step)
         mirror.wait()
-        with self._retaining:
+        with self._shared.retaining:
             self._home.finish_rewind()
             with _reaching(mirror, step):
                 mirror.catalog.finish_rewind()
@@ -134,7 +137,7 @@ class Aftermath:
     def update_mirror(self, *new: int) -> None:
         """Has the mirror look at what is here, new steps above all; returns at once."""
         if self.mirror is not None and self._job.leads:
-            self.mirror.follow(*new)
+            self.mirror.follow(self._retain, *new)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being copied."""
@@ -159,7 +162,7 @@ class Aftermath:
 
     def _retain(self) -> None:
         """Deletes what no policy keeps; called once a newer checkpoint is durable."""
-        with self._retaining:
+        with self._shared.retaining:  # the thread that copies to the mirror has its own reasons
             retention.retain(
                 self._home,
                 self._history,

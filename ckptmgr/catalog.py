@@ -285,6 +285,10 @@ class Catalog:
         """Steps that a restore has passed over: retention does not count them, and deletes none."""
         return {step for step, stamp in list(self._damaged.items()) if self.stamp(step) == stamp}
 
+    def share_damage(self, known: dict[int, Stamp]) -> None:
+        """Keeps what is known of damaged steps where the other managers of the run see it."""
+        self._damaged = known
+
     def mark_damaged(self, steps: Iterable[int]) -> None:
         self._damaged |= {step: self.stamp(step) for step in steps}
 

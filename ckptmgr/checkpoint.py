@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
-from ckptmgr.lifecycle import Outcome
+from ckptmgr.lifecycle import Moment
 from ckptmgr.structure import LeafSpec
 
 
@@ -96,34 +96,39 @@ class VerifyReport:
         return f"{counted}: damaged" + "".join(f"\n  {where}: {reason}" for where, reason in self.damages)
 
 
+class Save:
+    """A save that was accepted: once it is `over` it has its `info`, or the `failure`."""
+
+    def __init__(self, step: int, timeout_s: float, wait_for: Callable[[Moment, float], bool]) -> None:
+        self.step = step
+        self.over = Moment()
+        self.timeout_s = timeout_s
+        self.wait_for = wait_for
+        """Whether a moment that the thread that writes sets comes within these seconds."""
+        self.info: CheckpointInfo | None = None
+        self.failure: SaveError | None = None
+        self.was_raised = False
+
+
 class SaveResult:
     """What became of a call of `save`: truthy if a save was started."""
 
-    def __init__(
-        self,
-        step: int,
-        reason: str,
-        commit: Outcome | None = None,
-        acknowledge: Callable[[SaveError], None] = lambda failure: None,
-        timeout_s: float | None = None,
-    ) -> None:
+    def __init__(self, step: int, reason: str, save: Save | None = None) -> None:
         self.step = step
         self.reason = reason
         """Why the step was saved, or why it was not."""
-        self._commit = commit
-        self._acknowledge = acknowledge
-        self._timeout_s = timeout_s
+        self._save = save
 
     def __bool__(self) -> bool:
-        return self._commit is not None
+        return self._save is not None
 
     def __repr__(self) -> str:
-        state = "not saved" if self._commit is None else "durable" if self.done() else "being written"
+        state = "not saved" if self._save is None else "durable" if self.done() else "being written"
         return f"SaveResult(step={self.step}, {state}: {self.reason})"
 
     def done(self) -> bool:
         """Whether nothing is being written any more for this step: it is durable, or failed."""
-        return self._commit is None or self._commit.is_set()
+        return self._save is None or self._save.over.is_set()
 
     def result(self, timeout_s: float | None = None) -> CheckpointInfo:
         """Waits until the checkpoint is durable.
@@ -131,15 +136,15 @@ class SaveResult:
         Raises SaveError if it could not be written or was never started, and CheckpointTimeoutError after
         `timeout_s` seconds (default: the manager's).
         """
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        if self._commit is None:
+        save = self._save
+        if save is None:
             raise SaveError(f"step {self.step} was not saved: {self.reason}", step=self.step)
-        if not self._commit.wait(timeout_s):
+        timeout_s = save.timeout_s if timeout_s is None else timeout_s
+        save.wait_for(save.over, timeout_s)
+        if save.failure is not None:
+            save.was_raised = True
+            raise save.failure
+        if save.info is None:
             waiting_for = f"the save of step {self.step}"
             raise CheckpointTimeoutError(f"{waiting_for} took longer than {timeout_s} s", waiting_for=waiting_for)
-        failure = self._commit.failure
-        if isinstance(failure, SaveError):
-            self._acknowledge(failure)
-            raise failure
-        info: CheckpointInfo = self._commit.value
-        return info
+        return save.info

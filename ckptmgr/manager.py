@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -32,6 +31,7 @@ from ckptmgr import (
     pending,
     policy,
     restoring,
+    writer,
 )
 from ckptmgr import clock as clocks
 from ckptmgr import layout as layouts
@@ -111,20 +111,23 @@ class CheckpointManager:
         self._composer = items.Composer()
         self._copier = writing.Copier(self._options)
         self._last: CheckpointInfo | None = None
-        self._turn = threading.RLock()  # threads that save take turns; a handler of signals may save too
         self._store: orbax.Store | None = None
+        self._writer: writer.Writer | None
         self._preemption = lifecycle.Preemption()
         timeout_s = self._options.timeout_s
         if read_only:  # it may be opened in one process of a job alone
             self._job = saving = job.Job("", timeout_s, alone=True)
+            self._writer, self._shared = None, writer.Shared()
         else:
             name, self._writer = opening.open_run(self._directory, self._catalog, timeout_s)
             self._job, saving = job.Job(name, timeout_s), job.Job(f"{name}/saving", timeout_s)
-        self._pending = pending.Pending(timeout_s, saving)
+            self._shared = self._writer.shared
+        self._catalog.share_damage(self._shared.damaged)
+        self._pending = pending.Pending(timeout_s, saving, self._shared)
         writes = not read_only and self._job.leads
         self._journal = journal.Journal(self._directory, self._clock.wall, writes=writes)
         self._aftermath = aftermath.Aftermath(
-            self._options, self._catalog, self._history, self._job, self._journal
+            self._options, self._catalog, self._history, self._job, self._journal, self._shared
         )
         self._restorer = restoring.Restorer(
             self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, timeout_s
@@ -185,8 +188,8 @@ class CheckpointManager:
           SaveError: the save before this one failed, or this one did.
         """
         called = time.perf_counter()
-        with contextlib.nullcontext() if self._pending.is_current() else self._turn:
-            step = policy.step_number(step)
+        step = policy.step_number(step)
+        with self._turn(step):
             store = self._writable(step)
             refusal = self._refuse(step, force, on_exists)
             if refusal:
@@ -195,10 +198,11 @@ class CheckpointManager:
                 raise ValueError("save needs params, or an opt_state that holds them")
 
             def copy() -> writing.Copied:
-                self._writer.hold()
+                self._shared.hold()
                 self._catalog.check_free(step)
                 composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
                 self._pending.wait()
+                self._writable(step)  # a callback may have closed the manager meanwhile
                 copied = self._copier.copy(step, self._clock.wall(), composed)
                 self._make_room(step)
                 return copied
@@ -206,6 +210,16 @@ class CheckpointManager:
             copied = self._job.together(Call("the save", step), copy, writing.Copied.spec)
             reason = "forced" if force else "preempted" if self.preempted else "due"
             return self._hand_over(copied, store, reason, called)
+
+    def _turn(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """Held by a call that writes, of any manager of the run here; a callback of a save has its turn."""
+        if self._shared.process != os.getpid():
+            raise SaveError(
+                f"step {step}: this manager belongs to process {self._shared.process}, and this process is a fork "
+                "of it, where it only reads. Save, delete and pin in the process that opened the run",
+                step=step,
+            )
+        return contextlib.nullcontext() if self._pending.is_current() else self._shared.turn
 
     def _make_room(self, step: int) -> None:
         """Renames a damaged step so that its number can be saved again."""
@@ -256,6 +270,8 @@ class CheckpointManager:
         step, handed_over = copied.manifest.step, time.perf_counter()
 
         def commit() -> CheckpointInfo:
+            if self._writer is None or not self._writer.is_held():
+                raise SaveError("a callback has closed the manager", step=step)
             store.write(step, copied.contents, copied.build_manifest, copied.own)
             durable_s = time.perf_counter() - called
             blocked_s = max(handed_over, copied.completed_at()) - called
@@ -266,17 +282,18 @@ class CheckpointManager:
             self._last = None
             self._journal.record("failed", step, why=str(failure.__cause__))
 
+        self._last, before = CheckpointInfo(step=step, time=self._clock.now()), self._last
         try:
-            told = self._pending.follow(step, commit, failed, self._aftermath.follow)
-            self._last = CheckpointInfo(step=step, time=self._clock.now())
-            if not copied.wait(self._options.timeout_s):
+            save = self._pending.follow(step, commit, failed, self._aftermath.follow, copied.release)
+            if not copied.wait(save.wait_for, self._options.timeout_s):
                 self._pending.join(0)  # says what takes so long
         except BaseException:
             copied.abandon()
+            self._last = before
             raise
-        if not self._options.asynchronous:
+        if not (self._options.asynchronous and lifecycle.CAN_OUTLIVE_MAIN):
             self._pending.wait()
-        return SaveResult(step, reason, told, self._pending.acknowledge, self._options.timeout_s)
+        return SaveResult(step, reason, save)
 
     # ------------------------------------------------------------ waiting and closing
 
@@ -295,12 +312,23 @@ class CheckpointManager:
 
         After a CheckpointTimeoutError it is still being written, and `close` may be called again.
         """
-        self._pending.join()
-        if self._store is not None:
-            self._aftermath.wait()
+        if self._shared.process != os.getpid():
+            self._store = None  # in a forked child: the run is the parent's
+        elif self._pending.is_current():  # a callback, which cannot wait for itself
+            self._store = None
+            self._shared.background.add(lifecycle.Task("the closing", self._let_go, self._options.timeout_s))
+        else:
+            with self._shared.turn:
+                self._pending.join()
+                self._let_go()
+            self._pending.raise_failure()
+
+    def _let_go(self) -> None:
+        """Each line may be done again: an interrupted call of `close` is made once more."""
+        self._aftermath.wait()
+        self._store = None
+        if self._writer is not None:
             self._writer.release()
-            self._store = None  # last: a call that was interrupted may be made again
-        self._pending.raise_failure()
 
     @contextlib.contextmanager
     def preemption_guard(self, signals: Sequence[int] = (signal.SIGTERM,)) -> Iterator[None]:
@@ -504,12 +532,14 @@ class CheckpointManager:
     def delete(self, step: int) -> None:
         """Deletes a step, pinned or not."""
         step = policy.step_number(step)
-        self._writable(step)
-        self._pending.wait()
-        if self._job.leads:
-            self._writer.hold()
-            self._catalog.delete(step)
-            self._journal.record("deleted", step, why="asked for")
+        with self._turn(step):
+            self._writable(step)
+            self._pending.wait()
+            if self._job.leads:
+                self._shared.hold()
+                with self._shared.retaining:
+                    self._catalog.delete(step)
+                self._journal.record("deleted", step, why="asked for")
 
     def rewind(self, step: int) -> None:
         """Lets the run go on from an earlier step: later ones are set aside, and nothing is deleted.
@@ -527,7 +557,7 @@ class CheckpointManager:
           SaveError: the manager is read-only or closed, a save has failed, or the mirror cannot be reached.
         """
         step = policy.step_number(step)
-        with contextlib.nullcontext() if self._pending.is_current() else self._turn:
+        with self._turn(step):
             self._writable(step, "gone back to")
             if self._pending.is_current() and self._job.count > 1:
                 raise SaveError(f"step {step}: all processes make a rewind, and a callback runs in one", step=step)
@@ -539,18 +569,18 @@ class CheckpointManager:
 
     def pin(self, step: int) -> None:
         """Keeps a step whatever retention says, until `unpin`."""
-        step = policy.step_number(step)
-        self._writable(step)
-        self._pending.settle(step)
-        if self._job.leads:
-            self._catalog.pin(step)
-            self._aftermath.update_mirror()
+        self._mark(step, self._catalog.pin)
 
     def unpin(self, step: int) -> None:
         """Gives a step back to retention."""
+        self._mark(step, self._catalog.unpin)
+
+    def _mark(self, step: int, mark: Callable[[int], None]) -> None:
         step = policy.step_number(step)
-        self._writable(step)
-        self._pending.settle(step)
-        if self._job.leads:
-            self._catalog.unpin(step)
-            self._aftermath.update_mirror()
+        with self._turn(step):
+            self._writable(step)
+            self._pending.settle(step)
+            if self._job.leads:
+                with self._shared.retaining:
+                    mark(step)
+                self._aftermath.update_mirror()

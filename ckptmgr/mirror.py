@@ -30,10 +30,7 @@ Found = TypeVar("Found")
 
 
 class Mirror:
-    """Copies the steps of `home` that `keep` asks for to `away`, the newest first, and deletes there the rest.
-
-    `then` is called when nothing is owed any more, or cannot be copied now.
-    """
+    """Copies the steps of `home` that `keep` asks for to `away`, the newest first, and deletes there the rest."""
 
     def __init__(
         self,
@@ -41,15 +38,13 @@ class Mirror:
         away: catalog.Catalog,
         keep: Sequence[KeepPolicy],
         timeout_s: float,
-        then: Callable[[], None],
+        background: lifecycle.Background,
     ) -> None:
         self.catalog = away
         self.history = history.History(away, keep)
-        self._home, self._keep, self._then = home, keep, then
-        self._background = lifecycle.Background(timeout_s)
-        self._lock = threading.Lock()
+        self._home, self._keep = home, keep
+        self._timeout_s, self._background = timeout_s, background
         self._at_work = threading.Lock()  # a rewind comes before or after what is copied and deleted there
-        self._is_running = self._has_news = False
         self._owed: set[int] | None = None  # not known before it has been looked at
         self._announced: set[int] = set()
         self._spoilt: set[tuple[int, float]] = set()
@@ -71,56 +66,45 @@ class Mirror:
             _log.warning("the mirror %s cannot be read: %s", self.catalog.directory, problem)
             return []
 
-    def follow(self, *saved: int) -> None:
-        """Takes note of new steps; returns at once."""
-        with self._lock:
-            self._announced.update(saved)
-            self._has_news = True
-            if self._is_running:
-                return
-            self._is_running = True
-        try:
-            self._background.start(f"the copying to {self.catalog.directory}", self._run)
-        except BaseException:
-            with self._lock:
-                self._is_running = False
-            raise
+    def follow(self, then: Callable[[], None], *saved: int) -> None:
+        """Takes note of new steps; returns at once.
+
+        `then` is called when nothing is owed any more, or cannot be copied now.
+        """
+        self._announced.update(saved)
+        ahead = [task for task in self._background.waiting() if task.about is self and not task.has_begun]
+        if not ahead:  # else that one sees them
+            what = f"the copying to {self.catalog.directory}"
+            self._background.add(lifecycle.Task(what, lambda: self._run(then), self._timeout_s, self))
 
     def owes(self, step: int) -> bool:
         """Whether a step is still to be copied, so that it must not be deleted at home yet.
 
         If copying fails, retention may still delete local steps, so that the disk does not fill.
         """
-        with self._lock:
-            return self._owed is None or step in self._owed or step in self._announced
+        return self._owed is None or step in self._owed or step in self._announced
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being copied."""
-        self._background.wait(timeout_s)
+        self._background.wait(self._timeout_s if timeout_s is None else timeout_s)
 
     def rewind(self, plan: branches.Plan) -> None:
         """Moves there what is planned; raises what the storage raises."""
         with self._at_work:
             self.catalog.rewind(plan)
 
-    def _run(self) -> None:
-        while True:
-            with self._lock:
-                self._is_running, self._has_news = self._has_news, False
-                if not self._is_running:
-                    return
-            try:
-                with self._at_work:
-                    self._catch_up()
-            except Exception as problem:  # of every library below; training goes on without its mirror
-                _log.error(
-                    "the mirror %s cannot be written to, and is tried again after the next save: %s",
-                    self.catalog.directory, problem,
-                )  # fmt: skip
-                with self._lock:
-                    self._owed = set()
-                    self._announced.clear()
-            self._then()
+    def _run(self, then: Callable[[], None]) -> None:
+        try:
+            with self._at_work:
+                self._catch_up()
+        except Exception as problem:  # of every library below; training goes on without its mirror
+            _log.error(
+                "the mirror %s cannot be written to, and is tried again after the next save: %s",
+                self.catalog.directory, problem,
+            )  # fmt: skip
+            self._owed = set()
+            self._announced.clear()
+        then()
 
     def _catch_up(self) -> None:
         self.catalog.prepare()
@@ -165,16 +149,14 @@ class Mirror:
 
     def _look(self) -> dict[int, float]:
         """What is to be copied now, and when each was saved."""
-        with self._lock:
-            taken = set(self._announced)
+        taken = set(self._announced)
         here = {info.step: info for info in history.History(self._home, ()).all() if info.distrusted is None}
         there = {info.step: info for info in self.history.all()}
         wanted = {info.step for info in history.explain(list((there | here).values()), self._keep) if info.kept}
         missing = {step for step in here if step in wanted and self._lacks(step)}
         owed = {step: here[step].time for step in missing if (step, here[step].time) not in self._spoilt}
-        with self._lock:
-            self._owed = set(owed)
-            self._announced -= taken
+        self._owed = set(owed)  # first: `owes` looks at both
+        self._announced.difference_update(taken)
         return owed
 
     def _lacks(self, step: int) -> bool:

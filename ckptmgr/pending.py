@@ -5,22 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from ckptmgr.checkpoint import CheckpointInfo
+from ckptmgr.checkpoint import CheckpointInfo, Save
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
 from ckptmgr.job import Job
-from ckptmgr.lifecycle import Background, Outcome
+from ckptmgr.lifecycle import Task
+from ckptmgr.writer import Shared
 
 _log = logging.getLogger("ckptmgr")
 
 
 class Pending:
-    """One save at a time; `timeout_s` bounds every wait for it, and `job` knows which processes it waits for."""
+    """The saves of one manager. They are written in turn with those of the others of the run.
 
-    def __init__(self, timeout_s: float, job: Job) -> None:
+    `timeout_s` bounds every wait for one, and `job` knows which processes it waits for.
+    """
+
+    def __init__(self, timeout_s: float, job: Job, shared: Shared) -> None:
+        self._timeout_s = timeout_s
         self._job = job
-        self._committed: int | None = None
-        self._background = Background(timeout_s)
-        self._failure: SaveError | None = None
+        self._shared = shared
+        self._background = shared.background
+        self._saves: list[Save] = []
 
     def follow(
         self,
@@ -28,42 +33,46 @@ class Pending:
         commit: Callable[[], CheckpointInfo],
         failed: Callable[[SaveError], None],
         then: Callable[[CheckpointInfo], None],
-    ) -> Outcome:
-        """Runs `commit`, which returns once the step is durable, in a thread, and `failed` or `then` after it."""
-        told = Outcome()
-        self._committed = None
+        let_go: Callable[[], None],
+    ) -> Save:
+        """Runs `commit`, which returns once the step is durable, in a thread, and `failed` or `then` after it.
+
+        `let_go` is called in the end, whatever has happened.
+        """
+        save = Save(step, self._timeout_s, self._background.wait_for)
 
         def finish() -> None:
             try:
-                info = commit()
-            except BaseException as problem:  # raised again at the next call
-                failure = SaveError(f"step {step} could not be saved: {problem}", step=step)
-                failure.__cause__ = problem
-                self._failure = failure
-                _log.error("%s", failure)  # heard even if no next call comes
-                told.failure = failure
-                told.set()
-                failed(failure)
-                return
-            finally:
-                self._committed = step
-            told.value = info
-            told.set()
-            then(info)
+                save.info = commit()
+            except BaseException as problem:
+                _end(save, problem)
+                if save.failure is not None:
+                    failed(save.failure)
+            else:
+                save.over.set()
+                then(save.info)
 
-        self._background.start(f"the save of step {step}", finish, step)
-        return told
+        def ended(problem: BaseException | None) -> None:
+            _end(save, problem)
+            let_go()
+
+        task = Task(f"the save of step {step}", finish, self._timeout_s, save, ended)
+        if not self.is_current():
+            self.join()
+        self._saves.append(save)
+        self._background.start(task)
+        return save
 
     @property
     def step(self) -> int | None:
-        """The step that is being written; None once it is durable, or has failed."""
-        step: int | None = self._background.about
-        return None if step == self._committed else step
+        """The step that is being written, by any manager of the run; None once it is durable, or has failed."""
+        written = (task.about for task in self._background.waiting())
+        return next((save.step for save in written if isinstance(save, Save) and not save.over.is_set()), None)
 
     def join(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being written, and what follows from it is done."""
         try:
-            self._background.wait(timeout_s)
+            self._background.wait(self._timeout_s if timeout_s is None else timeout_s)
         except CheckpointTimeoutError as late:
             if not self._job.waits_for:
                 raise
@@ -80,17 +89,26 @@ class Pending:
         if step == self.step and not self.is_current():
             self.wait()
 
-    def acknowledge(self, failure: SaveError) -> None:
-        """A failure that `SaveResult.result` has raised is not raised again; a later one is."""
-        if self._failure is failure:
-            self._failure = None
-
     def is_current(self) -> bool:
         """Whether the caller is a callback of the save that is being finished, which must not wait for itself."""
         return self._background.is_current()
 
     def raise_failure(self) -> None:
-        """Raises the failure of the last save, once."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        """Raises the failure of a save, once; one that `SaveResult.result` has raised is not raised again."""
+        with self._shared.raising:
+            for save in [each for each in self._saves if each.over.is_set()]:
+                self._saves.remove(save)
+                if save.failure is not None and not save.was_raised:
+                    save.was_raised = True
+                    raise save.failure
+
+
+def _end(save: Save, problem: BaseException | None) -> None:
+    """Sees to it that a save is over: durable or failed, whatever has interrupted it. May be called again."""
+    if save.info is None and save.failure is None:
+        why = "its thread was interrupted" if problem is None else str(problem) or repr(problem)
+        failure = SaveError(f"step {save.step} could not be saved: {why}", step=save.step)
+        failure.__cause__ = problem
+        save.failure = failure
+        _log.error("%s", failure)  # heard even if no next call comes
+    save.over.set()

@@ -6,26 +6,88 @@ one process share it, and a process that is forked lets go of its copy.
 
 from __future__ import annotations
 
-import collections
+import _thread
+import atexit
 import contextlib
 import datetime
 import json
 import os
 import socket
 import sys
+import threading
 import weakref
 from typing import Any
 
 from etils import epath
 
-from ckptmgr import names, paths, version_1
+from ckptmgr import lifecycle, names, paths, version_1
 from ckptmgr.errors import SaveError
+from ckptmgr.lifecycle import Background
 
 if sys.platform != "win32":
     import fcntl
 
-_files: dict[str, int] = {}
-_managers: collections.Counter[str] = collections.Counter()
+_ATTEMPTS = 1000
+
+
+class Shared:
+    """What the managers that write into one run in this process have in common."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.background = Background()
+        """Writes the steps, and does what follows from it."""
+        self.mirroring = Background()
+        """Copies them to the mirrors."""
+        self.damaged: dict[int, Any] = {}
+        self.owners: set[object] = set()
+        self.path = ""
+        self.descriptor: int | None = None
+        self.make_locks()
+
+    def make_locks(self) -> None:
+        """Each may be taken again by the thread that holds it: a handler of signals may save, or close, too."""
+        self.turn = threading.RLock()
+        """Held by a call that saves or deletes: threads take turns."""
+        self.retaining = threading.RLock()
+        """Held while it is decided what to delete, and while that is deleted."""
+        self.raising = threading.RLock()
+        """Held while a failure is looked for: of several threads one raises it."""
+
+    def enter(self, directory: epath.Path, speaks: bool) -> bool:
+        """Takes the lock if it is not held; whether it was taken. A directory that was removed took it along."""
+        is_free = not self.owners or (self.descriptor is not None and not _is_still(self.path, self.descriptor))
+        path = str(directory / names.LOCK)
+        if speaks and is_free and paths.is_local(path) and sys.platform != "win32":
+            self.let_go()
+            _refuse_version_1(directory)
+            self.path, self.descriptor = path, _lock(path)
+        return speaks and is_free
+
+    def hold(self) -> None:
+        """Takes the lock anew if its file was removed. Raises SaveError if another process has it since."""
+        with _guard:
+            descriptor = self.descriptor
+            if descriptor is not None and not _is_still(self.path, descriptor):
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                self.descriptor = _lock(self.path)
+                os.close(descriptor)
+
+    def let_go(self) -> None:
+        descriptor = self.descriptor
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                if _is_still(self.path, descriptor):
+                    os.unlink(self.path)  # while it is still ours
+            self.descriptor = None
+            os.close(descriptor)
+
+
+_runs: dict[str, Shared] = {}
+_guard = threading.RLock()
+"""Held while a manager comes or goes."""
+_left: set[tuple[str, object]] = set()
+"""Managers that the garbage collector has found. It takes no lock: the thread that it interrupts may hold it."""
 
 
 class Writer:
@@ -35,40 +97,62 @@ class Writer:
     """
 
     def __init__(self, directory: epath.Path, *, speaks: bool = True) -> None:
-        path = str(directory / names.LOCK)
-        self.is_first = speaks and _managers[path] == 0
-        if self.is_first and paths.is_local(path) and sys.platform != "win32":
-            _refuse_version_1(directory)
-            _files[path] = _lock(path)
-        _managers[path] += 1
-        self._path = path
-        self.release = weakref.finalize(self, _release, path, os.getpid())
-        """Gives the right back; also called when nobody holds the manager any more, or Python ends."""
+        self._key = os.path.realpath(directory) if paths.is_local(directory) else str(directory)
+        self._owner = object()
+        weakref.finalize(self, _leave, self._key, self._owner, os.getpid()).atexit = False
+        with _guard:
+            _settle()
+            self.shared = _runs.get(self._key) or Shared()
+            self.is_first = self.shared.enter(directory, speaks)
+            self.shared.owners.add(self._owner)
+            _runs[self._key] = self.shared
 
-    def hold(self) -> None:
-        """Takes the lock anew if its file was removed. Raises SaveError if another process has it since."""
-        descriptor = _files.get(self._path)
-        if descriptor is not None and not _is_still(self._path, descriptor):
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            _files[self._path] = _lock(self._path)
-            os.close(descriptor)
+    def is_held(self) -> bool:
+        return self._owner in self.shared.owners
+
+    def release(self) -> None:
+        """Gives the right back. May be called again, as after an interrupt."""
+        with _guard:
+            _remove(self._key, self._owner)
 
 
-def _release(path: str, owner: int) -> None:
+def _leave(key: str, owner: object, process: int) -> None:
+    """Nobody holds a manager any more, which need not be closed: a thread of its own gives the right back."""
+    if process == os.getpid():
+        _left.add((key, owner))
+        with contextlib.suppress(RuntimeError):  # at the end of Python there are no new threads
+            _thread.start_new_thread(_settle, ())
+
+
+def _settle() -> None:
+    with _guard:
+        for each in list(_left):
+            _remove(*each)
+            _left.discard(each)
+
+
+def _remove(key: str, owner: object) -> None:
     """The last manager of a process to give the right back lets another process in."""
-    if os.getpid() != owner:
-        return
-    _managers[path] -= 1
-    if _managers[path] == 0 and path in _files:
-        descriptor = _files.pop(path)
-        with contextlib.suppress(OSError):
-            if _is_still(path, descriptor):
-                os.unlink(path)  # while it is still ours
-        os.close(descriptor)
+    shared = _runs.get(key)
+    if shared is not None:
+        shared.owners.discard(owner)
+        if not shared.owners:
+            shared.let_go()
+            _runs.pop(key, None)
+
+
+@atexit.register
+def _end() -> None:
+    """What the managers hold that nobody has closed."""
+    lifecycle.drain_at_exit()  # once more: Ctrl-C just before its own hook skips that
+    with _guard:
+        for key, shared in list(_runs.items()):
+            shared.let_go()
+            _runs.pop(key, None)
 
 
 def _lock(path: str) -> int:
-    while True:
+    for _ in range(_ATTEMPTS):
         descriptor = paths.open_to_write(path, os.O_RDWR)
         try:
             _take(descriptor, path)
@@ -80,6 +164,8 @@ def _lock(path: str) -> int:
         if _is_still(path, descriptor):
             break
         os.close(descriptor)  # its owner removed it between our two calls
+    else:
+        raise SaveError(f"{path} is removed each time that it is locked: find out what removes it", step=None)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     said = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now})
     with contextlib.suppress(OSError):  # on a full disk it holds all the same
@@ -135,10 +221,15 @@ def _spell(owner: bytes) -> str:
 
 def _forget() -> None:
     """After a fork: a lock ends with the last copy of its file, and it is the parent's."""
-    for descriptor in _files.values():
-        os.close(descriptor)
-    _files.clear()
-    _managers.clear()
+    global _guard
+    _guard = threading.RLock()
+    for shared in _runs.values():
+        shared.make_locks()
+        if shared.descriptor is not None:
+            os.close(shared.descriptor)
+            shared.descriptor = None
+    _runs.clear()
+    _left.clear()
 
 
 if hasattr(os, "register_at_fork"):

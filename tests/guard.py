@@ -4,14 +4,13 @@ It cannot be set for whole tests: JAX's own `jnp.zeros(3)` is an implicit transf
 does not make and a test does.
 """
 
-import contextlib
 import functools
 import inspect
-import threading
 
 import jax
 
 import ckptmgr
+from ckptmgr import lifecycle
 
 
 def install():
@@ -20,7 +19,7 @@ def install():
         for name, method in vars(kind).items():
             if inspect.isfunction(method) and (not name.startswith("_") or name in ("__init__", "__exit__")):
                 setattr(kind, name, _guarded(method))
-    threading.Thread.run = _guarded_in_ours(threading.Thread.run)
+    lifecycle.Background._work = _guarded(lifecycle.Background._work)
 
 
 def allowed():
@@ -32,15 +31,5 @@ def _guarded(method):
     def call(*args, **kwargs):
         with jax.transfer_guard("disallow"):
             return method(*args, **kwargs)
-
-    return call
-
-
-def _guarded_in_ours(run):
-    @functools.wraps(run)
-    def call(self):
-        is_ours = self.name.startswith("ckptmgr")
-        with jax.transfer_guard("disallow") if is_ours else contextlib.nullcontext():
-            run(self)
 
     return call

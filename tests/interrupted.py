@@ -28,7 +28,8 @@ def interrupt_soon(seconds):
 
 
 def main(directory, seed, count, max_host_bytes):
-    draw, step, accepted, lost = random.Random(int(seed)), 0, set(), set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    draw, step, accepted, lost, interrupts = random.Random(int(seed)), 0, set(), set(), 0
     manager = ckptmgr.CheckpointManager(directory, max_host_bytes=int(max_host_bytes) or None, timeout_s=60)
     manager.save(step, values(step)).result()  # on a busy machine no other may be accepted
     accepted.add(step)
@@ -49,6 +50,7 @@ def main(directory, seed, count, max_host_bytes):
                 lost |= accepted
             timer.join()
         except KeyboardInterrupt:
+            interrupts += 1
             for array in params.values():
                 array[...] = -1
     try:
@@ -61,7 +63,7 @@ def main(directory, seed, count, max_host_bytes):
     for each in listed:
         found = reader.restore(each, layout=ckptmgr.HOST).params
         assert all((found[name] == array).all() for name, array in values(each).items()), each
-    print("lost", sorted(accepted & lost | accepted - listed), "of", len(accepted) > 0)
+    print("lost", sorted(accepted & lost | accepted - listed), "after", interrupts, "interrupts")
 
 
 if __name__ == "__main__":

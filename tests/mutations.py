@@ -84,7 +84,7 @@ MUTATIONS = [
     ),
     Mutation(
         5, "the hook at the end of the script runs when executors are gone",
-        "lifecycle.py", "threading._register_atexit(_drain)", "__import__('atexit').register(_drain)",
+        "lifecycle.py", "threading._register_atexit(drain_at_exit)", "pass",
         "tests/test_crash.py::test_a_script_that_leaves_right_after_save_loses_nothing",
     ),
     Mutation(
@@ -99,7 +99,7 @@ MUTATIONS = [
     ),
     Mutation(
         6, "a failed save is not raised at the next call",
-        "pending.py", "self._failure = failure\n", "self._failure = None\n",
+        "pending.py", "                    raise save.failure\n", "                    pass\n",
         "tests/test_manager.py::test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it",
     ),
     Mutation(
@@ -305,6 +305,48 @@ MUTATIONS = [
         12, "what a caller changed after an interrupt is saved",
         "storage/arrays.py", "        if self._is_abandoned:\n", "        if False:\n",
         "tests/test_lifecycle.py::test_ctrl_c_at_any_moment_loses_nothing_and_the_manager_goes_on",
+    ),
+    Mutation(
+        5, "Ctrl-C ends the wait for the last save",
+        "lifecycle.py", '    signal.signal(signal.SIGINT, _warn_first)\n', '',
+        "tests/test_lifecycle.py::test_ctrl_c_while_the_last_save_is_waited_for_is_asked_for_twice",
+    ),
+    Mutation(
+        6, "what `result()` has raised is raised again by the next call",
+        "checkpoint.py", "            save.was_raised = True\n", "",
+        "tests/test_sharing.py::test_an_old_result_does_not_take_the_failure_of_a_newer_save",
+    ),
+    Mutation(
+        12, "a thread that an exception ends is not followed by another",
+        "lifecycle.py", '            if not self._works.locked():', '            if False:',
+        "tests/test_lifecycle.py::test_a_thread_that_an_exception_ends_leaves_its_tasks_to_the_next",
+    ),
+    Mutation(
+        12, "two managers of a run have a queue each",
+        "writer.py", '_runs.get(self._key) or Shared()', 'Shared()',
+        "tests/test_sharing.py::test_two_managers_do_not_write_the_same_step",
+    ),
+    Mutation(
+        12, "a link to a run is another run",
+        "writer.py", 'os.path.realpath(directory) if', 'str(directory) if',
+        "tests/test_sharing.py::test_two_managers_of_one_run_save_in_turn_and_lose_nothing",
+    ),
+    Mutation(
+        12, "a forked child may write",
+        "manager.py",
+        "        if self._shared.process != os.getpid():\n            raise",
+        "        if False:\n            raise",
+        "tests/test_sharing.py::test_a_forked_child_reads_and_writes_nothing",
+    ),
+    Mutation(
+        12, "a manager closed by its callback lets go at once",
+        "manager.py", 'elif self._pending.is_current():', 'elif False:',
+        "tests/test_sharing.py::test_a_callback_may_call_every_method",
+    ),
+    Mutation(
+        12, "the garbage collector takes a lock",
+        "writer.py", '_thread.start_new_thread(_settle, ())', '_settle()',
+        "tests/test_sharing.py::test_what_the_garbage_collector_calls_takes_no_lock_and_waits_for_nothing",
     ),
     Mutation(
         16, "nothing is said of what `partial` kept",

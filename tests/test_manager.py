@@ -1,5 +1,6 @@
 """The story of a save and a restore, as a caller sees it."""
 
+import _thread
 import concurrent.futures
 import contextlib
 import json
@@ -265,12 +266,11 @@ def test_a_save_that_a_callback_makes_is_durable_when_it_returns(options, tmp_pa
 
 def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_have_changed(tmp_path, monkeypatch):
     params, released = {name: np.zeros(1000) for name in "ab"}, threading.Event()
-    start, write = threading.Thread.start, orbax.Store.write
+    start, write = _thread.start_new_thread, orbax.Store.write
 
-    def interrupted(thread):
-        start(thread)
-        if thread.name.startswith("ckptmgr: the save"):
-            raise KeyboardInterrupt
+    def interrupted(*given):
+        start(*given)
+        raise KeyboardInterrupt
 
     def held(*given):
         released.wait(10)
@@ -279,7 +279,7 @@ def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_ha
     with CheckpointManager(tmp_path, max_host_bytes=1000) as manager:
         monkeypatch.setattr(orbax.Store, "write", held)
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", interrupted)
+            patch.setattr(_thread, "start_new_thread", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 manager.save(1, params)
         params["b"][:] = 9.0

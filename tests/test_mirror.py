@@ -1,5 +1,6 @@
 """The second home: on a disk, and on servers that speak the protocols of gs:// and s3://."""
 
+import _thread
 import logging
 import os
 import random
@@ -20,7 +21,7 @@ from test_job import finish
 from test_job import start as start_job
 
 import ckptmgr
-from ckptmgr import lifecycle, mirror
+from ckptmgr import mirror
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),
@@ -167,7 +168,7 @@ def test_an_interrupt_as_copying_starts_does_not_stop_later_copies(home, tmp_pat
         save(manager, 1)
         manager.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(lifecycle.Background, "start", interrupted)
+            patch.setattr(_thread, "start_new_thread", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 manager.pin(1)
         save(manager, 2)

@@ -33,6 +33,9 @@ from ckptmgr import (
 )
 from ckptmgr.storage import reading
 
+HERE = Path(__file__).parent
+"""Where a program that is given with -c finds the modules of the tests."""
+
 
 def save(manager, *steps, value=None):
     for step in steps:
@@ -109,7 +112,9 @@ def test_after_a_crash_on_the_new_branch_it_goes_on_there_and_back_again(newest,
         "    manager.save(step, trainer.state(1000 + step)).result()\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path, str(newest)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, str(newest)], capture_output=True, text=True, cwd=HERE
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     with CheckpointManager(tmp_path, keep=latest(2)) as manager:
         found = manager.restore_or(params=trainer.state(0))
@@ -281,7 +286,9 @@ for directory, step, fault, *how in json.load(sys.stdin):
 def kill(cases):
     """Rewinds each run in a process of its own, which has a fault; tells how each of them ended."""
     told = json.dumps(cases)
-    done = subprocess.run([sys.executable, "-c", KILLED], input=told, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED], input=told, capture_output=True, text=True, check=True, cwd=HERE
+    )
     return list(map(int, done.stdout.split()))
 
 

@@ -25,6 +25,7 @@ import tensorstore as ts
 from etils import epath
 
 from ckptmgr import paths
+from ckptmgr.errors import CheckpointError
 from ckptmgr.lifecycle import Moment
 from ckptmgr.storage import chunks, devices, extents, files
 from ckptmgr.storage.chunks import BYTES_ALONE, Index, Stored, Values
@@ -47,7 +48,22 @@ class DamagedArrayError(Exception):
         self.leaf = f"{item}{leaf}"
 
 
+_process: int | None = None
+
+
+def _refuse_fork() -> None:
+    """TensorStore ends a process without a word that was forked after TensorStore had started its threads."""
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise CheckpointError(
+            f"arrays are not read in a process that was forked from process {_process}, which has read or written "
+            'some: TensorStore does not survive a fork. Start the process with multiprocessing\'s "spawn"'
+        )
+
+
 def _database(directory: epath.Path) -> dict[str, Any]:
+    _refuse_fork()
     return {"driver": "ocdbt", "base": _base(str(directory))}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from ckptmgr import items, job
 from ckptmgr import manifest as manifests
+from ckptmgr.lifecycle import Moment
 from ckptmgr.options import Options
 from ckptmgr.storage import arrays, devices, orbax
 
@@ -67,10 +68,15 @@ class Copied:
             if name not in self.own:
                 snapshot.leave_out(_of_others(snapshot.plan.owners, settled))
 
-    def wait(self, timeout_s: float) -> bool:
+    def wait(self, wait_for: Callable[[Moment, float], bool], timeout_s: float) -> bool:
         """Waits until every leaf is copied: under `max_host_bytes` what is written makes room for the next."""
         ends = time.monotonic() + timeout_s
-        return all(each.complete.wait(ends - time.monotonic()) for each in self._snapshots.values())
+        return all(wait_for(each.complete, ends - time.monotonic()) for each in self._snapshots.values())
+
+    def release(self) -> None:
+        """Lets go of the leaves, also of those that were not copied because the save has failed."""
+        for snapshot in self._snapshots.values():
+            snapshot.release()
 
     def completed_at(self) -> float:
         """When every leaf had been copied, on the clock of `time.perf_counter`."""
