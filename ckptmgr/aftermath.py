@@ -10,7 +10,7 @@ from etils import epath
 
 from ckptmgr import branches, bucket, paths, policy, retention, rewinding
 from ckptmgr.catalog import Catalog
-from ckptmgr.checkpoint import CheckpointInfo
+from ckptmgr.checkpoint import CheckpointInfo, Save
 from ckptmgr.errors import SaveError
 from ckptmgr.history import History
 from ckptmgr.job import Job
@@ -166,6 +166,13 @@ class Aftermath:
             retention.retain(
                 self._home,
                 self._history,
-                is_spared=lambda step: self.mirror is not None and self.mirror.owes(step),
+                is_spared=self._is_spared,
                 deleted=lambda step: self._journal.record("deleted", step, why="no policy keeps it"),
             )
+
+    def _is_spared(self, step: int) -> bool:
+        """Whether a step stays for now: it is owed to the mirror, or its save, by any manager, is not over yet."""
+        saves = [task.about for task in self._shared.background.waiting()]
+        return any(isinstance(save, Save) and save.step == step for save in saves) or (
+            self.mirror is not None and self.mirror.owes(step)
+        )

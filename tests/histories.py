@@ -949,6 +949,7 @@ class Helper:
     def close(self):
         self._server.stdin.close()
         self._server.wait()
+        self._server.stdout.close()
 
 
 def serve():

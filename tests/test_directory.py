@@ -8,8 +8,13 @@ from conftest import counted
 
 FIRST = int(os.environ.get("CKPTMGR_SEED", "0"))
 
-FOUND = {
-    # what a history has found, and the history, cut down
+FOUND = {  # what each has found once
+    "a copy of a step, to another number, counted as a step and was replaced": "save:784 copy:780 save:12",
+    "a folder of a user's that is named x.replaced was renamed": "save:784 copy:38 reopen:3 save:3",
+    "after the clock went back, what was saved last was deleted": "save:880 clock:245 save:992 save:596 reopen:4",
+    "a FIFO with the number of a step: every listing stood still": "put:63",
+    "a FIFO in the place of a manifest: restore stood still": "save:638 spoil:900",
+    "after an interrupt in close the process could not open its own run": "interrupt:682",
 }
 
 

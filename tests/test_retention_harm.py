@@ -5,7 +5,9 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 
+import faults
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
@@ -238,3 +240,19 @@ def test_metrics_that_stock_orbax_wrote_may_be_anything(tmp_path):
         manager.save(12, PARAMS)
         manager.wait()
         assert manager.steps() == [1, 7, 10, 12]
+
+
+def test_a_step_that_has_just_got_its_name_is_not_deleted_by_the_thread_of_the_mirror(tmp_path, monkeypatch):
+    """It is below the newest, its save is not over, and a pin has the mirror's thread retain meanwhile."""
+    run = tmp_path / "run"
+    with CheckpointManager(run, keep=1, mirror=tmp_path / "away") as manager:
+        manager.save(10, PARAMS)
+        manager.wait()
+        faults.install("slow sync 2", put=monkeypatch.setattr)  # of the run's directory, after the rename
+        accepted = manager.save(5, PARAMS)
+        while not (run / "5").exists():
+            time.sleep(0.01)
+        manager.pin(10)
+        assert accepted.result().step == 5
+        manager.wait()
+        assert manager.steps() == [5, 10]
