@@ -490,7 +490,6 @@ class Catalog:
         """Makes the folder of a branch. What the step once replaced goes: the next start would set it back."""
         folder, _, name = target.rpartition("/")
         if folder:
-            self._ours(ABANDONED)
             self._ours(folder)
         if (old := self._old(int(name))).exists():
             remove(old)
@@ -499,6 +498,7 @@ class Catalog:
         """Does nothing: on a disk every move shows whether it has been made."""
 
     def _write_plan(self, moves: Sequence[branching.Move]) -> None:
+        self._ours(ABANDONED)
         _write_durably(self.directory / REWINDING, json.dumps(moves).encode())
 
     def _read_plan(self) -> Sequence[branching.Move] | None:

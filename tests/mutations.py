@@ -244,7 +244,7 @@ MUTATIONS = [
     ),
     Mutation(
         11, "a lock whose file was removed is not taken again",
-        "writer.py", "if descriptor is not None and not _is_still(self._path, descriptor):",
+        "writer.py", "if descriptor is not None and not _is_still(self.path, descriptor):",
         "if False:",
         "tests/test_strangers.py::test_another_process_that_took_a_run_whose_lock_was_removed_is_named",
     ),

@@ -233,7 +233,7 @@ class Tree(RuleBasedStateMachine):
 
 
 TestTree = Tree.TestCase
-TestTree.settings = settings(max_examples=counted(8, full=300), stateful_step_count=15)
+TestTree.settings = settings(max_examples=counted(8, full=200), stateful_step_count=15)
 
 
 # ---------------------------------------------------------------- killed at any moment
@@ -477,6 +477,17 @@ def test_what_is_no_checkpoint_and_is_in_the_way_is_left_alone(tmp_path):
         shutil.rmtree(tmp_path / "2")
         manager.rewind(2)
         assert values(tmp_path) == {1: 1, 2: 2}
+
+
+def test_what_is_no_folder_of_ours_is_not_written_to(tmp_path):
+    with CheckpointManager(tmp_path / "run") as manager:
+        save(manager, 1, 2)
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "run" / names.ABANDONED).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match="abandoned is a symlink"):
+            manager.rewind(1)
+        assert (manager.steps(), visible(tmp_path / "elsewhere")) == ([1, 2], [])
+    assert not (tmp_path / "run" / names.REWINDING).exists()
 
 
 PLANS = {

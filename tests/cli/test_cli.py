@@ -300,7 +300,22 @@ def test_what_is_not_there_and_what_is_wrong_is_said_in_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["ls", "show", "diff", "verify", "keep", "pin", "unpin", "rm", "gc", "export", "import", "report", "doctor"],
+    [
+        "ls",
+        "show",
+        "diff",
+        "verify",
+        "keep",
+        "pin",
+        "unpin",
+        "rm",
+        "rewind",
+        "gc",
+        "export",
+        "import",
+        "report",
+        "doctor",
+    ],
 )
 def test_help_has_an_example(command):
     shown = typer.testing.CliRunner().invoke(app, [command, "--help"])
