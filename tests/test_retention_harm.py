@@ -248,6 +248,7 @@ def test_a_step_that_has_just_got_its_name_is_not_deleted_by_the_thread_of_the_m
     with CheckpointManager(run, keep=1, mirror=tmp_path / "away") as manager:
         manager.save(10, PARAMS)
         manager.wait()
+        monkeypatch.setattr(faults, "SLOW_S", 2.0)
         faults.install("slow sync 2", put=monkeypatch.setattr)  # of the run's directory, after the rename
         accepted = manager.save(5, PARAMS)
         while not (run / "5").exists():
