@@ -817,6 +817,8 @@ class World:
             self.books.see(listed)
             for step in listed:
                 self.read(manager, step)
+            pinned = {info.step for info in manager.infos() if info.pinned}
+            assert pinned & self.books.must == self.books.pinned & self.books.must, (pinned, self.books.pinned)
             self.read(manager, None)
             self.check()
 
