@@ -677,8 +677,9 @@ class World:
         self.tell(f"a stranger removes {len(files)} files of {step}")
         for path in files:
             path.unlink(missing_ok=True)
-        if len(files) == 99 and self.draw.random() < 0.5:
-            shutil.rmtree(self.run / str(step))
+        if not self.flying and self.draw.random() < 0.3:
+            path = self.run / str(step)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
         for known in self.all_books():
             known.harm(step)
 

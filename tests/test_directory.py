@@ -6,7 +6,7 @@ import histories
 import pytest
 from conftest import counted
 
-FIRST = int(os.environ.get("CKPTMGR_SEED", "0"))  # other histories: CKPTMGR_SEED=5000 pytest tests/test_directory.py
+FIRST = int(os.environ.get("CKPTMGR_SEED", "0"))  # CKPTMGR_SEED=5000 plays others
 
 FOUND = {  # what each has found once
     "a copy of a step, to another number, counted as a step and was replaced": "save:784 copy:780 save:12",
