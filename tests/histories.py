@@ -147,8 +147,9 @@ class World:
         self.tell(f"open keep={keep} mirrored={mirrored}")
         self.keep, self.mirrored, self.committed = keep, mirrored, None
         self.manager = self.make(keep, mirrored)
-        if mirrored:
+        if mirrored:  # what an earlier process has not copied is copied, then retention follows
             self.books.release(keep)
+            self.settle()
 
     def make(self, keep, mirrored=False):
         return ckptmgr.CheckpointManager(
