@@ -26,7 +26,7 @@ def saved(manager, step):
 
 @pytest.mark.parametrize("fault", [f"fail {point}" for point in SAVING] + ["full file", "short file"])
 def test_a_write_that_fails_at_any_point_is_said_and_harms_nothing(fault, tmp_path, monkeypatch):
-    with ckptmgr.CheckpointManager(tmp_path) as manager:
+    with ckptmgr.CheckpointManager(tmp_path, keep=1) as manager:
         manager.save(1, trainer.state(1)).result()
         with monkeypatch.context() as patch:
             faults.install(f"{fault} 1", patch.setattr)
