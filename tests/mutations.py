@@ -214,6 +214,11 @@ MUTATIONS = [
         "tests/test_retention_harm.py::test_a_decision_is_looked_at_again_before_each_deletion",
     ),
     Mutation(
+        "7c", "a pin is lost as its step is replaced",
+        "storage/orbax.py", "    run.keep_pin(step)\n", "",
+        "tests/test_crash.py::test_killed_as_a_pinned_step_is_replaced_the_step_is_pinned",
+    ),
+    Mutation(
         "7d", "NaN is ranked",
         "policy.py", " and not math.isnan(value) else None", " else None",
         "tests/test_policy.py",

@@ -163,6 +163,18 @@ def test_a_second_signal_ends_at_once_and_a_handler_that_was_there_is_called(tmp
     assert (returned, said) == (-signal.SIGTERM, "told once\n")
 
 
+@pytest.mark.parametrize("fault", ["before exchange 1", "after exchange 1"])
+def test_killed_as_a_pinned_step_is_replaced_the_step_is_pinned(fault, tmp_path):
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        manager.save(0, trainer.state(0)).result()
+        manager.pin(0)
+    status, _, err = run(tmp_path, 1, "replace", fault=fault)
+    assert status == -signal.SIGKILL, err
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        assert manager.info(0).pinned
+        assert manager.verify(0)
+
+
 def test_a_second_writer_is_told_who_writes_and_the_first_goes_on(tmp_path):
     process = start(tmp_path, 10**6, "train")
     process.stdout.readline()
