@@ -523,11 +523,19 @@ class CheckpointManager:
         if number is None:
             raise self._catalog.nothing_good({})
         self._pending.settle(number)
+        while True:
+            stamp = self._catalog.stamp(number)
+            report = self._verify(number, on_progress)
+            if report or self._catalog.stamp(number) == stamp:
+                return report
+            self._catalog.require(number)  # says that it was deleted; what has replaced it is verified anew
+
+    def _verify(self, step: int, on_progress: Callable[[int, int], object] | None) -> VerifyReport:
         try:
-            manifest = self._catalog.manifest(number, fresh=True)
+            manifest = self._catalog.manifest(step, fresh=True)
         except CorruptCheckpointError as problem:
-            return VerifyReport(step=number, damages=(Damage(problem.path or "", str(problem)),))
-        return verifying.verify(manifest, self._catalog.path(number), on_progress)
+            return VerifyReport(step=step, damages=(Damage(problem.path or "", str(problem)),))
+        return verifying.verify(manifest, self._catalog.path(step), on_progress)
 
     def delete(self, step: int) -> None:
         """Deletes a step, pinned or not."""

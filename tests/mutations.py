@@ -453,8 +453,8 @@ MUTATIONS = [
     ),
     Mutation(
         "13b", "a process without open files passes good steps over",
-        'paths.py', 'if is_said or isinstance(problem, MemoryError)',
-        'if False and isinstance(problem, MemoryError)',
+        'paths.py', 'getattr(problem, "errno", None) in _EXHAUSTED',
+        'False',
         'tests/test_odd_files.py::test_a_process_that_may_open_no_more_files_says_so_and_passes_nothing_over',
     ),
     Mutation(

@@ -18,7 +18,7 @@ import pytest
 from conftest import counted
 
 import ckptmgr
-from ckptmgr import CheckpointManager
+from ckptmgr import CheckpointManager, names
 from ckptmgr.cli import facts
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -84,8 +84,8 @@ def shim(tmp_path_factory):
 def test_a_file_that_the_system_refuses_is_said_and_walked_back_from(how, form, tmp_path, shim):
     if how == "EACCES" and os.getuid() != 0:
         pytest.skip("to lay down its rights takes root")
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        folder.chmod(folder.stat().st_mode | 0o055)
     make(tmp_path / "run", form)
     done = subprocess.run(
         [sys.executable, odd_files.__file__, tmp_path / "run", how],
@@ -152,13 +152,13 @@ def test_retention_goes_on_beside_a_step_that_cannot_be_read_and_leaves_it_alone
         assert manager.restore().step == 4
 
 
-@pytest.mark.parametrize("name", [".writer", ".journal.jsonl", ".shared"])
+@pytest.mark.parametrize("name", [names.LOCK, names.JOURNAL, names.TOKEN])
 def test_a_fifo_in_the_place_of_a_file_of_the_run_holds_up_nobody(name, tmp_path):
     make(tmp_path, "plain")
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     assert facts.run(CheckpointManager(tmp_path, read_only=True))["steps"]
-    if name == ".writer":
+    if name == names.LOCK:
         with pytest.raises(OSError, match="no regular file"):
             CheckpointManager(tmp_path)
     else:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -352,6 +353,8 @@ def in_child(work):
     """What `work` said in a forked child, which then ends as a Python process does."""
     ours, theirs = os.pipe()
     if (child := os.fork()) == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(30)  # a child that stands still is ended
         try:
             said = work()
         except BaseException as problem:
