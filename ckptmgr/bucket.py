@@ -99,7 +99,7 @@ class Bucket(Catalog):
         self._write_note(SAVING, step)
         return self.path(step)
 
-    def publish(self, step: int) -> None:
+    def publish(self, step: int, *, replaces: bool = False) -> None:
         """The marker has made it a step."""
         self._note(SAVING, step).unlink(missing_ok=True)
 

@@ -339,12 +339,17 @@ class Catalog:
         """Says that a draft of a step is being written, and where."""
         return self.draft(step)
 
-    def publish(self, step: int) -> epath.Path | None:
+    def publish(self, step: int, *, replaces: bool = False) -> epath.Path | None:
         """Gives a draft, all of which is durable, the step's name; a step that has it makes room without a gap.
 
         Returns what it has replaced, which is to be removed once the new name is durable.
         """
         self._refuse_somebodys(step)  # what came while the draft was written
+        if not replaces and self._is_step(str(step)):
+            raise SaveError(
+                f"step {step} is not saved: another checkpoint came to {self.path(step)} meanwhile, and is kept",
+                step=step,
+            )
         draft, final, old = self.directory / SAVING / str(step), self.directory / str(step), self._old(step)
         if not final.exists():
             draft.rename(final)

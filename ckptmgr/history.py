@@ -33,8 +33,8 @@ class History:
     def __init__(self, catalog: Catalog, keep: Sequence[policy.KeepPolicy]) -> None:
         self._catalog = catalog
         self._keep = keep
-        self.committed: int | None = None
-        """The step that was committed last by this process: it may be below the newest."""
+        self.committed: Callable[[], int | None] = lambda: None
+        """Gives the step that was committed last by this process: it may be below the newest."""
         self._said: set[str] = set()
 
     def all(self) -> list[CheckpointInfo]:
@@ -45,7 +45,7 @@ class History:
         pinned, damaged = {step for step in steps if self._catalog.is_pinned(step)}, self._catalog.damaged
         read = (self._read(step, pinned) for step in steps)
         found = [self._doubt(info, damaged) for info in read if info is not None]
-        return explain(found, self._keep, self.committed, self._warn_of_policy)
+        return explain(found, self._keep, self.committed(), self._warn_of_policy)
 
     def _doubt(self, info: CheckpointInfo, damaged: Collection[int]) -> CheckpointInfo:
         """The same, with what speaks against the checkpoint, as far as that is seen without reading its files."""

@@ -127,7 +127,7 @@ class CheckpointManager:
         writes = not read_only and self._job.leads
         self._journal = journal.Journal(self._directory, self._clock.wall, writes=writes)
         self._aftermath = aftermath.Aftermath(
-            self._options, self._catalog, self._history, self._job, self._journal, self._shared
+            self._options, self._catalog, self._history, self._job, self._journal, self._shared, self._writer
         )
         self._restorer = restoring.Restorer(
             self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, timeout_s
@@ -209,7 +209,7 @@ class CheckpointManager:
 
             copied = self._job.together(Call("the save", step), copy, writing.Copied.spec)
             reason = "forced" if force else "preempted" if self.preempted else "due"
-            return self._hand_over(copied, store, reason, called)
+            return self._hand_over(copied, store, reason, called, replaces=on_exists == "replace")
 
     def _turn(self, step: int) -> contextlib.AbstractContextManager[Any]:
         """Held by a call that writes, of any manager of the run here; a callback of a save has its turn."""
@@ -265,14 +265,16 @@ class CheckpointManager:
             step=step,
         )
 
-    def _hand_over(self, copied: writing.Copied, store: orbax.Store, reason: str, called: float) -> SaveResult:
+    def _hand_over(
+        self, copied: writing.Copied, store: orbax.Store, reason: str, called: float, *, replaces: bool
+    ) -> SaveResult:
         """Has the step written beside the caller, then what follows from it done."""
         step, handed_over = copied.manifest.step, time.perf_counter()
 
         def commit() -> CheckpointInfo:
             if self._writer is None or not self._writer.is_held():
                 raise SaveError("a callback has closed the manager", step=step)
-            store.write(step, copied.contents, copied.build_manifest, copied.own)
+            store.write(step, copied.contents, copied.build_manifest, copied.own, replaces=replaces)
             durable_s = time.perf_counter() - called
             blocked_s = max(handed_over, copied.completed_at()) - called
             info = self._history.glance(self._catalog.manifest(step, fresh=True))  # not that of a step it replaced
@@ -563,7 +565,12 @@ class CheckpointManager:
                 raise SaveError(f"step {step}: all processes make a rewind, and a callback runs in one", step=step)
             call = Call(f"the rewind to step {step}")
             self._job.together(call, self._pending.wait)
-            moved = self._job.decide(call, lambda: self._aftermath.rewind(step))
+
+            def go_back() -> list[int]:
+                self._shared.hold()
+                return self._aftermath.rewind(step)
+
+            moved = self._job.decide(call, go_back)
             self._last = None  # the policies of `save_every` go by what is listed now
             self._aftermath.go_on_from(step, moved)
 
@@ -581,6 +588,7 @@ class CheckpointManager:
             self._writable(step)
             self._pending.settle(step)
             if self._job.leads:
+                self._shared.hold()
                 with self._shared.retaining:
                     mark(step)
                 self._aftermath.update_mirror()
