@@ -37,6 +37,7 @@ from ckptmgr import clock as clocks
 from ckptmgr import layout as layouts
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.errors import (
+    CheckpointError,
     CheckpointExistsError,
     CorruptCheckpointError,
     SaveError,
@@ -568,7 +569,16 @@ class CheckpointManager:
 
             def go_back() -> list[int]:
                 self._shared.hold()
-                return self._aftermath.rewind(step)
+                try:
+                    return self._aftermath.rewind(step)
+                except CheckpointError:
+                    raise
+                except Exception as problem:  # of a disk, or of a client
+                    raise SaveError(
+                        f"the rewind to step {step} has failed: {problem}. Call it again once this is mended; the "
+                        "next start also finishes what was begun",
+                        step=step,
+                    ) from problem
 
             moved = self._job.decide(call, go_back)
             self._last = None  # the policies of `save_every` go by what is listed now
