@@ -483,6 +483,8 @@ class CheckpointManager:
     ) -> Iterator[int]:
         """Yields each step that is committed, also by another process, once and in order; for evaluators.
 
+        A step that is replaced, or saved anew after a rewind, comes again.
+
         Args:
           after: only steps after this one; None: those that are there already come first.
           timeout_s: ends when no new step has come for so long; None: never.

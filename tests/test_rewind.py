@@ -340,6 +340,21 @@ def place(request, servers):
 
 
 @pytest.mark.xdist_group("remote")
+def test_in_a_bucket_retention_deletes_no_step_that_was_saved_anew_by_others(servers):
+    run = f"gs://bucket/{uuid.uuid4().hex}/run"
+    with CheckpointManager(run) as other, CheckpointManager(run, keep=best("loss")) as manager:
+        for step in (1, 2):
+            other.save(step, trainer.state(step), metrics={"loss": step}).result()
+        manager.infos()
+        other.delete(2)
+        other.save(2, trainer.state(7), metrics={"loss": 0.1}).result()
+        manager.save(3, trainer.state(3), metrics={"loss": 3})
+        manager.wait()
+        assert 2 in manager.steps()
+        assert manager.best() == 2
+
+
+@pytest.mark.xdist_group("remote")
 def test_in_a_bucket_a_rewind_that_is_finished_late_leaves_alone_what_was_saved_since(servers):
     run = f"gs://bucket/{uuid.uuid4().hex}/run"
     with CheckpointManager(run) as manager:
@@ -634,6 +649,16 @@ def test_an_evaluator_sees_what_is_saved_after_the_run_went_back(tmp_path):
         assert next(watching) == 60
         save(manager, 90, value=7)
         assert next(watching) == 90
+
+
+def test_an_evaluator_that_was_busy_meanwhile_sees_them_too(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        save(manager, 50, 60, 70)
+        watching = CheckpointManager(tmp_path, read_only=True).watch(timeout_s=0.2, poll_s=0.01)
+        assert [next(watching) for _ in range(3)] == [50, 60, 70]
+        manager.rewind(50)
+        save(manager, 60, 70, 80, value=7)
+        assert list(watching) == [60, 70, 80]
 
 
 def test_a_callback_may_rewind(tmp_path):
