@@ -15,7 +15,7 @@ from ckptmgr.checkpoint import CheckpointInfo
 from ckptmgr.errors import SaveError
 from ckptmgr.history import History
 from ckptmgr.job import Job
-from ckptmgr.journal import Journal
+from ckptmgr.journal import Journal, last_saved
 from ckptmgr.mirror import Mirror
 from ckptmgr.options import Options
 from ckptmgr.storage import reading
@@ -66,6 +66,8 @@ class Aftermath:
         self._job, self._journal = job, journal
         self._has_warned = False
         self._shared = shared
+        if shared.committed is None and writer is not None and paths.is_local(home.directory):
+            shared.committed = last_saved(home.directory)
         self._writer = writer  # what is still to be copied holds it, so nobody else writes into the run meanwhile
         self.mirror = self._open_mirror()
         for each in (history, *([self.mirror.history] if self.mirror is not None else [])):

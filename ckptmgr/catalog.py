@@ -81,6 +81,7 @@ class Catalog:
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission") from None
         if not _writable(self.directory):
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission")
+        self._is_of_version_2 = os.path.lexists(self.directory / names.VERSION)
         for folder in (SAVING, DELETING, REPLACED, DAMAGED):
             if folder == SAVING or os.path.lexists(self.directory / folder):
                 self._ours(folder)

@@ -524,3 +524,15 @@ def test_a_step_that_a_callback_brings_back_is_not_replaced(tmp_path):
         manager.wait()
     assert manager.restore(6, **HOST).params["w0"][0] == 60
     manager.close()
+
+
+def test_a_second_manager_also_writes_that_a_run_is_of_version_2(tmp_path):
+    """Else the next start would take a folder of the user's for one that version 1 left, and move it."""
+    run = tmp_path / "run"
+    with CheckpointManager(run), CheckpointManager(run) as other:
+        shutil.rmtree(run / names.OURS)
+        other.save(2, values(2)).result()
+    (run / ".deleted-5-7").mkdir()
+    (run / ".deleted-5-7" / "notes").write_text("mine")
+    CheckpointManager(run).close()
+    assert (run / ".deleted-5-7" / "notes").read_text() == "mine"
