@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 
 from etils import epath
@@ -14,21 +15,25 @@ from ckptmgr.checkpoint import CheckpointInfo, Save
 from ckptmgr.errors import SaveError
 from ckptmgr.history import History
 from ckptmgr.job import Job
-from ckptmgr.journal import Journal
+from ckptmgr.journal import Journal, last_saved
 from ckptmgr.mirror import Mirror
 from ckptmgr.options import Options
 from ckptmgr.storage import reading
-from ckptmgr.writer import Shared
+from ckptmgr.writer import Shared, Writer
 
 _log = logging.getLogger("ckptmgr")
 
 
 def check_mirror(mirror: epath.Path | None, home: epath.Path) -> None:
     """Refuses a mirror that cannot be one, before anything is made on disk."""
-    if mirror == home:
+    if mirror is not None and _real(mirror) == _real(home):
         raise ValueError(f"mirror={str(mirror)!r} is the directory itself; a second home is another place")
     if mirror is not None and not paths.is_local(home):
         raise ValueError(f"mirror={str(mirror)!r}: only a directory on a disk is copied, not {home}")
+
+
+def _real(directory: epath.Path) -> str:
+    return os.path.realpath(directory) if paths.is_local(directory) else str(directory).rstrip("/")
 
 
 @contextlib.contextmanager
@@ -48,13 +53,25 @@ class Aftermath:
     """Of a job's processes the one that leads does all of it; a failure here is logged and harms no save."""
 
     def __init__(
-        self, options: Options, home: Catalog, history: History, job: Job, journal: Journal, shared: Shared
+        self,
+        options: Options,
+        home: Catalog,
+        history: History,
+        job: Job,
+        journal: Journal,
+        shared: Shared,
+        writer: Writer | None,
     ) -> None:
         self._options, self._home, self._history = options, home, history
         self._job, self._journal = job, journal
         self._has_warned = False
         self._shared = shared
+        if shared.committed is None and writer is not None and paths.is_local(home.directory):
+            shared.committed = last_saved(home.directory)
+        self._writer = writer  # what is still to be copied holds it, so nobody else writes into the run meanwhile
         self.mirror = self._open_mirror()
+        for each in (history, *([self.mirror.history] if self.mirror is not None else [])):
+            each.committed = lambda: shared.committed
 
     def _open_mirror(self) -> Mirror | None:
         if self._options.mirror is None:
@@ -78,8 +95,7 @@ class Aftermath:
             self._warn_of_later([each for each in self._home.steps() if each > step], step)
 
     def _remember(self, step: int) -> None:
-        for history in (self._history, *([self.mirror.history] if self.mirror is not None else [])):
-            history.committed = step
+        self._shared.committed = step
 
     def _warn_of_later(self, later: Sequence[int], step: int) -> None:
         if later:

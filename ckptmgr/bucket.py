@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from etils.epath import backend
 from ckptmgr import branches, catalog, names, paths, recognize
 from ckptmgr.catalog import KEPT, Catalog
 from ckptmgr.names import COMMITTED, DAMAGED, DELETING, REWINDING, SAVING
+
+_log = logging.getLogger("ckptmgr")
 
 
 def open_catalog(directory: epath.Path, read_stock: Any) -> Catalog:
@@ -99,7 +102,7 @@ class Bucket(Catalog):
         self._write_note(SAVING, step)
         return self.path(step)
 
-    def publish(self, step: int) -> None:
+    def publish(self, step: int, *, replaces: bool = False) -> None:
         """The marker has made it a step."""
         self._note(SAVING, step).unlink(missing_ok=True)
 
@@ -139,6 +142,12 @@ class Bucket(Catalog):
         """Copies, then removes; of the moves ahead only the first may have been begun."""
         self._look_anew()
         source, target = (self.directory / place for place in ahead[0][:2])
+        mark = ahead[0].mark
+        if (source / COMMITTED).exists() and self.mark(ahead[0].source) != mark:
+            return  # it was saved after the rewind was planned
+        if (target / COMMITTED).exists() and self.mark(ahead[0].target) != mark:
+            _log.error("%s stays there: %s is taken by a checkpoint", source, target)
+            return
         if (source / COMMITTED).exists():
             self._copy(source, target)
             (source / COMMITTED).unlink()

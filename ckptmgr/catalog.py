@@ -81,6 +81,7 @@ class Catalog:
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission") from None
         if not _writable(self.directory):
             raise PermissionError(f"directory {self.directory} cannot be written to: no permission")
+        self._is_of_version_2 = os.path.lexists(self.directory / names.VERSION)
         for folder in (SAVING, DELETING, REPLACED, DAMAGED):
             if folder == SAVING or os.path.lexists(self.directory / folder):
                 self._ours(folder)
@@ -188,9 +189,7 @@ class Catalog:
     def _is_somebodys(self, step: int) -> bool:
         """Whether something has the name of a step, and is no checkpoint; an empty folder may be taken."""
         path = str(self.path(step))
-        if not os.path.lexists(path) or self._is_step(str(step)):
-            return False
-        return os.path.islink(path) or not os.path.isdir(path) or bool(os.listdir(path))
+        return not self._is_step(str(step)) and _is_taken(path)
 
     def has(self, step: int) -> bool:
         """Whether a step is committed."""
@@ -339,12 +338,17 @@ class Catalog:
         """Says that a draft of a step is being written, and where."""
         return self.draft(step)
 
-    def publish(self, step: int) -> epath.Path | None:
+    def publish(self, step: int, *, replaces: bool = False) -> epath.Path | None:
         """Gives a draft, all of which is durable, the step's name; a step that has it makes room without a gap.
 
         Returns what it has replaced, which is to be removed once the new name is durable.
         """
         self._refuse_somebodys(step)  # what came while the draft was written
+        if not replaces and self._is_step(str(step)):
+            raise SaveError(
+                f"step {step} is not saved: another checkpoint came to {self.path(step)} meanwhile, and is kept",
+                step=step,
+            )
         draft, final, old = self.directory / SAVING / str(step), self.directory / str(step), self._old(step)
         if not final.exists():
             draft.rename(final)
@@ -477,7 +481,7 @@ class Catalog:
             source = follows.source  # they are swapped
         if self._is_at(source, mark):
             self._make_place(target)
-            (self.directory / source).rename(self.directory / target)
+            self._take_place(self.directory / source, self.directory / target)
 
     def _is_at(self, place: str, mark: str) -> bool:
         """Whether the checkpoint with this mark is there. What lies behind a symlink to a folder is not ours."""
@@ -485,6 +489,13 @@ class Catalog:
         if any(os.path.islink(self.directory / folder) for folder in folders if folder):
             return False
         return os.path.lexists(self.directory / place) and self.mark(place) == mark
+
+    def _take_place(self, checkpoint: epath.Path, place: epath.Path) -> None:
+        """Moves a checkpoint, also over an empty folder. If something is there, it stays where it is."""
+        if _is_taken(place) or (os.path.islink(checkpoint) and os.path.lexists(place)):
+            _log.error("%s stays there: %s is taken by something else", checkpoint, place)
+        else:
+            os.rename(checkpoint, place)
 
     def _make_place(self, target: str) -> None:
         """Makes the folder of a branch. What the step once replaced goes: the next start would set it back."""
@@ -539,7 +550,7 @@ class Catalog:
             _log.error("a rewind of %s was interrupted, and cannot be finished now: %s", self.directory, problem)
         for entry, why in self.leftovers():
             if why == SET_BACK:
-                entry.rename(self.directory / entry.name)
+                self._take_place(entry, self.directory / entry.name)
             elif why not in _STAYS:
                 self._remove(entry)
 
@@ -572,7 +583,7 @@ class Catalog:
         return [(self.directory / place, BRANCH) for place in places]
 
     def _why(self, folder: str, name: str) -> str:
-        if folder == REPLACED and not (self.directory / name).exists():
+        if folder == REPLACED and not self._is_step(name):
             return SET_BACK
         return _WHY[folder]
 
@@ -618,6 +629,13 @@ def remove(leftover: epath.Path) -> bool:
         _log.warning("%s could not be removed, and is tried again at the next start: %s", leftover, problem)
         return False
     return True
+
+
+def _is_taken(path: str | os.PathLike[str]) -> bool:
+    """Whether anything but an empty folder is there."""
+    if not os.path.lexists(path):
+        return False
+    return os.path.islink(path) or not os.path.isdir(path) or bool(os.listdir(path))
 
 
 def _checksum(data: bytes) -> str:

@@ -25,6 +25,7 @@ class Decision:
 
     to_delete: Mapping[int, Stamp] = dataclasses.field(default_factory=dict)
     kept: Mapping[int, Stamp] = dataclasses.field(default_factory=dict)
+    saved_at: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
 class History:
@@ -33,8 +34,8 @@ class History:
     def __init__(self, catalog: Catalog, keep: Sequence[policy.KeepPolicy]) -> None:
         self._catalog = catalog
         self._keep = keep
-        self.committed: int | None = None
-        """The step that was committed last by this process: it may be below the newest."""
+        self.committed: Callable[[], int | None] = lambda: None
+        """Gives the step that was committed last by this process: it may be below the newest."""
         self._said: set[str] = set()
 
     def all(self) -> list[CheckpointInfo]:
@@ -45,7 +46,7 @@ class History:
         pinned, damaged = {step for step in steps if self._catalog.is_pinned(step)}, self._catalog.damaged
         read = (self._read(step, pinned) for step in steps)
         found = [self._doubt(info, damaged) for info in read if info is not None]
-        return explain(found, self._keep, self.committed, self._warn_of_policy)
+        return explain(found, self._keep, self.committed(), self._warn_of_policy)
 
     def _doubt(self, info: CheckpointInfo, damaged: Collection[int]) -> CheckpointInfo:
         """The same, with what speaks against the checkpoint, as far as that is seen without reading its files."""
@@ -100,6 +101,7 @@ class History:
         return Decision(
             {step: seen[step] for step in sorted(to_delete)},
             {step: seen.get(step) for step in trusted - to_delete},
+            {info.step: info.time for info in infos},
         )
 
     def still_holds(self, decision: Decision, step: int) -> bool:
@@ -109,10 +111,16 @@ class History:
         """
         if self._catalog.stamp(step) != decision.to_delete[step] or self._catalog.is_pinned(step):
             return False
+        if decision.to_delete[step] is None and not self._is_as_old(step, decision.saved_at[step]):
+            return False
         return self._catalog.has(max(decision.kept)) and all(
             self._catalog.stamp(each) == seen and self._catalog.what_is_missing(each) is None
             for each, seen in decision.kept.items()
         )
+
+    def _is_as_old(self, step: int, time: float) -> bool:
+        """Whether a step in a bucket is the save that was looked at: what was read of it may be of another one."""
+        return self._catalog.manifest(step, fresh=True).time == time
 
     def _warn_of_policy(self, name: str, problem: Exception) -> None:
         self._warn_once(
@@ -130,14 +138,15 @@ class History:
     def watch(self, after: int | None, timeout_s: float | None, poll_s: float) -> Iterator[int]:
         """Yields the steps after one as they come; ends when none has come for `timeout_s`."""
         waited_since = time.monotonic()
-        known: set[int] = set()
+        known: dict[int, Stamp] = {}
         while True:
             listed = [step for step in self._catalog.steps() if after is None or step > after]
             if max(listed, default=-1) < max(known, default=-1):
-                known.intersection_update(listed)  # the run went back: what it saves from here on is new
-            new = [step for step in listed if step not in known]
+                known = {step: known[step] for step in listed if step in known}  # the run went back
+            seen = {step: self._catalog.stamp(step) for step in listed}
+            new = [step for step in listed if step not in known or seen[step] not in (known[step], None)]
             for step in new:
-                known.add(step)
+                known[step] = seen[step]
                 if self._is_readable(step):
                     yield step
             if new:

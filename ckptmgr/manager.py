@@ -37,6 +37,7 @@ from ckptmgr import clock as clocks
 from ckptmgr import layout as layouts
 from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.errors import (
+    CheckpointError,
     CheckpointExistsError,
     CorruptCheckpointError,
     SaveError,
@@ -127,7 +128,7 @@ class CheckpointManager:
         writes = not read_only and self._job.leads
         self._journal = journal.Journal(self._directory, self._clock.wall, writes=writes)
         self._aftermath = aftermath.Aftermath(
-            self._options, self._catalog, self._history, self._job, self._journal, self._shared
+            self._options, self._catalog, self._history, self._job, self._journal, self._shared, self._writer
         )
         self._restorer = restoring.Restorer(
             self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, timeout_s
@@ -209,7 +210,7 @@ class CheckpointManager:
 
             copied = self._job.together(Call("the save", step), copy, writing.Copied.spec)
             reason = "forced" if force else "preempted" if self.preempted else "due"
-            return self._hand_over(copied, store, reason, called)
+            return self._hand_over(copied, store, reason, called, replaces=on_exists == "replace")
 
     def _turn(self, step: int) -> contextlib.AbstractContextManager[Any]:
         """Held by a call that writes, of any manager of the run here; a callback of a save has its turn."""
@@ -265,14 +266,16 @@ class CheckpointManager:
             step=step,
         )
 
-    def _hand_over(self, copied: writing.Copied, store: orbax.Store, reason: str, called: float) -> SaveResult:
+    def _hand_over(
+        self, copied: writing.Copied, store: orbax.Store, reason: str, called: float, *, replaces: bool
+    ) -> SaveResult:
         """Has the step written beside the caller, then what follows from it done."""
         step, handed_over = copied.manifest.step, time.perf_counter()
 
         def commit() -> CheckpointInfo:
             if self._writer is None or not self._writer.is_held():
                 raise SaveError("a callback has closed the manager", step=step)
-            store.write(step, copied.contents, copied.build_manifest, copied.own)
+            store.write(step, copied.contents, copied.build_manifest, copied.own, replaces=replaces)
             durable_s = time.perf_counter() - called
             blocked_s = max(handed_over, copied.completed_at()) - called
             info = self._history.glance(self._catalog.manifest(step, fresh=True))  # not that of a step it replaced
@@ -480,6 +483,8 @@ class CheckpointManager:
     ) -> Iterator[int]:
         """Yields each step that is committed, also by another process, once and in order; for evaluators.
 
+        A step that is replaced, or saved anew after a rewind, comes again.
+
         Args:
           after: only steps after this one; None: those that are there already come first.
           timeout_s: ends when no new step has come for so long; None: never.
@@ -571,7 +576,21 @@ class CheckpointManager:
                 raise SaveError(f"step {step}: all processes make a rewind, and a callback runs in one", step=step)
             call = Call(f"the rewind to step {step}")
             self._job.together(call, self._pending.wait)
-            moved = self._job.decide(call, lambda: self._aftermath.rewind(step))
+
+            def go_back() -> list[int]:
+                self._shared.hold()
+                try:
+                    return self._aftermath.rewind(step)
+                except CheckpointError:
+                    raise
+                except Exception as problem:  # of a disk, or of a client
+                    raise SaveError(
+                        f"the rewind to step {step} has failed: {problem}. Call it again once this is mended; the "
+                        "next start also finishes what was begun",
+                        step=step,
+                    ) from problem
+
+            moved = self._job.decide(call, go_back)
             self._last = None  # the policies of `save_every` go by what is listed now
             self._aftermath.go_on_from(step, moved)
 
@@ -589,6 +608,7 @@ class CheckpointManager:
             self._writable(step)
             self._pending.settle(step)
             if self._job.leads:
+                self._shared.hold()
                 with self._shared.retaining:
                     mark(step)
                 self._aftermath.update_mirror()

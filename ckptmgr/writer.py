@@ -40,6 +40,8 @@ class Shared:
         self.mirroring = Background()
         """Copies them to the mirrors."""
         self.damaged: dict[int, Any] = {}
+        self.committed: int | None = None
+        """The step that was saved last: what one manager has just saved, no other deletes."""
         self.owners: set[object] = set()
         self.path = ""
         self.descriptor: int | None = None
@@ -55,14 +57,18 @@ class Shared:
         """Held while a failure is looked for: of several threads one raises it."""
 
     def enter(self, directory: epath.Path, speaks: bool) -> bool:
-        """Takes the lock if it is not held; whether it was taken. A directory that was removed took it along."""
-        is_free = not self.owners or (self.descriptor is not None and not _is_still(self.path, self.descriptor))
+        """Takes the lock if it is not held; whether nobody wrote here before.
+
+        A directory that was removed took the lock along: it is taken anew, and the other managers may be writing.
+        """
+        is_first = not self.owners
+        is_free = is_first or (self.descriptor is not None and not _is_still(self.path, self.descriptor))
         path = str(directory / names.LOCK)
         if speaks and is_free and paths.is_local(path) and sys.platform != "win32":
             self.let_go()
             _refuse_version_1(directory)
             self.path, self.descriptor = path, _lock(path)
-        return speaks and is_free
+        return speaks and is_first
 
     def hold(self) -> None:
         """Takes the lock anew if its file was removed. Raises SaveError if another process has it since."""

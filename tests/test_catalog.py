@@ -10,7 +10,7 @@ from conftest import visible
 from etils import epath
 
 import ckptmgr
-from ckptmgr import CheckpointManager, catalog, journal, paths
+from ckptmgr import CheckpointManager, catalog, journal, names, paths
 
 
 @pytest.fixture
@@ -125,3 +125,22 @@ def test_a_symlink_to_itself_is_no_step(run):
         link.symlink_to(link)
     assert CheckpointManager(run, read_only=True).steps() == [5, 10]
     assert CheckpointManager(run, read_only=True).restore().step == 10
+
+
+@pytest.mark.parametrize("inside", ["nothing", "notes"])
+def test_the_only_checkpoint_of_a_step_outlives_a_folder_of_its_name(tmp_path, inside):
+    """A save that replaces a step was killed between two renames, then somebody made a folder."""
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        manager.save(2, {"w": jnp.arange(4)})
+    (tmp_path / names.REPLACED).mkdir()
+    (tmp_path / "2").rename(tmp_path / names.REPLACED / "2")
+    (tmp_path / "2").mkdir()
+    if inside == "notes":
+        (tmp_path / "2" / "notes").write_text("mine")
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        assert manager.steps() == ([2] if inside == "nothing" else [])
+    if inside == "notes":
+        assert (tmp_path / "2" / "notes").read_text() == "mine"
+        (tmp_path / "2" / "notes").unlink()
+        with ckptmgr.CheckpointManager(tmp_path) as manager:
+            assert manager.steps() == [2]

@@ -337,6 +337,9 @@ def test_options_that_make_no_sense_are_refused(home):
         ckptmgr.CheckpointManager(home, mirror_keep=3)
     with pytest.raises(ValueError, match=r"mirror=.* is the directory itself"):
         ckptmgr.CheckpointManager(home, mirror=home)
+    (home.parent / "link").symlink_to(home)
+    with pytest.raises(ValueError, match=r"mirror=.* is the directory itself"):
+        ckptmgr.CheckpointManager(home, mirror=home.parent / "link")
     with pytest.raises(ValueError, match="mirror takes a path on this machine, gs:// or s3://, not ftp://"):
         ckptmgr.CheckpointManager(home, mirror="ftp://host/run")
     with pytest.raises(ValueError, match="read_only=True contradicts mirror_keep="):

@@ -190,7 +190,8 @@ def test_what_is_told_of_a_step_is_what_retention_does_with_it(tmp_path, one_ste
             draw.choice(list(HARMS.values()))(next((tmp_path / str(step)).rglob("d/*")))
     found = catalog.Catalog(epath.Path(tmp_path), reading.read_stock)
     told = history.History(found, draw.sample(POLICIES, draw.randint(1, 3)))
-    told.committed = draw.choice([None, *steps])
+    committed = draw.choice([None, *steps])
+    told.committed = lambda: committed
     infos = {info.step: info for info in told.all()}
     assert sorted(infos) == sorted(steps)
     for step in steps:
@@ -257,3 +258,16 @@ def test_a_step_that_has_just_got_its_name_is_not_deleted_by_the_thread_of_the_m
         assert accepted.result().step == 5
         manager.wait()
         assert manager.steps() == [5, 10]
+
+
+def test_the_step_that_was_saved_last_outlives_a_restart_although_the_clock_went_back(tmp_path):
+    now = [1000.0]
+    options = {"keep": 2, "mirror": tmp_path / "mirror", "clock": lambda: now[0]}
+    with CheckpointManager(tmp_path / "run", **options) as manager:
+        for step in (90, 100):
+            manager.save(step, {"w": jnp.arange(4)}).result()
+        now[0] = 500
+        manager.save(60, {"w": jnp.arange(4)})
+    with CheckpointManager(tmp_path / "run", **options) as manager:
+        manager.wait()  # a mirror is looked at when a run is opened, and then it is decided what to delete
+        assert manager.steps() == [60, 90, 100]

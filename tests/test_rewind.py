@@ -339,6 +339,35 @@ def place(request, servers):
     return f"{request.param}://bucket/{uuid.uuid4().hex}"
 
 
+@pytest.mark.xdist_group("remote")
+def test_in_a_bucket_retention_deletes_no_step_that_was_saved_anew_by_others(servers):
+    run = f"gs://bucket/{uuid.uuid4().hex}/run"
+    with CheckpointManager(run) as other, CheckpointManager(run, keep=best("loss")) as manager:
+        for step in (1, 2):
+            other.save(step, trainer.state(step), metrics={"loss": step}).result()
+        manager.infos()
+        other.delete(2)
+        other.save(2, trainer.state(7), metrics={"loss": 0.1}).result()
+        manager.save(3, trainer.state(3), metrics={"loss": 3})
+        manager.wait()
+        assert 2 in manager.steps()
+        assert manager.best() == 2
+
+
+@pytest.mark.xdist_group("remote")
+def test_in_a_bucket_a_rewind_that_is_finished_late_leaves_alone_what_was_saved_since(servers):
+    run = f"gs://bucket/{uuid.uuid4().hex}/run"
+    with CheckpointManager(run) as manager:
+        save(manager, 1, 2)
+        plan = opened(run).plan_rewind(1)
+        (epath.Path(run) / names.REWINDING).write_text(json.dumps(plan.moves))  # then its process was killed
+        manager.delete(2)
+        save(manager, 2, value=7)
+    with CheckpointManager(run) as manager:
+        assert values(run) == {1: 1, 2: 7}
+    assert not (epath.Path(run) / names.REWINDING).exists()
+
+
 @pytest.mark.soak
 def test_in_a_bucket_there_and_back_again(place):
     with CheckpointManager(place) as manager:
@@ -484,10 +513,45 @@ def test_what_is_no_folder_of_ours_is_not_written_to(tmp_path):
         save(manager, 1, 2)
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "run" / names.ABANDONED).symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(OSError, match="abandoned is a symlink"):
+        with pytest.raises(SaveError, match="abandoned is a symlink"):
             manager.rewind(1)
         assert (manager.steps(), visible(tmp_path / "elsewhere")) == ([1, 2], [])
     assert not (tmp_path / "run" / names.REWINDING).exists()
+
+
+def test_an_empty_folder_in_the_place_of_a_step_that_comes_back_is_no_hindrance(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        save(manager, 1, 2, 3, 4)
+        manager.rewind(1)
+        save(manager, 2, value=7)
+        (tmp_path / "3").mkdir()
+        manager.rewind(4)
+    assert values(tmp_path) == {1: 1, 2: 2, 3: 3, 4: 4}
+    assert set_aside(tmp_path) == [[2]]
+
+
+def test_a_rewind_that_failed_in_its_middle_ends_although_its_steps_were_saved_anew(tmp_path, nobody):
+    manager = CheckpointManager(tmp_path)
+    save(manager, 1, 2, 3, 4)
+    manager.rewind(1)
+    save(manager, 2, value=7)
+    (branch,) = (tmp_path / names.ABANDONED).iterdir()
+    (branch / "4").chmod(0o500)  # it cannot be moved
+    nobody()
+    if (tmp_path / "1").stat().st_uid == 0:
+        pytest.skip("root may move everything")
+    with pytest.raises(SaveError, match=r"the rewind to step 4 has failed: .*Permission denied.*Call it again"):
+        manager.rewind(4)
+    assert (tmp_path / names.REWINDING).exists()
+    save(manager, 3, 4, value=8)
+    manager.close()
+    (branch / "4").chmod(0o700)
+    with CheckpointManager(tmp_path) as manager:
+        assert not (tmp_path / names.REWINDING).exists()
+        assert values(tmp_path)[4] == 8
+        assert 4 in set_aside(tmp_path)[0]
+        manager.rewind(1)
+        assert manager.steps() == [1]
 
 
 PLANS = {
@@ -585,6 +649,16 @@ def test_an_evaluator_sees_what_is_saved_after_the_run_went_back(tmp_path):
         assert next(watching) == 60
         save(manager, 90, value=7)
         assert next(watching) == 90
+
+
+def test_an_evaluator_that_was_busy_meanwhile_sees_them_too(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        save(manager, 50, 60, 70)
+        watching = CheckpointManager(tmp_path, read_only=True).watch(timeout_s=0.2, poll_s=0.01)
+        assert [next(watching) for _ in range(3)] == [50, 60, 70]
+        manager.rewind(50)
+        save(manager, 60, 70, 80, value=7)
+        assert list(watching) == [60, 70, 80]
 
 
 def test_a_callback_may_rewind(tmp_path):

@@ -415,3 +415,127 @@ def test_data_loaders_that_are_forked_while_a_save_is_written_end_quietly(tmp_pa
         manager.wait()
         assert manager.steps() == [0, 1, 2]
         assert not is_free(tmp_path)
+
+
+# ---------------------------------------------------------------- what one manager does, and the others know
+
+
+def test_a_manager_opened_after_the_lock_was_removed_leaves_the_draft_of_another_alone(tmp_path):
+    with CheckpointManager(tmp_path):
+        os.unlink(tmp_path / names.LOCK)
+        draft = tmp_path / names.SAVING / "2"
+        draft.mkdir()
+        CheckpointManager(tmp_path).close()
+        assert draft.exists()
+
+
+WRITES = """import sys, numpy, ckptmgr
+with ckptmgr.CheckpointManager(sys.argv[1]) as manager:
+    manager.save(4, {"w": numpy.arange(4)}).result()
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("call", ["save", "delete", "pin", "unpin", "rewind"])
+def test_whoever_lost_the_lock_to_another_process_changes_nothing(tmp_path, call):
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 2, 3):
+        manager.save(step, values(step)).result()
+    manager.wait()
+    os.unlink(tmp_path / names.LOCK)
+    other = subprocess.Popen(
+        [sys.executable, "-c", WRITES, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "open\n"
+    with pytest.raises(ckptmgr.SaveError, match=f"is being written to by process {other.pid}"):
+        getattr(manager, call)(*((9, values(9)) if call == "save" else (2,)))
+    other.communicate(timeout=60)
+    assert manager.steps() == [1, 2, 3, 4]
+    manager.close()
+
+
+def test_no_manager_of_the_run_deletes_what_another_has_just_saved(tmp_path):
+    one = CheckpointManager(tmp_path / "run")
+    other = CheckpointManager(tmp_path / "run", keep=1, mirror=tmp_path / "mirror")
+    one.save(100, values(100)).result()
+    other.save(60, values(60)).result()
+    one.save(55, values(55)).result()
+    one.wait()
+    other.pin(100)  # the mirror takes the pin over, then the other's policy is asked
+    other.wait()
+    assert 55 in one.steps()
+    one.close()
+    other.close()
+
+
+def test_a_run_is_held_until_the_mirror_has_what_was_saved_also_without_close(tmp_path):
+    manager = CheckpointManager(tmp_path / "run", mirror=tmp_path / "mirror")
+    go_on = threading.Event()
+    manager._shared.mirroring.add(lifecycle.Task("a slow copy", lambda: go_on.wait(60) and None, 60))
+    shared = weakref.ref(manager._shared)
+    manager.save(1, values(1)).result()
+    until(lambda: not shared().background.waiting())
+    del manager
+    gc.collect()
+    time.sleep(0.3)
+    assert not is_free(tmp_path / "run")
+    go_on.set()
+    until(lambda: is_free(tmp_path / "run"))
+    assert CheckpointManager(tmp_path / "mirror", read_only=True).steps() == [1]
+
+
+def until(is_so):
+    ends = time.monotonic() + 30
+    while not is_so():
+        gc.collect()
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------- what comes while a step is written
+
+
+def test_a_step_that_comes_while_its_number_waits_to_be_written_is_not_replaced(tmp_path):
+    with CheckpointManager(tmp_path / "other") as other:
+        other.save(2, values(7))
+    go_on = threading.Event()
+    manager = CheckpointManager(tmp_path / "run", on_commit=lambda info: info.step == 5 and go_on.wait(60))
+    manager.save(5, values(5))
+    saving = threading.Thread(target=manager.save, args=(2, values(2)))
+    saving.start()
+    until(lambda: manager._shared.background.waiting())
+    time.sleep(0.3)
+    os.rename(tmp_path / "other/2", tmp_path / "run/2")
+    go_on.set()
+    saving.join()
+    with pytest.raises(ckptmgr.SaveError, match="step 2"):
+        manager.wait()
+    assert manager.restore(2, **HOST).params["w0"][0] == 70
+    manager.close()
+
+
+def test_a_step_that_a_callback_brings_back_is_not_replaced(tmp_path):
+    manager = CheckpointManager(tmp_path, on_commit=lambda info: info.step == 7 and manager.rewind(6))
+    for step in (1, 2, 6):
+        manager.save(step, values(step))
+    manager.rewind(2)
+    manager.save(7, values(7))
+    with contextlib.suppress(ckptmgr.CheckpointExistsError, ckptmgr.SaveError):
+        manager.save(6, values(0)).result()
+    with contextlib.suppress(ckptmgr.SaveError):
+        manager.wait()
+    assert manager.restore(6, **HOST).params["w0"][0] == 60
+    manager.close()
+
+
+def test_a_second_manager_also_writes_that_a_run_is_of_version_2(tmp_path):
+    """Else the next start would take a folder of the user's for one that version 1 left, and move it."""
+    run = tmp_path / "run"
+    with CheckpointManager(run), CheckpointManager(run) as other:
+        shutil.rmtree(run / names.OURS)
+        other.save(2, values(2)).result()
+    (run / ".deleted-5-7").mkdir()
+    (run / ".deleted-5-7" / "notes").write_text("mine")
+    CheckpointManager(run).close()
+    assert (run / ".deleted-5-7" / "notes").read_text() == "mine"

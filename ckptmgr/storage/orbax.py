@@ -76,7 +76,13 @@ class Store:
         self._job = job
 
     def write(
-        self, step: int, items: Mapping[str, Any], build_manifest: BuildManifest, own: Collection[str] = ()
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        build_manifest: BuildManifest,
+        own: Collection[str] = (),
+        *,
+        replaces: bool = False,
     ) -> None:
         """Returns once a step is durable; raises what stopped it, and leaves nothing of it.
 
@@ -89,7 +95,11 @@ class Store:
             with self._job.working():
                 if self._job.leads:
                     meant = self._meant(step, items, own)
-                    self._lead(step, items, lambda: _commit(self._run, step, meant, build_manifest), stages)
+
+                    def commit() -> None:
+                        _commit(self._run, step, meant, build_manifest, replaces)
+
+                    self._lead(step, items, commit, stages)
                 else:
                     self._follow(self._run.draft(step), snapshots, {name: items[name] for name in own}, stages)
         except BaseException:
@@ -343,7 +353,9 @@ def _marker(run: Catalog, step: int) -> bytes:
     return f"Checkpoint commit was successful to {run.directory / str(step)}".encode()
 
 
-def _commit(run: Catalog, step: int, meant: Callable[[], sealing.Meant], build_manifest: BuildManifest) -> None:
+def _commit(
+    run: Catalog, step: int, meant: Callable[[], sealing.Meant], build_manifest: BuildManifest, replaces: bool
+) -> None:
     """Makes a draft the step: every file is flushed, the manifest written, then it gets its name."""
     draft, said = run.draft(step), _marker(run, step)
     if paths.is_local(draft):
@@ -357,7 +369,7 @@ def _commit(run: Catalog, step: int, meant: Callable[[], sealing.Meant], build_m
     files.sync(folders)
     if not paths.is_local(draft):  # object stores cannot rename: there the last file says that the step is whole
         files.write(draft / names.COMMITTED, said)
-    replaced = run.publish(step)
+    replaced = run.publish(step, replaces=replaces)
     files.sync([run.directory])
     if replaced is not None:
         catalog.remove(replaced)
