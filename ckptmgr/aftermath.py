@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from ckptmgr import branches, bucket, paths, policy, retention, rewinding
+from ckptmgr import branches, bucket, names, paths, policy, retention, rewinding
 from ckptmgr.catalog import Catalog
 from ckptmgr.checkpoint import CheckpointInfo, Save
-from ckptmgr.errors import SaveError
+from ckptmgr.errors import CheckpointError, SaveError
 from ckptmgr.history import History
 from ckptmgr.job import Job
 from ckptmgr.journal import Journal, last_saved
@@ -30,6 +30,9 @@ def check_mirror(mirror: epath.Path | None, home: epath.Path) -> None:
         raise ValueError(f"mirror={str(mirror)!r} is the directory itself; a second home is another place")
     if mirror is not None and not paths.is_local(home):
         raise ValueError(f"mirror={str(mirror)!r}: only a directory on a disk is copied, not {home}")
+    inside = _real(mirror).removeprefix(f"{_real(home)}/").split("/")[0] if mirror is not None else ""
+    if inside == names.OURS or names.STEP.fullmatch(inside):
+        raise ValueError(f"mirror={str(mirror)!r} lies in what ckptmgr deletes: a second home is another place")
 
 
 def _real(directory: epath.Path) -> str:
@@ -91,8 +94,12 @@ class Aftermath:
     def _keep_for_now(self, step: int) -> None:
         """Retention counts steps by their numbers; what was just saved is kept although later ones are there."""
         self._remember(step)
-        if paths.is_local(self._home.directory) and not self._has_warned:  # a bucket is asked for little
+        if not paths.is_local(self._home.directory) or self._has_warned:  # a bucket is asked for little
+            return
+        try:
             self._warn_of_later([each for each in self._home.steps() if each > step], step)
+        except (CheckpointError, OSError) as problem:
+            _log.warning("step %d: whether later steps are there could not be looked up: %s", step, problem)
 
     def _remember(self, step: int) -> None:
         self._shared.committed = step

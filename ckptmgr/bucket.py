@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +25,7 @@ from ckptmgr.catalog import KEPT, Catalog
 from ckptmgr.names import COMMITTED, DAMAGED, DELETING, REWINDING, SAVING
 
 _log = logging.getLogger("ckptmgr")
+_DAY_S = 86_400.0
 
 
 def open_catalog(directory: epath.Path, read_stock: Any) -> Catalog:
@@ -167,9 +170,9 @@ class Bucket(Catalog):
         """Does nothing: version 1 left nothing beside the steps of a bucket that tells whose it is."""
 
     def leftovers(self) -> list[tuple[epath.Path, str]]:
-        """Without a lock only what is older than the newest step is known to be nobody's."""
+        """A bucket has no lock: what another process may still be saving is none."""
         good = self.steps()
-        saved = [step for step in self._notes(SAVING) if step not in good and good and step < good[-1]]
+        saved = [step for step in self._notes(SAVING) if step not in good and self._is_nobodys(step)]
         deleted = [step for step in self._notes(DELETING) if step not in good]
         found = [(self.path(step), "a save that was interrupted") for step in saved]
         found += [(self.path(step), "a deletion that was interrupted") for step in deleted]
@@ -193,7 +196,21 @@ class Bucket(Catalog):
         return self.directory / folder / str(step)
 
     def _write_note(self, folder: str, step: int) -> None:
-        self._note(folder, step).write_bytes(b"ckptmgr\n")
+        said = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        self._note(folder, step).write_bytes(json.dumps(said).encode())
+
+    def _is_nobodys(self, step: int) -> bool:
+        """Whether the process that began a save is gone; of another machine's that is believed after a day."""
+        try:
+            said = json.loads(self._note(SAVING, step).read_bytes())
+            if said["host"] != socket.gethostname():
+                return time.time() - float(said["time"]) > _DAY_S
+            os.kill(int(said["pid"]), 0)
+        except PermissionError:  # another user's, which is there
+            return False
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+        return False
 
     def _notes(self, folder: str) -> list[int]:
         return sorted(int(path.name) for path in self._inside(folder) if names.STEP.fullmatch(path.name))

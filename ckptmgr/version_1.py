@@ -47,19 +47,17 @@ def to_remove(directory: str) -> list[str]:
 def _folders(directory: str, entries: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in entries:
         path = os.path.join(directory, name)
-        if (
-            name.endswith(names.UNFINISHED)
-            and os.path.exists(f"{path}/{names.STEP_METADATA}")
-            and not is_signed(path)
-        ):
-            continue  # a save of stock Orbax
         for folder, form in _FOLDERS.items():
-            if found := form.fullmatch(name):
+            if (found := form.fullmatch(name)) and not _is_others(folder, path):
                 yield name, f"{folder}/{'-'.join(found.groups())}"
 
 
-def _is_of_stock(draft: str) -> bool:
-    return os.path.exists(os.path.join(draft, names.STEP_METADATA)) and not is_signed(draft)
+def _is_others(folder: str, path: str) -> bool:
+    """Whether this is a save of stock Orbax, or has the name of a replaced checkpoint and is none."""
+    has_metadata = os.path.exists(os.path.join(path, names.STEP_METADATA))
+    if folder == names.SAVING:
+        return has_metadata and not is_signed(path)
+    return folder == names.REPLACED and not (has_metadata or os.path.lexists(os.path.join(path, manifests.NAME)))
 
 
 def _is_run(directory: str, entries: Sequence[str]) -> bool:

@@ -27,6 +27,7 @@ import traceback
 
 import books
 import faults
+import moments
 import numpy as np
 
 import ckptmgr
@@ -306,7 +307,7 @@ class World:
             self.open(self.keep, mirrored=True)
 
     def interrupt(self):
-        """KeyboardInterrupt at some line of a call; the manager goes on after it."""
+        """KeyboardInterrupt at some moment of a call; the manager goes on after it."""
         self.settle()
         step, value = self.some_step(), self.value()
         listed = self.draw.choice(sorted(self.books.may) or [0])
@@ -320,9 +321,12 @@ class World:
             ("pin", lambda: (self.run / str(listed)).is_symlink() or self.manager.pin(listed)),
             ("close", lambda: self.manager.close()),
         ])  # fmt: skip
-        line = int(2 ** self.draw.uniform(0, 11))
-        self.tell(f"{what} ({step} as {value}, or of {listed}), interrupted at line {line}")
-        with contextlib.suppress(ckptmgr.CheckpointError, KeyboardInterrupt), interrupted_at(line):
+        moment = int(2 ** self.draw.uniform(0, 12))
+        self.tell(f"{what} ({step} as {value}, or of {listed}), interrupted at its moment {moment}")
+        with (
+            contextlib.suppress(ckptmgr.CheckpointError, KeyboardInterrupt),
+            moments.Interrupt(moment, KeyboardInterrupt),
+        ):
             change()
         if what == "save":
             self.books.attempt(step, value, self.keep)
@@ -877,29 +881,6 @@ def time_limit():
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         signal.alarm(left)  # that of pytest
-
-
-@contextlib.contextmanager
-def interrupted_at(line):
-    """Raises KeyboardInterrupt at this line of those of the package that the thread comes to."""
-    left, home = line, os.path.dirname(ckptmgr.__file__)
-
-    def count(frame, event, _):
-        nonlocal left
-        if not frame.f_code.co_filename.startswith(home):
-            return None
-        left -= event == "line"
-        if left < 0:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return count
-
-    before = sys.gettrace()
-    sys.settrace(count)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 def play(text, helper, tell=lambda line: None):
