@@ -61,9 +61,7 @@ class Books:
     def kept(self, keep, counted, committed):
         times = {step: self.about[value][0] for step, value in counted}
         losses = {step: self.about[value][1] for step, value in counted}
-        if committed is None:
-            committed = max(times, key=lambda step: (times[step], step), default=None)
-        found = {committed, max(times, default=None)} | self.pinned
+        found = {committed, max(times, default=None)} | self.pinned  # what was saved last before a restart may go
         for name, n in keep:
             found |= set(CHOICES[name](n, sorted(times), times, losses))
         return found

@@ -28,7 +28,7 @@ POINTS = {
     "choose": "ckptmgr.history:History.decide_deletions",  # what is to be deleted
     "delete": "ckptmgr.catalog:Catalog.delete",
     "remove": "ckptmgr.catalog:remove",  # the files of what is in no listing any more
-    "rename": "etils.epath.backend:_OsPathBackend.rename",  # of any directory
+    "rename": "os:rename",  # of any directory
 }
 MIRROR_POINTS = {
     "put": "ckptmgr.mirror:_put",  # files copied to the mirror

@@ -438,6 +438,7 @@ class World:
             (self.books.pinned.add if pins else self.books.pinned.discard)(step)
         if self.mirrored:  # the mirror is looked at, then retention
             self.books.release(self.keep, self.committed)
+            self.settle()
 
     def clock(self):
         self.now += self.draw.choice([-1, 1]) * self.draw.choice([15, 3600, 1e6])
@@ -594,6 +595,9 @@ class World:
             self.away.unlink()
             gone.rename(self.away)
             self.rebase(gone, self.away)
+            if self.mirrored:  # it is looked at when a run is opened, and after a save
+                self.close()
+                self.open(self.keep, mirrored=True)
         elif self.away.exists():
             self.tell("the mirror is gone")
             self.away.rename(gone)

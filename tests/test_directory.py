@@ -25,6 +25,7 @@ def helper():
     found.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt inside of open()
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + counted(100, full=2000)))
 def test_a_random_history(seed, helper):
