@@ -254,6 +254,9 @@ def record_files(
 
 def checksum(path: epath.Path) -> tuple[int, int]:
     """Size and CRC-32 of a file, which need not fit into memory."""
+    if not paths.is_local(path):  # there only small files have one
+        data = paths.read_bytes(path)
+        return len(data), zlib.crc32(data)
     size = found = 0
     with paths.open_to_read(path) as file:
         while block := file.read(_BLOCK_BYTES):
@@ -290,8 +293,11 @@ def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File)
 
     path = directory / name
     try:
-        size = paths.size(path)
-        found = None if file.crc32 is None or size != file.size else checksum(path)[1]
+        if paths.is_local(path) or file.crc32 is None:
+            size = paths.size(path)
+            found = None if file.crc32 is None or size != file.size else checksum(path)[1]
+        else:
+            size, found = checksum(path)
     except FileNotFoundError:
         raise damaged("is missing") from None
     except (OSError, ValueError) as problem:  # a directory in its place, a bad sector, a name with a NUL

@@ -9,6 +9,7 @@ import stat
 from typing import BinaryIO, cast
 
 from etils import epath
+from etils.epath import backend
 
 from ckptmgr.errors import CheckpointError
 
@@ -60,7 +61,9 @@ def _regular(descriptor: int, path: str | os.PathLike[str]) -> int:
 
 
 def read_bytes(path: epath.Path) -> bytes:
-    """The content of a small file."""
+    """The content of a small file; in a bucket that is one request."""
+    if not is_local(path):
+        return bytes(backend.fsspec_backend.fs(str(path)).cat_file(str(path)))
     if (found := size(path)) > _MOST_BYTES:
         raise OSError(f"{path} has {found} bytes, which no such file has")
     with open_to_read(path) as file:
