@@ -272,9 +272,9 @@ def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_ha
         start(*given)
         raise KeyboardInterrupt
 
-    def held(*given):
+    def held(*given, **how):
         released.wait(10)
-        write(*given)
+        write(*given, **how)
 
     with CheckpointManager(tmp_path, max_host_bytes=1000) as manager:
         monkeypatch.setattr(orbax.Store, "write", held)
@@ -299,9 +299,9 @@ def test_an_interrupt_inside_a_wait_leaves_no_lock_that_the_writing_needs(wait, 
             monkeypatch.undo()
             raise KeyboardInterrupt
 
-    def slow(*given):
+    def slow(*given, **how):
         time.sleep(0.2)
-        write(*given)
+        write(*given, **how)
 
     with CheckpointManager(tmp_path, timeout_s=20) as manager:
         monkeypatch.setattr(orbax.Store, "write", slow)
@@ -316,9 +316,9 @@ def test_an_interrupt_inside_a_wait_leaves_no_lock_that_the_writing_needs(wait, 
 def test_what_is_looked_at_while_a_step_is_replaced_is_not_remembered(tmp_path, monkeypatch):
     write = orbax.Store.write
 
-    def look_then_write(*given):
+    def look_then_write(*given, **how):
         assert manager.infos()[0].metrics["loss"] == 1.0
-        write(*given)
+        write(*given, **how)
 
     away = tmp_path / "away"
     with CheckpointManager(tmp_path / "home", mirror=away) as manager:

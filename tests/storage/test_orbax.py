@@ -23,11 +23,11 @@ def test_everything_is_flushed_before_the_step_has_its_name(tmp_path, monkeypatc
         flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    def look(run, step):
+    def look(run, step, **how):
         before.extend(flushed)
         draft = Path(run.draft(step))
         written.extend([draft, *draft.rglob("*")])
-        return publish(run, step)
+        return publish(run, step, **how)
 
     monkeypatch.setattr(os, "fsync", record)
     monkeypatch.setattr(Catalog, "publish", look)
@@ -84,6 +84,8 @@ def test_what_others_log_while_a_step_is_written_keeps_its_level(tmp_path, monke
         levels.extend(record.levelno for record in caplog.records if record.getMessage() == "of the user")
 
     with monkeypatch.context() as patch, CheckpointManager(tmp_path) as manager:
-        patch.setattr(Catalog, "publish", lambda *given, real=Catalog.publish: (talk(), real(*given))[1])
+        patch.setattr(
+            Catalog, "publish", lambda *given, real=Catalog.publish, **how: (talk(), real(*given, **how))[1]
+        )
         manager.save(1, {"w": jnp.ones(3)}).result()
     assert levels == [logging.ERROR]
