@@ -143,7 +143,7 @@ class Catalog:
         return names.refuse_file(names.newest(files)) if files else None
 
     def _is_step(self, name: str) -> bool:
-        """Whether ckptmgr or Orbax wrote something in this directory."""
+        """Whether this is a step. A directory that was found to be one, and has not changed, is not read again."""
         path = f"{self._place}/{name}"
         seen = recognize.stamp(path)
         if seen is None or self._recognized.get(name) != seen:
