@@ -166,7 +166,7 @@ def _renumber(path: Path, step: int) -> None:
     """A manifest names its step, under a checksum."""
     from dataclasses import replace
 
-    from ckptmgr import manifest
+    from ckptmgr.format import manifest
 
     first = manifest.decode(path.read_bytes(), step=1, path=path.name)
     path.unlink()  # a link: writing through it would change every step

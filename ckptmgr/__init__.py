@@ -1,7 +1,5 @@
 """Checkpoints of JAX and optax training: saved whole, restored exactly, read by stock Orbax."""
 
-from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, SaveResult, VerifyReport
-from ckptmgr.difference import LeafDiff, StructureDiff
 from ckptmgr.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -16,10 +14,12 @@ from ckptmgr.errors import (
     UnsupportedLeafError,
 )
 from ckptmgr.hyperparams import get_hyperparams, set_hyperparams
-from ckptmgr.layout import HOST
 from ckptmgr.manager import CheckpointManager
-from ckptmgr.policy import at_steps, best, every_seconds, every_steps, latest
-from ckptmgr.structure import LeafSpec
+from ckptmgr.policies import at_steps, best, every_seconds, every_steps, latest
+from ckptmgr.results import Checkpoint, CheckpointInfo, SaveResult, VerifyReport
+from ckptmgr.trees.differences import LeafDiff, StructureDiff
+from ckptmgr.trees.placement import HOST
+from ckptmgr.trees.structure import LeafSpec
 
 __all__ = [
     "HOST",

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckptmgr.difference import StructureDiff
+    from ckptmgr.trees.differences import StructureDiff
 
 
 class CheckpointError(Exception):

@@ -15,35 +15,20 @@ from typing import Any, Literal, Self
 import jax
 from etils import epath
 
-from ckptmgr import (
-    aftermath,
-    bucket,
-    difference,
-    history,
-    items,
-    job,
-    journal,
-    lifecycle,
-    matching,
-    opening,
-    options,
-    paths,
-    pending,
-    policy,
-    restoring,
-    writer,
-)
 from ckptmgr import clock as clocks
-from ckptmgr import layout as layouts
-from ckptmgr.checkpoint import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
-from ckptmgr.errors import (
-    CheckpointError,
-    CheckpointExistsError,
-    CorruptCheckpointError,
-    SaveError,
-)
-from ckptmgr.job import Call
-from ckptmgr.storage import orbax, reading, verifying, writing
+from ckptmgr import options, policies
+from ckptmgr.errors import CheckpointError, CheckpointExistsError, CorruptCheckpointError, SaveError
+from ckptmgr.format import paths
+from ckptmgr.orbax import writing
+from ckptmgr.processes import background, job, signals
+from ckptmgr.processes.job import Call
+from ckptmgr.restoring import matching
+from ckptmgr.restoring import restorer as restoring
+from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
+from ckptmgr.run import bucket, history, journal, lock, opening, verifying
+from ckptmgr.saving import aftermath, copying, items, queue
+from ckptmgr.trees import differences
+from ckptmgr.trees import placement as layouts
 
 _log = logging.getLogger("ckptmgr")
 
@@ -83,8 +68,8 @@ class CheckpointManager:
         self,
         directory: str | os.PathLike[str],
         *,
-        save_every: int | policy.SavePolicy | Sequence[policy.SavePolicy | int] | None = None,
-        keep: int | policy.KeepPolicy | Sequence[policy.KeepPolicy | int] | None = None,
+        save_every: int | policies.SavePolicy | Sequence[policies.SavePolicy | int] | None = None,
+        keep: int | policies.KeepPolicy | Sequence[policies.KeepPolicy | int] | None = None,
         asynchronous: bool = True,
         compression: Literal["zstd"] | None = None,
         chunk_bytes: int = 64 * 2**20,
@@ -92,7 +77,7 @@ class CheckpointManager:
         on_commit: Callable[[CheckpointInfo], object] | Sequence[Callable[[CheckpointInfo], object]] | None = None,
         read_only: bool = False,
         mirror: str | os.PathLike[str] | None = None,
-        mirror_keep: int | policy.KeepPolicy | Sequence[policy.KeepPolicy | int] | None = None,
+        mirror_keep: int | policies.KeepPolicy | Sequence[policies.KeepPolicy | int] | None = None,
         metadata: Mapping[str, Any] | None = None,
         timeout_s: float = 1200.0,
         clock: Callable[[], float] = time.time,
@@ -103,28 +88,28 @@ class CheckpointManager:
             "on_commit": on_commit, "read_only": read_only, "mirror": mirror, "mirror_keep": mirror_keep,
             "metadata": metadata, "timeout_s": timeout_s, "clock": clock,
         }  # fmt: skip
-        self._options = options.check(given, adapt_save=orbax.adapt_save, adapt_keep=orbax.adapt_keep)
+        self._options = options.check(given)
         self._clock = clocks.Clock(self._options.clock)
         self._directory = paths.resolve(directory)
         aftermath.check_mirror(self._options.mirror, self._directory)
-        self._catalog = bucket.open_catalog(self._directory, reading.read_stock)
+        self._catalog = bucket.open_catalog(self._directory)
         self._history = history.History(self._catalog, self._options.keep)
         self._composer = items.Composer()
-        self._copier = writing.Copier(self._options)
+        self._copier = copying.Copier(self._options)
         self._last: CheckpointInfo | None = None
-        self._store: orbax.Store | None = None
-        self._writer: writer.Writer | None
-        self._preemption = lifecycle.Preemption()
+        self._store: writing.Store | None = None
+        self._writer: lock.Writer | None
+        self._preemption = signals.Preemption()
         timeout_s = self._options.timeout_s
         if read_only:  # it may be opened in one process of a job alone
             self._job = saving = job.Job("", timeout_s, alone=True)
-            self._writer, self._shared = None, writer.Shared()
+            self._writer, self._shared = None, lock.Shared()
         else:
             name, self._writer = opening.open_run(self._directory, self._catalog, timeout_s)
             self._job, saving = job.Job(name, timeout_s), job.Job(f"{name}/saving", timeout_s)
             self._shared = self._writer.shared
         self._catalog.share_damage(self._shared.damaged)
-        self._pending = pending.Pending(timeout_s, saving, self._shared)
+        self._pending = queue.Pending(timeout_s, saving, self._shared)
         writes = not read_only and self._job.leads
         self._journal = journal.Journal(self._directory, self._clock.wall, writes=writes)
         self._aftermath = aftermath.Aftermath(
@@ -134,8 +119,8 @@ class CheckpointManager:
             self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, timeout_s
         )
         if not read_only:
-            lifecycle.drain_on_sigterm()
-            self._store = orbax.Store(self._catalog, compression=self._options.compression, job=saving)
+            signals.drain_on_sigterm()
+            self._store = writing.Store(self._catalog, compression=self._options.compression, job=saving)
             self._aftermath.update_mirror()  # what an earlier process has not copied
 
     @property
@@ -147,16 +132,16 @@ class CheckpointManager:
 
     def should_save(self, step: int) -> bool:
         """Whether `save(step, ...)` would save now: by `save_every`, or because the run is to stop."""
-        step = policy.step_number(step)
-        if all(isinstance(each, policy.every_steps | policy.at_steps) for each in self._options.save_every):
+        step = policies.step_number(step)
+        if all(isinstance(each, policies.every_steps | policies.at_steps) for each in self._options.save_every):
             due = self._is_due(step, None)  # so a step that is declined makes no request to a bucket
         else:  # clocks differ
             call = Call("the decision about a save", step)
             due = self._job.decide(call, lambda: self._is_due(step, self._last_save()))
         return self._preemption.is_due(step, due)
 
-    def _is_due(self, step: int, last: policy.Record | None) -> bool:
-        return policy.is_due(self._options.save_every, step, now=self._clock.now(), last=last)
+    def _is_due(self, step: int, last: policies.Record | None) -> bool:
+        return policies.is_due(self._options.save_every, step, now=self._clock.now(), last=last)
 
     def save(
         self,
@@ -189,7 +174,7 @@ class CheckpointManager:
           SaveError: the save before this one failed, or this one did.
         """
         called = time.perf_counter()
-        step = policy.step_number(step)
+        step = policies.step_number(step)
         with self._turn(step):
             store = self._writable(step)
             refusal = self._refuse(step, force, on_exists)
@@ -198,7 +183,7 @@ class CheckpointManager:
             if params is None and opt_state is None:
                 raise ValueError("save needs params, or an opt_state that holds them")
 
-            def copy() -> writing.Copied:
+            def copy() -> copying.Copied:
                 self._shared.hold()
                 self._catalog.check_free(step)
                 composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
@@ -208,7 +193,7 @@ class CheckpointManager:
                 self._make_room(step)
                 return copied
 
-            copied = self._job.together(Call("the save", step), copy, writing.Copied.spec)
+            copied = self._job.together(Call("the save", step), copy, copying.Copied.spec)
             reason = "forced" if force else "preempted" if self.preempted else "due"
             return self._hand_over(copied, store, reason, called, replaces=on_exists == "replace")
 
@@ -228,13 +213,13 @@ class CheckpointManager:
             _log.warning("step %d is damaged and set aside as %s", step, self._catalog.set_aside(step))
         self._catalog.forget(step)
 
-    def _last_save(self) -> policy.Record | None:
+    def _last_save(self) -> policies.Record | None:
         """The last save that was accepted here, else the newest on disk; its time is as `now` counts it."""
         if self._last is None and (newest := self._history.newest()) is not None:
             self._last = dataclasses.replace(newest, time=self._clock.since(newest.time))
         return self._last
 
-    def _writable(self, step: int, what: str = "saved") -> orbax.Store:
+    def _writable(self, step: int, what: str = "saved") -> writing.Store:
         if self._job.count == 1:  # processes raise it together, in the next call that they make together
             self._pending.raise_failure()
         if self._store is None:
@@ -267,7 +252,7 @@ class CheckpointManager:
         )
 
     def _hand_over(
-        self, copied: writing.Copied, store: orbax.Store, reason: str, called: float, *, replaces: bool
+        self, copied: copying.Copied, store: writing.Store, reason: str, called: float, *, replaces: bool
     ) -> SaveResult:
         """Has the step written beside the caller, then what follows from it done."""
         step, handed_over = copied.manifest.step, time.perf_counter()
@@ -294,7 +279,7 @@ class CheckpointManager:
             copied.abandon()
             self._last = before
             raise
-        if not (self._options.asynchronous and lifecycle.CAN_OUTLIVE_MAIN):
+        if not (self._options.asynchronous and background.CAN_OUTLIVE_MAIN):
             self._pending.wait()
         return SaveResult(step, reason, save)
 
@@ -319,7 +304,7 @@ class CheckpointManager:
             self._store = None  # in a forked child: the run is the parent's
         elif self._pending.is_current():  # a callback, which cannot wait for itself
             self._store = None
-            self._shared.background.add(lifecycle.Task("the closing", self._let_go, self._options.timeout_s))
+            self._shared.background.add(background.Task("the closing", self._let_go, self._options.timeout_s))
         else:
             with self._shared.turn:
                 self._pending.join()
@@ -417,7 +402,7 @@ class CheckpointManager:
             return restorer.newest(request)
         if step == "best":
             return restorer.best(request)
-        return restorer.one(policy.step_number(step), request)
+        return restorer.one(policies.step_number(step), request)
 
     def restore_or(
         self,
@@ -442,7 +427,7 @@ class CheckpointManager:
             params=params, opt_state=opt_state, optimizer=optimizer, extras=extras, layout=layout, cast=cast,
             partial=partial, rename=rename, broadcast=broadcast,
         )  # fmt: skip
-        step = policy.step_number(step)
+        step = policies.step_number(step)
         self._pending.wait()
         restorer = self._restorer.among(request)
         if restorer.has_steps():
@@ -501,7 +486,7 @@ class CheckpointManager:
 
     def info(self, step: int) -> CheckpointInfo:
         """What is known of a step without reading an array."""
-        step = policy.step_number(step)
+        step = policies.step_number(step)
         self._pending.settle(step)
         return self._history.info(step)
 
@@ -509,9 +494,9 @@ class CheckpointManager:
         """What is known of every readable step, in order, from one look at all."""
         return self._history.all()
 
-    def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> difference.StructureDiff:
+    def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> differences.StructureDiff:
         """How the templates differ from a step; falsy if they do not."""
-        step = policy.step_number(step)
+        step = policies.step_number(step)
         self._catalog.require(step)
         return matching.compare(self._catalog.manifest(step), params, opt_state)
 
@@ -524,7 +509,7 @@ class CheckpointManager:
           step: its number.
           on_progress: called with the bytes of arrays read so far, and in all.
         """
-        number = self.latest() if step is None else policy.step_number(step)
+        number = self.latest() if step is None else policies.step_number(step)
         if number is None:
             raise self._catalog.nothing_good({})
         self._pending.settle(number)
@@ -544,7 +529,7 @@ class CheckpointManager:
 
     def delete(self, step: int) -> None:
         """Deletes a step, pinned or not."""
-        step = policy.step_number(step)
+        step = policies.step_number(step)
         with self._turn(step):
             self._writable(step)
             self._pending.wait()
@@ -569,7 +554,7 @@ class CheckpointManager:
           CorruptCheckpointError: the step is seen to be damaged (its manifest, or the size of a file).
           SaveError: the manager is read-only or closed, a save has failed, or the mirror cannot be reached.
         """
-        step = policy.step_number(step)
+        step = policies.step_number(step)
         with self._turn(step):
             self._writable(step, "gone back to")
             if self._pending.is_current() and self._job.count > 1:
@@ -603,7 +588,7 @@ class CheckpointManager:
         self._mark(step, self._catalog.unpin)
 
     def _mark(self, step: int, mark: Callable[[int], None]) -> None:
-        step = policy.step_number(step)
+        step = policies.step_number(step)
         with self._turn(step):
             self._writable(step)
             self._pending.settle(step)

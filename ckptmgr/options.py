@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from etils import epath
 
-from ckptmgr import paths, policy
-from ckptmgr.checkpoint import CheckpointInfo
+from ckptmgr import policies
+from ckptmgr.format import paths
+from ckptmgr.orbax.policies import adapt_keep, adapt_save
+from ckptmgr.results import CheckpointInfo
 
 Adapt = Callable[[Any], Any]
 
@@ -21,8 +23,8 @@ Adapt = Callable[[Any], Any]
 class Options:
     """See `CheckpointManager`; here every value has been checked and every policy is a tuple."""
 
-    save_every: tuple[policy.SavePolicy, ...] = (policy.every_steps(1),)
-    keep: tuple[policy.KeepPolicy, ...] = ()
+    save_every: tuple[policies.SavePolicy, ...] = (policies.every_steps(1),)
+    keep: tuple[policies.KeepPolicy, ...] = ()
     asynchronous: bool = True
     compression: Literal["zstd"] | None = None
     chunk_bytes: int = 64 * 2**20
@@ -30,17 +32,14 @@ class Options:
     on_commit: tuple[Callable[[CheckpointInfo], object], ...] = ()
     read_only: bool = False
     mirror: epath.Path | None = None
-    mirror_keep: tuple[policy.KeepPolicy, ...] = ()
+    mirror_keep: tuple[policies.KeepPolicy, ...] = ()
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     timeout_s: float = 1200.0
     clock: Callable[[], float] = time.time
 
 
-def check(given: Mapping[str, Any], *, adapt_save: Adapt, adapt_keep: Adapt) -> Options:
-    """Checks what the caller gave; None stands for "not given" and takes the default.
-
-    `adapt_save` and `adapt_keep` turn a policy of Orbax into one of ours and leave others alone.
-    """
+def check(given: Mapping[str, Any]) -> Options:
+    """Checks what the caller gave; None stands for "not given" and takes the default."""
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("read_only"):
         _refuse_beside_read_only(given)
@@ -48,11 +47,13 @@ def check(given: Mapping[str, Any], *, adapt_save: Adapt, adapt_keep: Adapt) -> 
         raise ValueError("mirror_keep= says what a mirror keeps; name one with mirror=")
     checks: dict[str, Callable[[Any], Any]] = {
         "save_every": lambda value: _policies(
-            "save_every", value, policy.every_steps, policy.SavePolicy, adapt_save
+            "save_every", value, policies.every_steps, policies.SavePolicy, adapt_save
         ),
-        "keep": lambda value: _policies("keep", value, policy.latest, policy.KeepPolicy, adapt_keep),
+        "keep": lambda value: _policies("keep", value, policies.latest, policies.KeepPolicy, adapt_keep),
         "mirror": lambda value: paths.resolve(value, "mirror"),
-        "mirror_keep": lambda value: _policies("mirror_keep", value, policy.latest, policy.KeepPolicy, adapt_keep),
+        "mirror_keep": lambda value: _policies(
+            "mirror_keep", value, policies.latest, policies.KeepPolicy, adapt_keep
+        ),
         "asynchronous": lambda value: _flag("asynchronous", value),
         "read_only": lambda value: _flag("read_only", value),
         "compression": _compression,

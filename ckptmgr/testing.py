@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ckptmgr.manager import CheckpointManager
-from ckptmgr.structure import is_key
+from ckptmgr.trees.structure import is_key
 
 TrainStep = Callable[[Any, Any, int], tuple[Any, Any]]
 

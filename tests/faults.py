@@ -18,28 +18,28 @@ import signal
 import time
 
 POINTS = {
-    "arrays": "ckptmgr.storage.arrays:write_wave",  # the arrays of one item
-    "description": "ckptmgr.storage.arrays:describe",  # Orbax's JSON files about it
-    "file": "ckptmgr.storage.files:write",  # any small file, the manifest last
-    "sync": "ckptmgr.storage.files:sync",  # names made durable
-    "publish": "ckptmgr.catalog:Catalog.publish",  # the rename
-    "exchange": "ckptmgr.catalog:_exchange",  # the swap of a step that is replaced
-    "retain": "ckptmgr.aftermath:Aftermath._retain",
-    "choose": "ckptmgr.history:History.decide_deletions",  # what is to be deleted
-    "delete": "ckptmgr.catalog:Catalog.delete",
-    "remove": "ckptmgr.catalog:remove",  # the files of what is in no listing any more
+    "arrays": "ckptmgr.arrays.writing:write_wave",  # the arrays of one item
+    "description": "ckptmgr.orbax.writing:_describe",  # Orbax's JSON files about it
+    "file": "ckptmgr.format.files:write",  # any small file, the manifest last
+    "sync": "ckptmgr.format.files:sync",  # names made durable
+    "publish": "ckptmgr.run.local:Catalog.publish",  # the rename
+    "exchange": "ckptmgr.run.local:_exchange",  # the swap of a step that is replaced
+    "retain": "ckptmgr.saving.aftermath:Aftermath._retain",
+    "choose": "ckptmgr.run.history:History.decide_deletions",  # what is to be deleted
+    "delete": "ckptmgr.run.local:Catalog.delete",
+    "remove": "ckptmgr.run.local:remove",  # the files of what is in no listing any more
     "rename": "os:rename",  # of any directory
 }
 MIRROR_POINTS = {
-    "put": "ckptmgr.mirror:_put",  # files copied to the mirror
-    "check": "ckptmgr.mirror:Mirror._check",  # the copy is read back
-    "make step": "ckptmgr.catalog:Catalog.publish",  # the copy gets its name
+    "put": "ckptmgr.run.mirror:_put",  # files copied to the mirror
+    "check": "ckptmgr.run.mirror:Mirror._check",  # the copy is read back
+    "make step": "ckptmgr.run.local:Catalog.publish",  # the copy gets its name
 }
 REWIND_POINTS = {
-    "plan": "ckptmgr.catalog:_write_durably",  # what is to be moved
-    "move": "ckptmgr.bucket:Bucket._move",  # one checkpoint, in a bucket
-    "moved": "ckptmgr.bucket:Bucket._write_plan",  # what is still to be moved, in a bucket
-    "copy": "ckptmgr.bucket:Bucket._copy",
+    "plan": "ckptmgr.run.local:_write_durably",  # what is to be moved
+    "move": "ckptmgr.run.bucket:Bucket._move",  # one checkpoint, in a bucket
+    "moved": "ckptmgr.run.bucket:Bucket._write_plan",  # what is still to be moved, in a bucket
+    "copy": "ckptmgr.run.bucket:Bucket._copy",
 }
 SLOW_S = 5.0  # longer than what is timed beside it takes on a busy machine
 

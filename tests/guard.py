@@ -10,7 +10,7 @@ import inspect
 import jax
 
 import ckptmgr
-from ckptmgr import lifecycle
+from ckptmgr.processes import background
 
 
 def install():
@@ -19,7 +19,7 @@ def install():
         for name, method in vars(kind).items():
             if inspect.isfunction(method) and (not name.startswith("_") or name in ("__init__", "__exit__")):
                 setattr(kind, name, _guarded(method))
-    lifecycle.Background._work = _guarded(lifecycle.Background._work)
+    background.Background._work = _guarded(background.Background._work)
 
 
 def allowed():

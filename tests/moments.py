@@ -25,7 +25,8 @@ import guard
 import numpy as np
 
 import ckptmgr
-from ckptmgr import lifecycle, names
+from ckptmgr.format import names
+from ckptmgr.processes import background
 
 guard.install()
 
@@ -190,20 +191,20 @@ def interrupt_worker(directory, name, turn):
     run, interrupt = begin(directory, WORKER[name]), Interrupt(turn, MemoryError)
     run.save(1).result()
     run.manager.wait()
-    work = lifecycle.Background._work
+    work = background.Background._work
 
     def traced(self):
-        lifecycle.Background._work = work  # this thread alone
+        background.Background._work = work  # this thread alone
         with interrupt:
             work(self)
 
-    lifecycle.Background._work = traced
+    background.Background._work = traced
     try:
         run.bear(lambda: run.save(2))
         run.may_fail = True
         run.bear(run.manager.wait)
     finally:
-        lifecycle.Background._work = work
+        background.Background._work = work
     run.go_on()
     run.check()
     return interrupt.where

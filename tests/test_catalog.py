@@ -10,7 +10,9 @@ from conftest import visible
 from etils import epath
 
 import ckptmgr
-from ckptmgr import CheckpointManager, catalog, journal, names, paths
+from ckptmgr import CheckpointManager
+from ckptmgr.format import names, paths
+from ckptmgr.run import journal, local
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ def test_a_process_of_version_1_that_writes_is_not_disturbed(run):
 
 
 def test_deleting_takes_the_step_away_before_its_files(run, monkeypatch, caplog):
-    listing = catalog.Catalog(epath.Path(run), None)
+    listing = local.Catalog(epath.Path(run), None)
     monkeypatch.setattr(type(listing.path(5)), "rmtree", lambda self: (_ for _ in ()).throw(OSError("busy")))
     listing.delete(5)
     assert listing.steps() == [10]

@@ -9,8 +9,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ckptmgr import CheckpointManager, every_seconds, journal
+from ckptmgr import CheckpointManager, every_seconds
 from ckptmgr.clock import Clock
+from ckptmgr.run import journal
 
 DAY, START = 86_400.0, 1.7e9
 PARAMS = {"w": jnp.ones(1)}

@@ -15,7 +15,7 @@ import trainer
 from conftest import counted, free_port
 
 import ckptmgr
-from ckptmgr import names
+from ckptmgr.format import names
 
 pytestmark = pytest.mark.xdist_group("crash")
 

@@ -14,8 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import ckptmgr
-from ckptmgr import CheckpointManager, latest, options, policy
-from ckptmgr.storage import orbax
+from ckptmgr import CheckpointManager, latest, options, policies
 
 STEPS = [1, 2, 3, 5, 8]
 
@@ -141,7 +140,7 @@ def test_what_is_kept_is_what_the_policy_says_or_everything_if_it_cannot_say(sha
     (checked,) = _checked(keep=made).keep
     assert checked is made
     broken = []
-    reasons = policy.reasons_to_keep(
+    reasons = policies.reasons_to_keep(
         [made, made, latest(1)], records(), set(), failed=lambda name, problem: broken.append((name, problem))
     )
     expected = set(STEPS) if chosen is None else chosen | {8}
@@ -160,18 +159,18 @@ def test_a_save_policy_decides_or_its_error_says_which_it_is(shape, answer):
     last, found = None, []
     for step in STEPS:
         if expected is not None:
-            found.append(policy.is_due([checked], step, now=step, last=last))
+            found.append(policies.is_due([checked], step, now=step, last=last))
             last = SimpleNamespace(step=step, time=step, metrics={})
             continue
         with pytest.raises(ckptmgr.SaveError, match=f"step {step}: the policy ") as caught:
-            policy.is_due([checked], step, now=step, last=last)
+            policies.is_due([checked], step, now=step, last=last)
         assert caught.value.step == step
         assert caught.value.__cause__ is not None
     assert found == (expected or [])
 
 
 def _checked(**given):
-    return options.check(given, adapt_save=orbax.adapt_save, adapt_keep=orbax.adapt_keep)
+    return options.check(given)
 
 
 # ---------------------------------------------------------------- Orbax's own
@@ -219,7 +218,7 @@ def test_orbax_keeps_what_it_keeps_and_no_time_on_disk_breaks_it(name, time):
     broken, history = [], records()
     for record in history:
         record.time = record.time if time == 0 else time
-    reasons = policy.reasons_to_keep([checked], history, set(), failed=lambda *what: broken.append(what))
+    reasons = policies.reasons_to_keep([checked], history, set(), failed=lambda *what: broken.append(what))
     assert not broken
     if time == 0:
         assert [step for step, why in reasons.items() if why] == expected
@@ -231,12 +230,12 @@ def test_orbax_saves_when_it_saves_and_no_time_breaks_it(name):
     (checked,) = _checked(save_every=getattr(managers, name)(**given)).save_every
     saved, last = [], None
     for step in STEPS:
-        if policy.is_due([checked], step, now=float(step), last=last):
+        if policies.is_due([checked], step, now=float(step), last=last):
             saved.append(step)
             last = SimpleNamespace(step=step, time=float(step), metrics={})
     assert saved == expected
     for now in (-1e300, 1e300, math.nan, math.inf):
-        policy.is_due([checked], 4, now=now, last=SimpleNamespace(step=1, time=now, metrics={}))
+        policies.is_due([checked], 4, now=now, last=SimpleNamespace(step=1, time=now, metrics={}))
 
 
 # ---------------------------------------------------------------- in a run

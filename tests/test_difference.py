@@ -9,15 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from ckptmgr import StructureDiff, StructureMismatchError, difference
-from ckptmgr.structure import describe
+from ckptmgr import StructureDiff, StructureMismatchError
+from ckptmgr.trees import differences
+from ckptmgr.trees.structure import describe
 
 Pair = collections.namedtuple("Pair", "left right")
 describe_params = functools.partial(describe, item="params")
 
 
 def between(saved, template):
-    return difference.compare(
+    return differences.compare(
         describe_params(saved), describe(template, item="params", is_template=True), "params"
     )
 
@@ -50,7 +51,7 @@ def test_every_difference_is_named_with_both_sides():
     assert "float32[5]" in table["params['new']"]
     assert "partial=True" in table["params['gone']"]
     with pytest.raises(StructureMismatchError, match="4 leaves differ") as caught:
-        difference.raise_if_different(diff, "params")
+        differences.raise_if_different(diff, "params")
     assert caught.value.diff is diff
 
 
@@ -83,13 +84,13 @@ def test_a_python_number_takes_any_number_that_it_holds_exactly(saved, template,
 def test_rename_moves_leaves_and_refuses_to_merge_two():
     saved = describe_params({"encoder": {"w": 1}, "head": {"w": 2}})
     template = describe_params({"backbone": {"w": 1}, "head": {"w": 2}})
-    rules = difference.rename_rules({r"^\['encoder'\]": "['backbone']", "decoder": "x"})
+    rules = differences.rename_rules({r"^\['encoder'\]": "['backbone']", "decoder": "x"})
     used = set()
-    moved = difference.renamed(saved, rules, template, used)
-    assert not difference.compare(moved, template, "params")
+    moved = differences.renamed(saved, rules, template, used)
+    assert not differences.compare(moved, template, "params")
     assert [rule.pattern for rule in rules if rule not in used] == ["decoder"]
     with pytest.raises(ValueError, match="rename gives two leaves"):
-        difference.renamed(saved, difference.rename_rules({r"encoder": "head"}), template, set())
+        differences.renamed(saved, differences.rename_rules({r"encoder": "head"}), template, set())
 
 
 def test_an_empty_difference_is_falsy_and_differences_add_up():

@@ -15,7 +15,7 @@ import trainer
 from conftest import counted, free_port, visible
 
 import ckptmgr
-from ckptmgr.storage import arrays
+from ckptmgr.arrays import writing
 
 SAVING = ["arrays", "description", "file", "sync", "publish", "rename"]
 
@@ -60,7 +60,7 @@ def test_a_replacement_that_fails_leaves_a_whole_step(fault, swaps, tmp_path, mo
         manager.save(1, trainer.state(1)).result()
         with monkeypatch.context() as patch:
             if not swaps:  # as on macOS
-                patch.setattr("ckptmgr.catalog._exchange", lambda *_: False)
+                patch.setattr("ckptmgr.run.local._exchange", lambda *_: False)
             faults.install(fault, patch.setattr)
             failed = manager.save(1, trainer.state(2), on_exists="replace")
             done = "rename" in fault and swaps  # then nothing is renamed
@@ -194,7 +194,7 @@ def test_orbax_warns_of_its_own_calls_and_not_of_ours(tmp_path, monkeypatch, cap
     def fail(*_):
         raise OSError("on purpose")
 
-    monkeypatch.setattr(arrays, "write_wave", fail)
+    monkeypatch.setattr(writing, "write_wave", fail)
     with ckptmgr.CheckpointManager(tmp_path / "ours") as manager, pytest.raises(ckptmgr.SaveError):
         manager.save(1, trainer.state(1)).result()
     loud = [record for record in caplog.records if record.levelno > logging.INFO]

@@ -23,9 +23,10 @@ from conftest import counted, visible
 from data import make
 
 import ckptmgr
-from ckptmgr import HOST, CheckpointManager, interop, names
+from ckptmgr import HOST, CheckpointManager, interop
 from ckptmgr.cli import facts, tables
 from ckptmgr.cli.app import app
+from ckptmgr.format import names
 from ckptmgr.testing import assert_trees_equal
 
 DATA = pathlib.Path(__file__).parent / "data"

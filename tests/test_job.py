@@ -18,7 +18,7 @@ from conftest import counted, free_port, visible
 from test_crash import last, rest
 
 import ckptmgr
-from ckptmgr import job
+from ckptmgr.processes import job
 
 pytestmark = pytest.mark.xdist_group("job")
 SCRIPT = Path(member.__file__)

@@ -7,7 +7,8 @@ import pytest
 from etils import epath
 
 import ckptmgr
-from ckptmgr import journal, names
+from ckptmgr.format import names
+from ckptmgr.run import journal
 
 
 def events(directory):
@@ -23,7 +24,7 @@ def test_it_tells_what_was_saved_deleted_passed_over_restored_and_failed(tmp_pat
         (tmp_path / "3" / "manifest.json").write_bytes(b"")
         assert manager.restore().step == 2
         with monkeypatch.context() as patch:
-            patch.setattr("ckptmgr.storage.arrays.describe", lambda *_: 1 / 0)
+            patch.setattr("ckptmgr.arrays.writing.describe", lambda *_: 1 / 0)
             with pytest.raises(ckptmgr.SaveError):
                 manager.save(4, params).result()
         manager.delete(2)

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from conftest import counted
 
-from ckptmgr import CheckpointManager, CheckpointTimeoutError, lifecycle, mirror, names
+from ckptmgr import CheckpointManager, CheckpointTimeoutError
+from ckptmgr.format import names
+from ckptmgr.processes import background as lifecycle
+from ckptmgr.run import mirror
 
 SCRIPT = """
 import sys, jax.numpy as jnp, ckptmgr
@@ -39,7 +42,7 @@ def test_the_save_is_finished_before_the_script_is_gone(tmp_path, ending):
 HELD = """
 import signal, sys, time, numpy as np, ckptmgr
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-from ckptmgr.storage import files
+from ckptmgr.format import files
 write = files.write
 def slow(*given):
     time.sleep(0.5)

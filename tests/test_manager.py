@@ -21,7 +21,8 @@ from conftest import visible
 
 import ckptmgr
 from ckptmgr import CheckpointManager, best, every_steps, latest
-from ckptmgr.storage import orbax
+from ckptmgr.arrays import writing as arrays_writing
+from ckptmgr.orbax import writing
 from ckptmgr.testing import assert_trees_equal
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
@@ -266,7 +267,7 @@ def test_a_save_that_a_callback_makes_is_durable_when_it_returns(options, tmp_pa
 
 def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_have_changed(tmp_path, monkeypatch):
     params, released = {name: np.zeros(1000) for name in "ab"}, threading.Event()
-    start, write = _thread.start_new_thread, orbax.Store.write
+    start, write = _thread.start_new_thread, writing.Store.write
 
     def interrupted(*given):
         start(*given)
@@ -277,7 +278,7 @@ def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_ha
         write(*given, **how)
 
     with CheckpointManager(tmp_path, max_host_bytes=1000) as manager:
-        monkeypatch.setattr(orbax.Store, "write", held)
+        monkeypatch.setattr(writing.Store, "write", held)
         with monkeypatch.context() as patch:
             patch.setattr(_thread, "start_new_thread", interrupted)
             with pytest.raises(KeyboardInterrupt):
@@ -291,7 +292,7 @@ def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_ha
 
 @pytest.mark.parametrize("wait", ["wait", "result"])
 def test_an_interrupt_inside_a_wait_leaves_no_lock_that_the_writing_needs(wait, tmp_path, monkeypatch):
-    enter, main, write = threading.Condition.__enter__, threading.get_ident(), orbax.Store.write
+    enter, main, write = threading.Condition.__enter__, threading.get_ident(), writing.Store.write
 
     def interrupted(condition):
         enter(condition)
@@ -304,7 +305,7 @@ def test_an_interrupt_inside_a_wait_leaves_no_lock_that_the_writing_needs(wait, 
         write(*given, **how)
 
     with CheckpointManager(tmp_path, timeout_s=20) as manager:
-        monkeypatch.setattr(orbax.Store, "write", slow)
+        monkeypatch.setattr(writing.Store, "write", slow)
         result = manager.save(1, PARAMS)
         monkeypatch.setattr(threading.Condition, "__enter__", interrupted)
         with contextlib.suppress(KeyboardInterrupt):
@@ -314,7 +315,7 @@ def test_an_interrupt_inside_a_wait_leaves_no_lock_that_the_writing_needs(wait, 
 
 
 def test_what_is_looked_at_while_a_step_is_replaced_is_not_remembered(tmp_path, monkeypatch):
-    write = orbax.Store.write
+    write = writing.Store.write
 
     def look_then_write(*given, **how):
         assert manager.infos()[0].metrics["loss"] == 1.0
@@ -324,7 +325,7 @@ def test_what_is_looked_at_while_a_step_is_replaced_is_not_remembered(tmp_path, 
     with CheckpointManager(tmp_path / "home", mirror=away) as manager:
         manager.save(1, PARAMS, metrics={"loss": 1.0})
         manager.wait()
-        monkeypatch.setattr(orbax.Store, "write", look_then_write)
+        monkeypatch.setattr(writing.Store, "write", look_then_write)
         told = manager.save(1, PARAMS, metrics={"loss": 2.0}, on_exists="replace").result()
         assert told.metrics["loss"] == manager.info(1).metrics["loss"] == 2.0
     assert CheckpointManager(away, read_only=True).info(1).metrics["loss"] == 2.0
@@ -366,11 +367,10 @@ def test_closed_and_read_only_managers_do_not_save(run):
 
 
 def test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it(run, monkeypatch, caplog):
-    from ckptmgr.storage import arrays
 
     with CheckpointManager(run, keep=1) as manager:
         monkeypatch.setattr(
-            arrays, "write_wave", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            arrays_writing, "write_wave", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         )
         result = manager.save(4, PARAMS)
         with pytest.raises(ckptmgr.SaveError, match=r"step 4 could not be saved: .*No space left") as caught:
@@ -390,7 +390,7 @@ def test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it(run, mo
 
 def test_an_old_result_does_not_hide_the_failure_of_a_later_save(tmp_path, monkeypatch):
     manager = CheckpointManager(tmp_path)
-    monkeypatch.setattr(orbax.Store, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(writing.Store, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     first = manager.save(1, PARAMS)
     with pytest.raises(ckptmgr.SaveError, match="step 1"):
         manager.wait()
@@ -408,7 +408,7 @@ def test_a_failed_save_ends_its_result_whatever_fails_beside_it(tmp_path, caplog
         raise RuntimeError("the journal cannot say it")
 
     manager = CheckpointManager(tmp_path)
-    monkeypatch.setattr("ckptmgr.journal.Journal.record", fails)
+    monkeypatch.setattr("ckptmgr.run.journal.Journal.record", fails)
     faults.install("fail publish 1", monkeypatch.setattr)
     result = manager.save(1, PARAMS)
     with pytest.raises(ckptmgr.SaveError, match=r"step 1 could not be saved: .*Input/output error"):

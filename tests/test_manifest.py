@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from ckptmgr import CheckpointManager, CorruptCheckpointError, NewerFormatError, manifest, structure
+from ckptmgr import CheckpointManager, CorruptCheckpointError, NewerFormatError
 from ckptmgr.cli import facts, tables
+from ckptmgr.format import manifest
+from ckptmgr.trees import structure
 
 
 def sample():

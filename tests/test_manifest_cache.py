@@ -7,7 +7,7 @@ import sys
 import jax.numpy as jnp
 
 from ckptmgr import CheckpointManager
-from ckptmgr.manifest import Manifest
+from ckptmgr.format.manifest import Manifest
 
 
 def state(value):

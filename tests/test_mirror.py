@@ -21,7 +21,7 @@ from test_job import finish
 from test_job import start as start_job
 
 import ckptmgr
-from ckptmgr import mirror
+from ckptmgr.run import mirror
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),
@@ -176,14 +176,14 @@ def test_an_interrupt_as_copying_starts_does_not_stop_later_copies(home, tmp_pat
 
 
 def test_a_copy_that_was_damaged_on_its_way_is_never_shown(home, tmp_path, monkeypatch, caplog):
-    real = ckptmgr.mirror._put
+    real = ckptmgr.run.mirror._put
 
     def spoil(source, draft, names):
         real(source, draft, names)
         if any("/d/" in name for name in names):
             damage(draft)
 
-    monkeypatch.setattr("ckptmgr.mirror._put", spoil)
+    monkeypatch.setattr("ckptmgr.run.mirror._put", spoil)
     with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away") as manager:
         save(manager, 1)
     assert steps_in(tmp_path / "away") == []

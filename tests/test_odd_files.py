@@ -18,8 +18,9 @@ import pytest
 from conftest import counted
 
 import ckptmgr
-from ckptmgr import CheckpointManager, names
+from ckptmgr import CheckpointManager
 from ckptmgr.cli import facts
+from ckptmgr.format import names
 
 DATA = pathlib.Path(__file__).parent / "data"
 STOCK = ["v0_zarr3", "v0_zarr3_no_ocdbt", "v0_zarr2", "v0_zarr2_no_ocdbt", "v1_training_checkpointables"]

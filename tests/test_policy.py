@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptmgr import at_steps, best, every_seconds, every_steps, latest
-from ckptmgr.policy import reasons_to_keep
+from ckptmgr.policies import reasons_to_keep
 
 
 def record(step, time=0.0, **metrics):

@@ -18,8 +18,8 @@ from test_crash import run as train
 from test_job import finish, start
 
 import ckptmgr
-from ckptmgr import manifest as manifests
-from ckptmgr import names
+from ckptmgr.format import manifest as manifests
+from ckptmgr.format import names
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),

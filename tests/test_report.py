@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import ckptmgr
-from ckptmgr import manifest, report
+from ckptmgr.cli import report
+from ckptmgr.format import manifest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

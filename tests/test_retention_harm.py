@@ -14,18 +14,9 @@ import pytest
 from conftest import counted, visible
 from etils import epath
 
-from ckptmgr import (
-    CheckpointManager,
-    best,
-    catalog,
-    every_seconds,
-    every_steps,
-    history,
-    latest,
-    manifest,
-    retention,
-)
-from ckptmgr.storage import reading
+from ckptmgr import CheckpointManager, best, every_seconds, every_steps, latest
+from ckptmgr.format import manifest
+from ckptmgr.run import history, local, retention
 
 PARAMS = {"w": jnp.ones((4, 4))}
 
@@ -140,12 +131,12 @@ def test_a_decision_is_looked_at_again_before_each_deletion(tmp_path, what, when
                 subprocess.run([sys.executable, "-S", "-c", program.format(run=str(tmp_path))], check=True)
             )
 
-    decide, delete = history.History.decide_deletions, catalog.Catalog.delete
+    decide, delete = history.History.decide_deletions, local.Catalog.delete
     if when == "decided":
         monkeypatch.setattr(history.History, "decide_deletions", lambda self: (decide(self), act())[0])
         expected = at_once
     else:
-        monkeypatch.setattr(catalog.Catalog, "delete", lambda self, step: (act(), delete(self, step)))
+        monkeypatch.setattr(local.Catalog, "delete", lambda self, step: (act(), delete(self, step)))
         expected = [step for step in at_once if step != 1]  # its deletion had begun
     manager = saved(tmp_path, 4, keep=1)
     assert acted
@@ -188,7 +179,7 @@ def test_what_is_told_of_a_step_is_what_retention_does_with_it(tmp_path, one_ste
             (tmp_path / str(step) / "PINNED").touch()
         if draw.random() < 0.2:
             draw.choice(list(HARMS.values()))(next((tmp_path / str(step)).rglob("d/*")))
-    found = catalog.Catalog(epath.Path(tmp_path), reading.read_stock)
+    found = local.Catalog(epath.Path(tmp_path))
     told = history.History(found, draw.sample(POLICIES, draw.randint(1, 3)))
     committed = draw.choice([None, *steps])
     told.committed = lambda: committed

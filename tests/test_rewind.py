@@ -20,18 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import ckptmgr
-from ckptmgr import (
-    CheckpointManager,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    SaveError,
-    best,
-    bucket,
-    journal,
-    latest,
-    names,
-)
-from ckptmgr.storage import reading
+from ckptmgr import CheckpointManager, CheckpointNotFoundError, CorruptCheckpointError, SaveError, best, latest
+from ckptmgr.format import names
+from ckptmgr.run import bucket, journal
 
 HERE = Path(__file__).parent
 """Where a program that is given with -c finds the modules of the tests."""
@@ -44,7 +35,7 @@ def save(manager, *steps, value=None):
 
 
 def opened(directory):
-    return bucket.open_catalog(epath.Path(directory), reading.read_stock)
+    return bucket.open_catalog(epath.Path(directory))
 
 
 def set_aside(directory):
@@ -268,15 +259,14 @@ KILLED = """
 import json, os, sys
 import faults
 from etils import epath
-from ckptmgr import bucket, catalog, rewinding
-from ckptmgr.storage import reading
+from ckptmgr.run import bucket, local, rewinding
 
 for directory, step, fault, *how in json.load(sys.stdin):
     if not (child := os.fork()):
         if "no swap" in how:  # as on macOS
-            catalog._exchange = lambda *_: False
+            local._exchange = lambda *_: False
         faults.install(fault)
-        run = bucket.open_catalog(epath.Path(directory), reading.read_stock)
+        run = bucket.open_catalog(epath.Path(directory))
         run.rewind(rewinding.plan([run], step)[0])
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

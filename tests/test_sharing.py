@@ -22,7 +22,10 @@ import pytest
 from conftest import counted
 
 import ckptmgr
-from ckptmgr import CheckpointManager, lifecycle, names, writer
+from ckptmgr import CheckpointManager
+from ckptmgr.format import names
+from ckptmgr.processes import background
+from ckptmgr.run import lock as writer
 
 HOST = {"layout": ckptmgr.HOST}
 OPEN = "import sys, ckptmgr; ckptmgr.CheckpointManager(sys.argv[1]).close()"
@@ -137,7 +140,7 @@ def test_what_the_garbage_collector_calls_takes_no_lock_and_waits_for_nothing(tm
     manager.save(1, values(1)).result()
     manager.wait()
     kinds = {type(each) for each in gc.get_objects() if str(type(each).__module__).startswith("ckptmgr")}
-    assert lifecycle.Background in kinds
+    assert background.Background in kinds
     assert not [kind for kind in kinds if hasattr(kind, "__del__")]
     called = {info.func for info in weakref.finalize._registry.values()}
     assert {each for each in called if each.__module__.startswith("ckptmgr")} == {writer._leave}
@@ -472,7 +475,7 @@ def test_no_manager_of_the_run_deletes_what_another_has_just_saved(tmp_path):
 def test_a_run_is_held_until_the_mirror_has_what_was_saved_also_without_close(tmp_path):
     manager = CheckpointManager(tmp_path / "run", mirror=tmp_path / "mirror")
     go_on = threading.Event()
-    manager._shared.mirroring.add(lifecycle.Task("a slow copy", lambda: go_on.wait(60) and None, 60))
+    manager._shared.mirroring.add(background.Task("a slow copy", lambda: go_on.wait(60) and None, 60))
     shared = weakref.ref(manager._shared)
     manager.save(1, values(1)).result()
     until(lambda: not shared().background.waiting())

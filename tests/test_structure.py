@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptmgr import UnsupportedLeafError, structure
-from ckptmgr.structure import describe
+from ckptmgr import UnsupportedLeafError
+from ckptmgr.trees import structure
+from ckptmgr.trees.structure import describe
 
 Pair = collections.namedtuple("Pair", "left right")
 describe_params = functools.partial(describe, item="params")

@@ -16,15 +16,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from ckptmgr import bucket, interop, policy, report
-from ckptmgr.catalog import BRANCH, KEPT, remove
+from ckptmgr import interop
+from ckptmgr import policies as policy
 from ckptmgr.cli import doctor as doctors
-from ckptmgr.cli import facts, tables
+from ckptmgr.cli import facts, report, tables
 from ckptmgr.cli.working import working
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError
-from ckptmgr.layout import HOST
 from ckptmgr.manager import CheckpointManager
-from ckptmgr.storage import reading
+from ckptmgr.run import bucket
+from ckptmgr.run.local import BRANCH, KEPT, remove
+from ckptmgr.trees.placement import HOST
 
 app = typer.Typer(
     name="ckptmgr",
@@ -222,7 +223,7 @@ def gc(
     found = [each | {"goes": asked_for.get(each["why"], True)} for each in facts.leftovers(manager.directory)]
     if yes:
         with _writer(run):  # which says if another process writes, and tidies as it opens
-            for path, why in bucket.open_catalog(manager.directory, reading.read_stock).leftovers():
+            for path, why in bucket.open_catalog(manager.directory).leftovers():
                 if asked_for.get(why):
                     remove(path)
     _show({"run": run, "leftovers": found, "removed": yes}, as_json, tables.leftovers)

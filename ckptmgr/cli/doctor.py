@@ -14,11 +14,10 @@ from typing import Any
 from etils import epath
 from packaging.requirements import Requirement
 
-from ckptmgr import names, paths
 from ckptmgr.cli.facts import Facts, free_bytes, left_alone
 from ckptmgr.errors import CheckpointError
+from ckptmgr.format import files, names, paths
 from ckptmgr.manager import CheckpointManager
-from ckptmgr.storage import files
 
 _PROBE_BYTES = 64 << 20
 _EXTRAS = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3"), "safetensors": ("safetensors", "interop")}

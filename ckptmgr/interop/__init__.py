@@ -6,10 +6,11 @@ import os
 import pathlib
 from typing import Any
 
-from ckptmgr.interop import npz, safetensors, stock
+from ckptmgr.interop import npz, safetensors
 from ckptmgr.interop.adopting import adopt
 from ckptmgr.interop.importing import Incoming, incoming
 from ckptmgr.interop.reading import read
+from ckptmgr.orbax import one_tree
 
 __all__ = ["Incoming", "adopt", "incoming", "read", "write"]
 
@@ -31,4 +32,4 @@ def write(tree: Any, path: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
         return npz.save(tree, path)
     if path.suffix:
         raise ValueError(f"{path} is of no known format; known are {_WRITES}")
-    return stock.save(tree, path)
+    return one_tree.save(tree, path)

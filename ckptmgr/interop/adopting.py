@@ -7,11 +7,11 @@ import os
 
 from etils import epath
 
-from ckptmgr import bucket, paths
-from ckptmgr import manifest as manifests
-from ckptmgr.catalog import Catalog
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.storage import files, reading, verifying
+from ckptmgr.format import files, paths
+from ckptmgr.format import manifest as manifests
+from ckptmgr.run import bucket, verifying
+from ckptmgr.run.local import Catalog
 
 
 def adopt(run: str | os.PathLike[str]) -> list[int]:
@@ -20,7 +20,7 @@ def adopt(run: str | os.PathLike[str]) -> list[int]:
     What the arrays were when stock Orbax wrote them cannot be known: from now on every change is seen.
     Raises CorruptCheckpointError for a step that cannot be read; those before it stay adopted.
     """
-    catalog = bucket.open_catalog(paths.resolve(run), reading.read_stock)
+    catalog = bucket.open_catalog(paths.resolve(run))
     return [step for step in catalog.steps() if _adopt(catalog, step)]
 
 

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from ckptmgr import structure
 from ckptmgr.errors import UnsafePickleError
 from ckptmgr.interop import opcodes
 from ckptmgr.interop.names import DEEPEST
 from ckptmgr.interop.opcodes import Call, Name
+from ckptmgr.trees import structure
 
 _ML_TYPES = {name for name in dir(ml_dtypes) if isinstance(getattr(ml_dtypes, name), type)}
 _ML_DTYPES = frozenset(_ML_TYPES - {"finfo", "iinfo"})

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ckptmgr.errors import CheckpointError
-from ckptmgr.interop import msgpack, npz, pickles, safetensors, stock
+from ckptmgr.interop import msgpack, npz, pickles, safetensors
+from ckptmgr.orbax import one_tree
 
 _ENDINGS = {
     ".pkl": "pickle", ".pickle": "pickle", ".p": "pickle", ".safetensors": "safetensors", ".json": "safetensors",
@@ -38,7 +39,7 @@ def read(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> Any:
         raise FileNotFoundError(f"there is no {path}")
     if path.is_dir():
         has_tensors = any(path.glob("*.safetensors")) or (path / safetensors.INDEX).exists()
-        return _checked("safetensors", path) if has_tensors else stock.load(path)
+        return _checked("safetensors", path) if has_tensors else one_tree.load(path)
     if path.suffix == ".safetensors":
         path = safetensors.found(path)
     if not path.is_file():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ckptmgr import CheckpointManager
-from ckptmgr.storage.chunks import chunk_shape
+from ckptmgr.arrays.chunks import chunk_shape
 from ckptmgr.testing import assert_trees_equal
 
 FLOAT8 = "e3m4 e4m3 e4m3b11fnuz e4m3fn e4m3fnuz e5m2 e5m2fnuz e8m0fnu"

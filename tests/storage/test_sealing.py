@@ -15,8 +15,10 @@ from etils import epath
 
 import ckptmgr
 from ckptmgr import CheckpointManager
-from ckptmgr import manifest as manifests
-from ckptmgr.storage import chunks, devices, files, orbax, sealing
+from ckptmgr.arrays import chunks, to_host
+from ckptmgr.format import files
+from ckptmgr.format import manifest as manifests
+from ckptmgr.saving import sealing
 
 
 def save(manager, step, value=None, **how):
@@ -129,7 +131,7 @@ def check(draft, wrote):
     }  # fmt: skip
     (draft / "manifest.json").unlink(missing_ok=True)
     sizes = files.walk(epath.Path(draft))[1]
-    found = manifests.record_files(epath.Path(draft), sizes, orbax.checks_itself)
+    found = manifests.record_files(epath.Path(draft), sizes, manifests.checks_itself)
     sealing.check(1, epath.Path(draft), sealing.Meant(texts, frozenset(), plans, None), found)
 
 
@@ -140,7 +142,7 @@ def plan_of(tree):
         chunks.Stored(shape, dtype, leaf.chunks or chunks.whole(shape))
         for leaf, shape, dtype in zip(tree.leaves, shapes, dtypes, strict=True)
     )
-    return devices.Plan(tree, stored, (None,) * len(stored), ())
+    return to_host.Plan(tree, stored, (None,) * len(stored), ())
 
 
 # ---------------------------------------------------------------- mixtures

@@ -3,9 +3,8 @@
 import jax
 import numpy as np
 
-from ckptmgr import items
 from ckptmgr.options import Options
-from ckptmgr.storage import writing
+from ckptmgr.saving import copying, items
 
 
 def test_what_each_process_may_have_of_its_own_is_compared_whole_whatever_memory_may_be_held(monkeypatch):
@@ -14,7 +13,7 @@ def test_what_each_process_may_have_of_its_own_is_compared_whole_whatever_memory
     def digest(last):
         state = {"a": np.zeros(100), "b": np.full(100, last)}
         composed = items.Composer().compose(1, {"w": np.zeros(3)}, None, {"mine": state}, {})
-        copied = writing.Copier(Options(max_host_bytes=100)).copy(1, 0.0, composed)
+        copied = copying.Copier(Options(max_host_bytes=100)).copy(1, 0.0, composed)
         return copied.contents["mine"].digest()
 
     assert digest(0.0) == digest(0.0) != digest(1.0)

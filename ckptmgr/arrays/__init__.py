@@ -1,0 +1,1 @@
+"""Arrays: from the devices to the host, to chunks in a database, and back. Knows leaves and files, no steps."""

@@ -1,0 +1,49 @@
+"""An OCDBT database, as TensorStore opens it, on a disk or in a bucket."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import tensorstore as ts
+from etils import epath
+
+from ckptmgr.errors import CheckpointError
+from ckptmgr.format import paths
+
+_process: int | None = None
+
+
+def _refuse_fork() -> None:
+    """TensorStore ends a process without a word that was forked after TensorStore had started its threads."""
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise CheckpointError(
+            f"arrays are not read in a process that was forked from process {_process}, which has read or written "
+            'some: TensorStore does not survive a fork. Start the process with multiprocessing\'s "spawn"'
+        )
+
+
+def open_spec(directory: epath.Path) -> dict[str, Any]:
+    _refuse_fork()
+    return {"driver": "ocdbt", "base": _base(str(directory))}
+
+
+def base(directory: epath.Path) -> Any:
+    """The files of a database."""
+    return ts.KvStore.open(_base(str(directory)), context=ts.Context()).result()
+
+
+def _base(path: str) -> Any:
+    """A directory as TensorStore spells it; the address of S3 comes from where the cloud's own tools take it."""
+    if paths.is_local(path):
+        return f"file://{path}/"
+    if not path.startswith("s3://"):
+        return f"{path}/"
+    bucket, _, below = path.removeprefix("s3://").partition("/")
+    known = {
+        "endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+        "aws_region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+    }
+    return {"driver": "s3", "bucket": bucket, "path": f"{below}/"} | {k: v for k, v in known.items() if v}

@@ -1,0 +1,175 @@
+"""Where the chunks of an item lie in its files, and large ones read from there into the memory where they belong.
+
+TensorStore holds each chunk in memory of its own before it copies the values to their place, which takes more time
+and memory. Mapping the files would avoid it, and would end the process by SIGBUS where a file is cut short or a
+sector is bad.
+https://google.github.io/tensorstore/kvstore/ocdbt/index.html describes the nodes that are walked here.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import math
+import os
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from ckptmgr.arrays import chunks
+from ckptmgr.arrays.chunks import Index, Stored, Values
+from ckptmgr.format import paths, schema
+from ckptmgr.trees.structure import numpy_dtype
+
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+class Extent(NamedTuple):
+    """Where the bytes of a value are."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+Found = dict[str, Extent | bytes]
+
+
+def find(store: Any) -> Found:
+    """Where every value of a database is, or the value itself if it is small; `store` is the item's directory.
+
+    Raises ValueError for a database that cannot be read.
+    """
+    found: Found = {}
+    versions = ts.ocdbt.dump(store).result()["versions"]
+    root = max(versions, key=lambda version: int(version["generation_number"]))["root"]
+    todo = [(b"", root["location"])] if "location" in root else []
+    while todo:
+        prefix, location = todo.pop()
+        for entry in ts.ocdbt.dump(store, location).result()["entries"]:
+            key = prefix + entry["key"]
+            if "location" in entry:
+                todo.append((prefix + entry["subtree_common_prefix"], entry["location"]))
+            elif "indirect_value" in entry:
+                found[key.decode()] = _extent(entry["indirect_value"])
+            else:
+                found[key.decode()] = entry["inline_value"]
+    return found
+
+
+def nbytes(source: Extent | bytes) -> int:
+    return len(source) if isinstance(source, bytes) else source.nbytes
+
+
+def _extent(location: str) -> Extent:
+    """From `value:BASE:FILE:OFFSET:LENGTH`, as TensorStore spells it."""
+    _, base, file, offset, length = location.split(":")
+    name = urllib.parse.unquote(base + file)
+    if not schema.stays_inside(name):
+        raise ValueError(f"the database leads to {name!r}, outside of the checkpoint")
+    return Extent(name, int(offset), int(length))
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Job(NamedTuple):
+    """A chunk to be read, and the places in the pieces of its array that take values from it."""
+
+    directory: epath.Path
+    source: Extent | bytes
+    stored: Stored
+    takes: Sequence[tuple[Values, Index]]
+    """Memory of a piece, and the part of the chunk that belongs there."""
+
+
+def plan(
+    directory: epath.Path, found: Found, prefix: str, stored: Stored, pieces: Sequence[Index]
+) -> tuple[list[Values], list[Job]]:
+    """Memory for the pieces of an array, and the chunks that fill it; raises KeyError for one that is missing."""
+    spans = [_spans(index, stored.shape) for index in pieces]
+    memory = [chunks.aligned([last - first for first, last in span], numpy_dtype(stored.dtype)) for span in spans]
+    takes: dict[tuple[int, ...], list[tuple[Values, Index]]] = {}
+    for values, span in zip(memory, spans, strict=True):
+        for place, own, part in _overlaps(span, stored.chunks):
+            takes.setdefault(place, []).append((values[own], part))
+    jobs = []
+    for place, wanted in takes.items():
+        key = prefix + "/".join(["c", *map(str, place)])
+        jobs.append(Job(directory, found[key], stored, wanted))
+    return memory, jobs
+
+
+def _spans(index: Index, shape: Sequence[int]) -> list[tuple[int, int]]:
+    if not index:
+        return [(0, size) for size in shape]
+    return [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
+
+
+def _overlaps(
+    span: Sequence[tuple[int, int]], chunk: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], Index, Index]]:
+    """The chunks that a piece takes from: the place of each, which values of the piece, which of the chunk."""
+    axes = [
+        [
+            (n, slice(max(first, n * size) - first, min(last, (n + 1) * size) - first),
+             slice(max(first - n * size, 0), min(last - n * size, size)))
+            for n in range(first // size, -(-last // size))
+        ]
+        for (first, last), size in zip(span, chunk, strict=True)
+    ]  # fmt: skip
+    for each in itertools.product(*axes):
+        yield tuple(n for n, _, _ in each), tuple(own for _, own, _ in each), tuple(part for *_, part in each)
+
+
+def read(jobs: Sequence[Job]) -> Iterator[None]:
+    """Reads chunks beside each other; the n-th `next` returns once the n-th is read, or raises what is wrong.
+
+    Raises ValueError for a damaged chunk, OSError for a file that cannot be read.
+    """
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        yield from threads.map(_read, jobs)
+
+
+def _read(job: Job) -> None:
+    size = math.prod(job.stored.chunks) * numpy_dtype(job.stored.dtype).itemsize
+    if nbytes(job.source) != size + 4:
+        raise ValueError(f"its chunk has {nbytes(job.source)} bytes instead of {size + 4}")
+    into, part = job.takes[0]
+    is_own = len(job.takes) == 1 and into.flags.c_contiguous and into.shape == job.stored.chunks
+    chunk = into if is_own else np.empty(job.stored.chunks, numpy_dtype(job.stored.dtype))
+    _fill(job, chunk)
+    if not is_own:
+        for into, part in job.takes:
+            into[...] = chunk[part]
+
+
+def _fill(job: Job, chunk: Values) -> None:
+    """Reads the values of a chunk and the checksum behind them."""
+    values: Any = chunk.reshape(-1).view(np.uint8)
+    data, seal = memoryview(values), memoryview(bytearray(4))
+    if isinstance(job.source, bytes):
+        data[:], seal[:] = job.source[:-4], job.source[-4:]
+        path = job.directory
+    else:
+        path = job.directory / job.source.file
+        _read_into(path, job.source.offset, data, seal)
+    if google_crc32c.value(values) != int.from_bytes(seal, "little"):
+        raise ValueError(f"the checksum of its chunk does not match in {path}")
+
+
+def _read_into(path: epath.Path, offset: int, data: memoryview, seal: memoryview) -> None:
+    """Fills both, the one after the other, from a place of a file."""
+    with paths.open_to_read(path) as file:
+        at = 0
+        while at < len(data) + len(seal):
+            rest = [data[at:], seal] if at < len(data) else [seal[at - len(data) :]]
+            got = os.preadv(file.fileno(), rest, offset + at)
+            if got == 0:
+                raise ValueError(f"{path} ends within its chunk")
+            at += got

@@ -1,0 +1,173 @@
+"""From the devices to the host, in one batch: how a tree is stored, and its copies."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckptmgr.arrays import chunks
+from ckptmgr.arrays.chunks import BYTES_ALONE, Index, Stored, Values, chunk_shape, whole
+from ckptmgr.processes import job
+from ckptmgr.trees.structure import LeafSpec, TreeSpec, dtype_name, is_key, numpy_dtype
+
+Part = tuple[Index, Values]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """How the leaves of a tree are stored: the same for every step, so it is made once."""
+
+    tree: TreeSpec
+    stored: tuple[Stored, ...]
+    shardings: tuple[Any, ...]
+    starts: tuple[int, ...]
+    """The leaves whose copy to the host has to be started: those on an accelerator."""
+
+    @functools.cached_property
+    def prefixes(self) -> Sequence[str]:
+        """What the keys of each leaf begin with."""
+        return [chunks.prefix(leaf.name) for leaf in self.tree.leaves]
+
+    @functools.cached_property
+    def heads(self) -> Sequence[bytes | None]:
+        """The `zarr.json` of each leaf, uncompressed; None if its chunks are too large to be encoded here."""
+        return [chunks.zarr_json(each) if each.is_direct() else None for each in self.stored]
+
+    @functools.cached_property
+    def lines(self) -> Sequence[str]:
+        """For each leaf what all processes must agree on: its path, a tab, and what it is."""
+        return [
+            f"{leaf.path}\t{_spell(leaf, at)}" for leaf, at in zip(self.tree.leaves, self.shardings, strict=True)
+        ]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return job.digest(json.dumps([self.lines, self.tree.outline]))
+
+    @functools.cached_property
+    def owners(self) -> Sequence[int]:
+        """The process that holds each leaf, the lowest of several; -1 if every process has one."""
+        return [-1 if at is None else min(_processes(at)) for at in self.shardings]
+
+
+def _processes(sharding: Any) -> set[int]:
+    return {device.process_index for device in sharding.device_set}
+
+
+def _spell(leaf: LeafSpec, sharding: Any) -> str:
+    """What a leaf is and where it lives; that of one process alone may be another in each process."""
+    said = f"{leaf.kind} {leaf}" + " weak" * leaf.weak + f" {leaf.impl}" * bool(leaf.impl)
+    if leaf.chunks is not None:
+        said += f" in chunks of {list(leaf.chunks)}"
+    if sharding is None or len(_processes(sharding)) == 1:
+        return said
+    mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+    order = sharding.device_set if mesh is None else mesh.devices.flat
+    ids = [device.id for device in order]
+    where = f"{len(ids)} devices ({job.digest(str(ids if mesh else sorted(ids)))[:8]})"
+    return (
+        f"{said} {leaf.partition} over {dict(mesh.shape)} of {where}"
+        if mesh is not None
+        else f"{said} over {where}"
+    )
+
+
+class Planner:
+    """Remembers the plan of each item, for as long as its structure stays the same."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._known: dict[str, tuple[TreeSpec, Plan]] = {}
+
+    def plan(self, item: str, tree: TreeSpec, leaves: Sequence[Any]) -> Plan:
+        known = self._known.get(item)
+        if known is None or known[0] is not tree:
+            known = self._known[item] = (tree, _plan(tree, leaves, self._chunk_bytes))
+        return known[1]
+
+
+def _plan(tree: TreeSpec, leaves: Sequence[Any], chunk_bytes: int) -> Plan:
+    arrays = [_plain(leaf) for leaf in leaves]
+    stored = tuple(_stored(array, chunk_bytes) for array in arrays)
+    cut = tuple(
+        spec._replace(chunks=None if each.chunks == whole(each.shape) else each.chunks)
+        for spec, each in zip(tree.leaves, stored, strict=True)
+    )
+    shardings = tuple(getattr(array, "sharding", None) for array in arrays)
+    starts = tuple(
+        place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not _in_host_memory(leaf)
+    )
+    return Plan(dataclasses.replace(tree, leaves=cut), stored, shardings, starts)
+
+
+def _in_host_memory(array: jax.Array) -> bool:
+    """On the CPU the host's view of an array is the array."""
+    return is_key(array) or next(iter(array.sharding.device_set)).platform == "cpu"  # type: ignore[attr-defined]
+
+
+def _plain(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and is_key(leaf) else leaf
+
+
+def _stored(array: Any, chunk_bytes: int) -> Stored:
+    shape = np.shape(array)
+    on_device = isinstance(array, jax.Array)
+    shard = array.sharding.shard_shape(shape) if on_device else shape
+    dtype = array.dtype if on_device else np.asarray(array).dtype
+    name = "uint8" if dtype_name(dtype) in BYTES_ALONE else dtype_name(dtype)
+    return Stored(shape, name, chunk_shape(shape, shard, dtype.itemsize, chunk_bytes))
+
+
+def start_copies(plan: Plan, leaves: Sequence[Any], places: range) -> None:
+    """Starts the copies of these leaves to the host; returns at once."""
+    with _asked_for():
+        for place in plan.starts:
+            if place in places:
+                leaves[place].copy_to_host_async()
+
+
+def _asked_for() -> Any:
+    """A save asks for its copies, as `jax.device_get` does; jax_transfer_guard="disallow" is about others."""
+    return jax.transfer_guard_device_to_host("allow")
+
+
+def collect(plan: Plan, leaves: Sequence[Any], places: range, *, is_own: bool = False) -> list[list[Part]]:
+    """Waits for the copies of these leaves: for each the pieces that this process writes.
+
+    The values are those of this moment whatever the caller does to the arrays afterwards: numpy
+    arrays are copied, and of a jax array a reference is held, so that one that is donated is copied
+    by JAX instead of overwritten. Of numpy arrays those of process 0 are written, unless each process has
+    its own.
+    """
+    with _asked_for():
+        return [_parts(leaves[place], plan.shardings[place], is_own) for place in places]
+
+
+def _parts(leaf: Any, sharding: Any, is_own: bool) -> list[Part]:
+    if sharding is None:
+        is_wanted = is_own or jax.process_index() == 0
+        return [((), _as_bytes(np.array(leaf, order="C")))] if is_wanted else []
+    if jax.process_index() not in _processes(sharding):
+        return []
+    array = _plain(leaf)
+    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return [((), _as_bytes(np.asarray(array)))]
+    return [(shard.index, _as_bytes(np.asarray(shard.data))) for shard in _written_here(array)]
+
+
+def _written_here(array: jax.Array) -> list[Any]:
+    """The pieces of an array that this process writes: the holder of its first replica writes a piece."""
+    return [shard for shard in array.addressable_shards if shard.replica_id == 0]
+
+
+_BYTES_ALONE = frozenset(map(numpy_dtype, BYTES_ALONE))
+
+
+def _as_bytes(array: Values) -> Values:
+    return array.view(np.uint8) if array.dtype in _BYTES_ALONE else array

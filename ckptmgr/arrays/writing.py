@@ -1,0 +1,174 @@
+"""Arrays to disk and back: TensorStore transactions of many arrays, every chunk with its checksum.
+
+An item's arrays are zarr3 in one OCDBT database, as Orbax reads them. Nothing here waits leaf by leaf:
+a writer puts thousands into a transaction and commits once; a restore asks for all, then collects.
+
+The checksums: each chunk carries zarr's `crc32c` codec; OCDBT's manifest and nodes carry their own
+(https://google.github.io/tensorstore/kvstore/ocdbt/index.html); the small `zarr.json` of each array is
+stored inside a node (`max_inline_value_bytes`), so that it is covered too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import tensorstore as ts
+from etils import epath
+
+from ckptmgr.arrays import chunks, database, to_host
+from ckptmgr.arrays.chunks import Stored
+from ckptmgr.arrays.to_host import Part, Plan
+from ckptmgr.processes.background import Moment
+
+PART = "ocdbt.process_"  # Orbax's name for what one of several processes wrote
+_ENCODED_BYTES = 4 << 20  # smaller ones take less memory, and time for each commit
+_INLINE_BYTES = 4096  # larger than any zarr.json, so that each lies in a checksummed node
+
+
+class Snapshot:
+    """The host copies of one item on their way to disk: all of them, or one wave of `max_bytes` after another."""
+
+    def __init__(self, plan: Plan, leaves: Sequence[Any], max_bytes: int | None, *, is_own: bool = False) -> None:
+        self.plan = plan
+        self.is_own = is_own
+        """Whether each process may have its own: then it is copied in all."""
+        self._leaves = leaves
+        self._left_out: frozenset[int] = frozenset()
+        self._waves = chunks.runs([each.nbytes for each in plan.stored], max_bytes)
+        self.copied: list[tuple[int, list[Part]]] = []
+        """The copies that wait to be written: the place of each leaf, and its parts."""
+        self.complete = Moment()
+        """Set once every leaf has been copied, or the save is over."""
+        self.completed_at = 0.0
+        """When it was, on the clock of `time.perf_counter`."""
+        self._is_abandoned = False
+
+    def start(self) -> None:
+        """Starts the copies of the next wave; returns at once."""
+        to_host.start_copies(self.plan, self._leaves, self._waves[0])
+
+    def collect(self) -> None:
+        """Waits for the copies of the next wave."""
+        wave = self._waves.pop(0)
+        parts = to_host.collect(self.plan, self._leaves, wave, is_own=self.is_own)
+        if self._is_abandoned:
+            raise InterruptedError("the call of save was interrupted before everything was copied")
+        self.copied = self._without(list(zip(wave, parts, strict=True)))
+        if not self._waves:
+            self.release()
+
+    def has_more(self) -> bool:
+        return bool(self._waves)
+
+    def abandon(self) -> None:
+        """The call of `save` has ended: its caller may change what is not copied yet, which must not be saved."""
+        self._is_abandoned = True
+
+    def digest(self) -> str:
+        """Equal for equal values."""
+        found = hashlib.sha256()
+        for _, parts in self.copied:
+            for _, part in parts:
+                found.update(part.tobytes())
+        return found.hexdigest()[:32]
+
+    def leave_out(self, places: Collection[int]) -> None:
+        """Leaves that another process writes."""
+        self._left_out = frozenset(places)
+        self.copied = self._without(self.copied)
+
+    def _without(self, copied: list[tuple[int, list[Part]]]) -> list[tuple[int, list[Part]]]:
+        return [(place, [] if place in self._left_out else parts) for place, parts in copied]
+
+    def release(self) -> None:
+        """Lets go of the leaves: the caller of `save` may do with them what it likes."""
+        self._leaves = ()
+        if not self.complete.is_set():
+            self.completed_at = time.perf_counter()
+        self.complete.set()
+
+
+def own_part() -> str:
+    """Where in an item this process writes its part; one that is alone writes the whole."""
+    return f"{PART}{jax.process_index()}" if jax.process_count() > 1 else ""
+
+
+def merge(directory: epath.Path) -> None:
+    """Makes one database of the parts that several processes wrote; it refers to their chunks and copies none."""
+    parts = [entry for entry in directory.iterdir() if entry.name.startswith(PART)]
+    if not parts:
+        return
+    transaction, context = ts.Transaction(atomic=True), ts.Context()
+    whole = ts.KvStore.open(database.open_spec(directory), context=context).result().with_transaction(transaction)
+    copies = [
+        ts.KvStore.open(database.open_spec(part), context=context).result().experimental_copy_range_to(whole)
+        for part in parts
+    ]
+    for each in copies:
+        each.result()
+    transaction.commit_async().result()
+
+
+def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
+    """Writes what has been copied, and lets go of it."""
+    plan, copied, snapshot.copied = snapshot.plan, snapshot.copied, []
+    stored = [plan.stored[place] for place, _ in copied]
+    encoded = [each.nbytes if each.is_direct() else 0 for each in stored]  # held until the commit
+    for some in chunks.runs(encoded, _ENCODED_BYTES) if copied else ():
+        _write(directory, plan, [copied[i] for i in some], compression)
+
+
+def _write(
+    directory: epath.Path, plan: Plan, copied: Sequence[tuple[int, list[Part]]], compression: str | None
+) -> None:
+    """Writes these leaves in one transaction."""
+    transaction, context = ts.Transaction(atomic=True), ts.Context()
+    spec = {**database.open_spec(directory), "config": {"max_inline_value_bytes": _INLINE_BYTES}}
+    store = ts.KvStore.open(spec, context=context).result().with_transaction(transaction)
+    with _ENCODING:
+        for key, data in _encoded(plan, copied) if compression is None else ():
+            store[key] = data
+    opened = [
+        (_create(store / plan.prefixes[place], plan.stored[place], compression, context), parts)
+        for place, parts in copied
+        if parts
+    ]
+    writing = [
+        chunks.at(array.result(), index).write(part, can_reference_source_data_indefinitely=True)
+        for array, parts in opened
+        for index, part in parts
+        if part.size
+    ]
+    for each in writing:
+        each.copy.result()
+    transaction.commit_async().result()
+
+
+_ENCODING = threading.Lock()
+"""Held by the item that is being encoded: threads that all run Python only take turns, at a price."""
+
+
+def _encoded(plan: Plan, copied: Sequence[tuple[int, list[Part]]]) -> Iterator[tuple[str, bytes]]:
+    """Key and bytes of every array that is small enough to be encoded here; its copy is let go."""
+    for place, parts in copied:
+        head, prefix, cuts = plan.heads[place], plan.prefixes[place], plan.stored[place].chunks
+        if head is not None and parts:
+            yield f"{prefix}zarr.json", head
+            for index, part in parts:
+                for name, data in chunks.encoded(part, index, cuts):
+                    yield prefix + name, data
+            parts.clear()
+
+
+def _create(store: Any, stored: Stored, compression: str | None, context: Any) -> Any:
+    spec = {
+        "driver": "zarr3",
+        "metadata": chunks.metadata(stored, compression),
+        "store_data_equal_to_fill_value": True,
+    }
+    return ts.open(ts.Spec(spec), kvstore=store, create=True, open=True, context=context)

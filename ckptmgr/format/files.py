@@ -1,0 +1,82 @@
+"""Small files, written so that they survive a power cut where the disk keeps its word."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+
+from etils import epath
+
+from ckptmgr.format.paths import is_local, open_to_write, refuse_exhausted
+
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 40
+
+
+def write(path: epath.Path, data: bytes) -> None:
+    """Writes a file; on a local disk it is durable when this returns, its name once `sync` is called.
+
+    A symlink in its place is an OSError.
+    """
+    if not is_local(path):
+        path.write_bytes(data)
+        return
+    with open(path, "wb", opener=open_to_write) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(directories: Iterable[epath.Path]) -> None:
+    """Makes the names in these local directories durable (fsync(2): a file's own fsync does not)."""
+    for directory in filter(is_local, directories):
+        descriptor = os.open(directory, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
+    """Every directory below and including `directory`, and the size of every file by relative name."""
+    folders, sizes = [directory], {}
+    for folder in folders:  # grows while it is walked
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                folders.append(entry)
+            else:
+                sizes[entry.relative_to(directory).as_posix()] = entry.stat().length
+    return folders, sizes
+
+
+def check_regular(directory: epath.Path) -> None:
+    """Raises OSError if something below is no file that TensorStore can read.
+
+    It would wait at a FIFO for ever, and ends the process if it gets no memory for a file that it reads whole.
+    """
+    todo = [str(directory)] if is_local(directory) else []
+    for folder in todo:  # grows while it is walked
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    found = entry.stat()
+                except OSError as problem:  # a symlink that leads nowhere, a file that has gone
+                    refuse_exhausted(problem)
+                    continue
+                mode = found.st_mode
+                if stat.S_ISDIR(mode) and not entry.is_symlink():
+                    todo.append(entry.path)
+                elif not stat.S_ISREG(mode):
+                    raise OSError(f"{entry.path} is no regular file")
+                elif found.st_size > _MEMORY and os.path.basename(folder) != "d":  # there it reads what it needs
+                    raise OSError(f"{entry.path} has {found.st_size} bytes, more than this machine has memory")
+
+
+def flush(path: epath.Path) -> None:
+    """Makes the content of a local file that another hand wrote durable."""
+    if is_local(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,335 @@
+"""manifest.json: what a checkpoint holds and what its files must be. Knows no model and no Orbax.
+
+The manifest is written last, before the commit, so that every committed checkpoint has one. It carries
+the structure that templates are compared with, and size and CRC-32 of every file that does not check
+itself; its last field is the CRC-32 of all bytes before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from etils import epath
+
+from ckptmgr.errors import CorruptCheckpointError, NewerFormatError
+from ckptmgr.format import paths, schema
+from ckptmgr.trees.structure import LeafSpec, TreeSpec, numpy_dtype
+
+NAME = "manifest.json"
+PARAMS, OPT_STATE, STEP, METRICS = "params", "opt_state", "step", "metrics"
+RESERVED = frozenset({PARAMS, OPT_STATE, STEP, METRICS})
+"""The items that every step may have; the others are the entries of extras."""
+FORMAT = 2
+"""Format 2 adds items that lie in another folder, items that are not read, and leaves that are a str: what only
+others write; and items of which each process has its own: format 1 would give all of them the first.
+A manifest without these is still written as format 1, so that older versions read it."""
+
+_BLOCK_BYTES = 16 << 20
+_LIBRARIES = ("ckptmgr", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
+
+
+NO_TREE = TreeSpec((), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One item of a checkpoint: a tree of arrays, or a JSON value in `file` (bytes are one in base64).
+
+    An item of another library that ckptmgr does not read is "unread", and `why` says what to do.
+    """
+
+    kind: Literal["arrays", "json", "bytes", "unread"]
+    tree: TreeSpec = NO_TREE
+    file: str = ""
+    zarr3: bool = True
+    ocdbt: bool = True
+    """How the arrays lie on disk; stock Orbax also writes zarr2, and arrays without a database."""
+    compression: str | None = None
+    folder: str = ""
+    """Where it lies in the step; "" is a folder of the item's name, "." the step itself."""
+    why: str = ""
+    processes: int = 1
+    """How many processes have each saved their own of it; the first is where stock Orbax looks."""
+
+    def place(self, name: str) -> str:
+        """The folder of the item in the step."""
+        return self.folder or name
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf_nbytes(leaf) for leaf in self.tree.leaves)
+
+
+def json_file(item: str) -> str:
+    """The file of an item that is a JSON value; Orbax reads metrics from a file of that name."""
+    return METRICS if item == METRICS else "metadata"
+
+
+def own_place(process: int, file: str = "") -> str:
+    """Where in an item a process has its own: stock Orbax reads that of process 0."""
+    if file:
+        return f"process_{process}.json" if process else file
+    return f"process_{process}" if process else ""
+
+
+_SMALL_BYTES = 8 << 20
+
+
+def checks_itself(name: str, size: int) -> bool:
+    """Whether each part of this file of a step is checked as it is read: OCDBT's nodes, and chunks.
+
+    A small one has a checksum all the same: a file of another save in its place would be whole as well.
+    """
+    return "/d/" in name and size > _SMALL_BYTES
+
+
+def leaf_nbytes(leaf: LeafSpec) -> int:
+    """Bytes of one leaf before compression; a str is not counted."""
+    if leaf.kind == "str":
+        return 0
+    if leaf.kind == "key":  # the words of a key depend on its generator; threefry has two
+        return math.prod(leaf.shape) * (16 if "rbg" in (leaf.impl or "") else 8)
+    return math.prod(leaf.shape) * numpy_dtype(leaf.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """What a file must be. `crc32` is None where TensorStore checks the content as it reads it."""
+
+    size: int
+    crc32: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a checkpoint that is not an array."""
+
+    step: int
+    time: float
+    items: Mapping[str, Item]
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, File] = dataclasses.field(default_factory=dict)
+    written_here: bool = True
+    """False for a checkpoint of stock Orbax, which has no manifest on disk unless it was adopted."""
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Files of stock Orbax that cannot be read, and why; nothing that is restored depends on them."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(item.nbytes for item in self.items.values())
+
+
+@functools.cache
+def versions() -> Mapping[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+# ---------------------------------------------------------------- to and from bytes
+
+
+def encode(manifest: Manifest) -> bytes:
+    body = {
+        "format": FORMAT if any(map(_needs_format_2, manifest.items.values())) else 1,
+        "step": manifest.step,
+        "time": manifest.time,
+        "metrics": manifest.metrics,
+        "metadata": manifest.metadata,
+        "versions": manifest.versions,
+        "items": {name: _item_to_json(item) for name, item in manifest.items.items()},
+        "files": {name: [file.size, file.crc32] for name, file in manifest.files.items()},
+    }
+    if not manifest.written_here:
+        body["adopted"] = True
+    text = json.dumps(body, separators=(",", ":")).encode()[:-1]
+    return text + _seal(text)
+
+
+def _needs_format_2(item: Item) -> bool:
+    is_new = item.kind == "unread" or bool(item.folder) or item.processes > 1
+    return is_new or any(leaf.kind == "str" for leaf in item.tree.leaves)
+
+
+def _seal(text: bytes) -> bytes:
+    return b',"crc32":"%08x"}\n' % zlib.crc32(text)
+
+
+_SEAL_BYTES = len(_seal(b""))
+
+
+def decode(data: bytes, *, step: int, path: str) -> Manifest:
+    """Reads a manifest.
+
+    Raises CorruptCheckpointError unless every bit of it is as it was written and it says what a manifest says,
+    NewerFormatError for one that a later version of ckptmgr wrote.
+    """
+
+    def damaged(why: object) -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"step {step}: {path} is damaged: {why}", step=step, path=path)
+
+    text, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    if seal != _seal(text):
+        raise damaged("its checksum does not match")
+    try:
+        body = json.loads(text + b"}")
+        schema.check({"format": schema.COUNT}, body)
+        if body["format"] > FORMAT:
+            found = body["format"]
+            raise NewerFormatError(
+                f"step {step} has format {found}, and this ckptmgr reads up to format {FORMAT}; upgrade ckptmgr",
+                step=step, format=found,
+            )  # fmt: skip
+        schema.check_manifest(body)
+    except (ValueError, RecursionError) as problem:
+        raise damaged(problem) from None
+    if body["step"] != step:
+        raise damaged(f"it belongs to step {body['step']}")
+    return Manifest(
+        step=step,
+        time=body["time"],
+        metrics=body["metrics"],
+        metadata=body["metadata"],
+        versions=body["versions"],
+        items={name: _item_from_json(item) for name, item in body["items"].items()},
+        files={name: File(*facts) for name, facts in body["files"].items()},
+        written_here=not body.get("adopted", False),
+    )
+
+
+def _item_to_json(item: Item) -> dict[str, Any]:
+    more: dict[str, Any] = {"folder": item.folder} if item.folder else {}
+    more |= {"processes": item.processes} if item.processes > 1 else {}
+    if item.kind == "unread":
+        return {"kind": "unread", "why": item.why} | more
+    if item.kind != "arrays":
+        return {"kind": item.kind, "file": item.file} | more
+    leaves = [_leaf_to_json(leaf) for leaf in item.tree.leaves]
+    stock = {name: False for name in ("zarr3", "ocdbt") if not getattr(item, name)}
+    return {
+        "kind": "arrays",
+        "nbytes": item.nbytes,
+        "compression": item.compression,
+        "leaves": leaves,
+        "outline": item.tree.outline,
+    } | stock | more  # fmt: skip
+
+
+def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
+    named = {"path": leaf.path, "keys": leaf.keys, "kind": leaf.kind, "shape": leaf.shape, "dtype": leaf.dtype}
+    extra = {"weak": leaf.weak, "partition": leaf.partition, "impl": leaf.impl, "chunks": leaf.chunks}
+    return named | {name: value for name, value in extra.items() if value not in (False, None)}
+
+
+def _item_from_json(item: Mapping[str, Any]) -> Item:
+    more = {"folder": item.get("folder", ""), "processes": item.get("processes", 1)}
+    if item["kind"] == "unread":
+        return Item("unread", why=item["why"], **more)
+    if item["kind"] != "arrays":
+        return Item(item["kind"], file=item["file"], **more)
+    leaves = tuple(map(_leaf_from_json, item["leaves"]))
+    zarr3, ocdbt = item.get("zarr3", True), item.get("ocdbt", True)
+    return Item("arrays", TreeSpec(leaves, item["outline"]), "", zarr3, ocdbt, item["compression"], **more)
+
+
+def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:
+    partition, chunks = leaf.get("partition"), leaf.get("chunks")
+    if partition is not None:
+        partition = tuple(tuple(axes) if isinstance(axes, list) else axes for axes in partition)
+    return LeafSpec(
+        leaf["path"],
+        tuple(leaf["keys"]),
+        leaf["kind"],
+        tuple(leaf["shape"]),
+        leaf["dtype"],
+        leaf.get("weak", False),
+        partition,
+        leaf.get("impl"),
+        None if chunks is None else tuple(chunks),
+    )
+
+
+# ---------------------------------------------------------------- the files of a step
+
+
+def record_files(
+    directory: epath.Path, sizes: Mapping[str, int], checks_itself: Callable[[str, int], bool]
+) -> dict[str, File]:
+    """Size of every file below `directory`, and the CRC-32 of those that do not check themselves."""
+    return {
+        name: File(size, None if checks_itself(name, size) else checksum(directory / name)[1])
+        for name, size in sorted(sizes.items())
+        if name != NAME
+    }
+
+
+def checksum(path: epath.Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file, which need not fit into memory."""
+    if not paths.is_local(path):  # there only small files have one
+        data = paths.read_bytes(path)
+        return len(data), zlib.crc32(data)
+    size = found = 0
+    with paths.open_to_read(path) as file:
+        while block := file.read(_BLOCK_BYTES):
+            size, found = size + len(block), zlib.crc32(block, found)
+    return size, found
+
+
+def check_files(manifest: Manifest, directory: epath.Path, items: Iterable[str]) -> None:
+    """Raises CorruptCheckpointError for a missing, short or changed file of these items or of the step."""
+    folders = {manifest.items[name].place(name) if name in manifest.items else name for name in items}
+    chosen = tuple(f"{folder}/" for folder in folders)
+    for name, file in manifest.files.items():
+        if "/" not in name or "." in folders or name.startswith(chosen):
+            check_file(manifest, directory, name, file)
+
+
+def missing_file(manifest: Manifest, directory: epath.Path) -> str | None:
+    """A file of a step on a disk that is not there with its size, and why; None if all are. No file is read."""
+    for name, file in manifest.files.items():
+        try:
+            size = os.stat(os.path.join(directory, name)).st_size
+        except (OSError, ValueError) as problem:
+            return f"{name}: {problem}"
+        if size != file.size:
+            return f"{name} has {size} bytes instead of {file.size}"
+    return None
+
+
+def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File) -> None:
+    def damaged(why: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"step {manifest.step}: {directory / name} {why}", step=manifest.step, path=name
+        )
+
+    path = directory / name
+    try:
+        if paths.is_local(path) or file.crc32 is None:
+            size = paths.size(path)
+            found = None if file.crc32 is None or size != file.size else checksum(path)[1]
+        else:
+            size, found = checksum(path)
+    except FileNotFoundError:
+        raise damaged("is missing") from None
+    except (OSError, ValueError) as problem:  # a directory in its place, a bad sector, a name with a NUL
+        paths.refuse_exhausted(problem)
+        raise damaged(f"cannot be read: {problem}") from problem
+    if size != file.size:
+        raise damaged(f"has {size} bytes instead of {file.size}")
+    if found != file.crc32:
+        raise damaged("is damaged: its checksum does not match")

@@ -1,0 +1,77 @@
+"""Orbax's policies as ours: when to save, and what to keep."""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from ckptmgr import clock, policies
+
+
+def adapt_save(given: Any) -> Any:
+    """A SaveDecisionPolicy of Orbax as one of ours; anything else as it is."""
+    decide = getattr(given, "should_save", None)
+    is_orbax = callable(decide) and "previous_steps" in inspect.signature(decide).parameters
+    return _OrbaxSave(given) if is_orbax and not isinstance(given, type) else given
+
+
+def adapt_keep(given: Any) -> Any:
+    """A PreservationPolicy of Orbax as one of ours; anything else as it is."""
+    is_orbax = hasattr(given, "should_preserve") and not isinstance(given, type)
+    return _OrbaxKeep(given) if is_orbax else given
+
+
+def _for_orbax(record: policies.Record) -> Any:
+    return _PolicyRecord(record.step, _date(record.time), dict(record.metrics))
+
+
+def _date(seconds: float) -> datetime.datetime:
+    """A time as Orbax's policies want it; one that no calendar shows as the nearest that it does."""
+    seconds = 0.0 if math.isnan(seconds) else min(max(seconds, -clock.LATEST), clock.LATEST)
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+
+
+class _PolicyRecord:
+    """What Orbax's policies look at."""
+
+    def __init__(self, step: int, when: datetime.datetime, metrics: dict[str, float]) -> None:
+        self.step = step
+        self.time = when
+        self.metrics = metrics or None
+
+
+class _OrbaxSave:
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
+
+    def should_save(self, step: int, *, now: float, last: policies.Record | None) -> bool:
+        this = _PolicyRecord(step, _date(now), {})
+        context = ocp.checkpoint_managers.DecisionContext(
+            is_saving_in_progress=False,
+            reached_preemption=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(),
+        )
+        previous = [_for_orbax(last)] if last else []
+        return bool(self._wrapped.should_save(this, previous, context=context))
+
+
+class _OrbaxKeep:
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
+
+    def keep(self, history: Sequence[policies.Record]) -> set[int]:
+        records = [_for_orbax(record) for record in history]
+        context = ocp.checkpoint_managers.PreservationContext()
+        verdicts = self._wrapped.should_preserve(records, context=context)
+        return {record.step for record, keep in zip(records, verdicts, strict=True) if keep}

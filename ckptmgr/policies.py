@@ -1,0 +1,279 @@
+"""When to save and what to keep: small frozen values, without clocks, files or JAX.
+
+A save policy answers `should_save(step, now=..., last=...)`; a keep policy answers `keep(history)`
+with the steps it wants kept. `now` and the times in `history` are in seconds and come from the
+manager's clock; `now` never goes back. Orbax's own policies are accepted beside these
+(`ckptmgr/orbax/writing.py`), and a caller's own, which may fail in any way: then nothing is deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from ckptmgr.errors import SaveError
+
+_MOST_STEPS = 1_000_000
+"""More than these a policy does not choose: what it returns may have no end."""
+
+
+class Record(Protocol):
+    """What a policy may know of a checkpoint; `CheckpointInfo` is one."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+@runtime_checkable
+class SavePolicy(Protocol):
+    """Decides whether a step is saved."""
+
+    def should_save(self, step: int, *, now: float, last: Record | None) -> bool: ...
+
+
+@runtime_checkable
+class KeepPolicy(Protocol):
+    """Decides which checkpoints retention leaves alone; `history` is in order of steps."""
+
+    def keep(self, history: Sequence[Record]) -> set[int]: ...
+
+
+@dataclass(frozen=True)
+class every_steps:  # noqa: N801 - reads as a word of the options it is passed to
+    """Saves, or keeps, the steps that `n` divides."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", positive_int("every_steps", self.n))
+
+    def should_save(self, step: int, *, now: float, last: Record | None) -> bool:
+        return step % self.n == 0
+
+    def keep(self, history: Sequence[Record]) -> set[int]:
+        return {record.step for record in history if record.step % self.n == 0}
+
+
+@dataclass(frozen=True)
+class every_seconds:  # noqa: N801
+    """Saves once `s` seconds have passed since the last save; keeps checkpoints `s` seconds apart."""
+
+    s: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.s, int | float) or not self.s > 0:
+            raise ValueError(f"every_seconds takes a positive number of seconds, not {self.s!r}")
+
+    def should_save(self, step: int, *, now: float, last: Record | None) -> bool:
+        return last is None or now - last.time >= self.s
+
+    def keep(self, history: Sequence[Record]) -> set[int]:
+        kept: set[int] = set()
+        due = -math.inf
+        for record in sorted(history, key=_order_in_time):
+            if not math.isfinite(record.time):
+                kept.add(record.step)
+            elif record.time >= due:
+                kept.add(record.step)
+                due = record.time + self.s
+        return kept
+
+
+def _order_in_time(record: Record) -> tuple[bool, float, int]:
+    """To sort by: of equal times the lower step comes first, and what has no time before all."""
+    is_known = math.isfinite(record.time)
+    return is_known, record.time if is_known else 0.0, record.step
+
+
+@dataclass(frozen=True, init=False)
+class at_steps:  # noqa: N801
+    """Saves exactly these steps."""
+
+    steps: frozenset[int]
+
+    def __init__(self, *steps: int) -> None:
+        if not steps:
+            raise ValueError("at_steps takes one or more step numbers")
+        object.__setattr__(self, "steps", frozenset(step_number(step, "a step of at_steps") for step in steps))
+
+    def should_save(self, step: int, *, now: float, last: Record | None) -> bool:
+        return step in self.steps
+
+
+@dataclass(frozen=True)
+class latest:  # noqa: N801
+    """Keeps the newest `n`."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", positive_int("latest", self.n))
+
+    def keep(self, history: Sequence[Record]) -> set[int]:
+        return set(sorted(record.step for record in history)[-self.n :])
+
+
+@dataclass(frozen=True)
+class best:  # noqa: N801
+    """Keeps the `n` with the best value of a metric; of equals the newer. NaN is never best."""
+
+    metric: str
+    n: int = 1
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", positive_int("best", self.n))
+        if not isinstance(self.metric, str):
+            raise TypeError(f"best takes the name of a metric, not {self.metric!r}")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f'best takes mode="min" or mode="max", not {self.mode!r}')
+
+    def ranking(self, history: Iterable[Record]) -> list[int]:
+        """Steps from best to worst; those without the metric, or with NaN, are left out."""
+        sign = 1 if self.mode == "min" else -1
+        found = ((_number(record.metrics.get(self.metric)), record.step) for record in history)
+        scored = [(sign * number, -step) for number, step in found if number is not None]
+        return [-step for _, step in sorted(scored)]
+
+    def keep(self, history: Sequence[Record]) -> set[int]:
+        return set(self.ranking(history)[: self.n])
+
+
+def _number(value: Any) -> float | None:
+    """A metric that can be ranked, which may be infinite, or an int too large for a float; NaN cannot."""
+    if isinstance(value, numbers.Integral):
+        return operator.index(value)
+    return float(value) if isinstance(value, numbers.Real) and not math.isnan(value) else None
+
+
+def spell(kept: KeepPolicy) -> str:
+    """A policy as the command line takes it: "latest:3", "best:loss:min:1"; another's as it says itself."""
+    if isinstance(kept, latest):
+        return f"latest:{kept.n}"
+    if isinstance(kept, best):
+        return f"best:{kept.metric}:{kept.mode}:{kept.n}"
+    if isinstance(kept, every_steps):
+        return f"every_steps:{kept.n}"
+    return f"every_seconds:{kept.s:g}" if isinstance(kept, every_seconds) else name_of(kept)
+
+
+def parse(text: str) -> KeepPolicy:
+    """The policy that `spell` has spelled; mode and n of "best" may be left out."""
+    name, _, rest = text.partition(":")
+    try:
+        if name == "best":
+            metric, mode, n = [*rest.split(":"), *("min", "1")[rest.count(":") :]]
+            return best(metric, mode=mode, n=int(n))  # type: ignore[arg-type]  # checked there
+        if name == "every_seconds":
+            return every_seconds(float(rest))
+        numbered: dict[str, Callable[[int], KeepPolicy]] = {"latest": latest, "every_steps": every_steps}
+        return numbered[name](int(rest))
+    except (KeyError, ValueError, TypeError):
+        known = "latest:N, best:METRIC[:min|max[:N]], every_steps:N, every_seconds:S"
+        raise ValueError(f"{text!r} is no policy; known are {known}") from None
+
+
+def is_due(policies: Iterable[SavePolicy], step: int, *, now: float, last: Record | None) -> bool:
+    """Whether any policy wants a step saved. If none does, the SaveError of one that failed is raised."""
+    failure = None
+    for each in policies:
+        try:
+            if each.should_save(step, now=now, last=last):
+                return True
+        except Exception as problem:
+            failure = SaveError(
+                f"step {step}: the policy {name_of(each)} of save_every failed: {type(problem).__name__}: "
+                f"{problem}; nothing is lost, and force=True saves without it",
+                step=step,
+            )
+            failure.__cause__ = problem
+    if failure is not None:
+        raise failure
+    return False
+
+
+def reasons_to_keep(
+    policies: Sequence[KeepPolicy],
+    history: Sequence[Record],
+    pinned: set[int],
+    committed: int | None = None,
+    failed: Callable[[str, Exception], object] = lambda name, problem: None,
+) -> dict[int, tuple[str, ...]]:
+    """Why each step of `history` is kept; an empty tuple means that it may be deleted.
+
+    Without policies everything is kept. The newest step, pinned steps and the step that was `committed` last (if
+    that is not known, the one with the latest time) are kept whatever the policies say: what a run resumes from is
+    never theirs to delete. If a policy fails, nobody knows what it keeps: all are kept, and `failed` is told.
+    """
+    wanted: list[tuple[str, set[int]]] = []
+    for policy in policies:
+        name = name_of(policy)
+        try:
+            wanted.append((name, _chosen(policy.keep(list(map(_copy, history))))))
+        except Exception as problem:
+            failed(name, problem)
+            wanted.append((f"{name} failed", {record.step for record in history}))
+    newest = max((record.step for record in history), default=None)
+    if committed not in {record.step for record in history}:
+        committed = max(history, key=_order_in_time).step if history else None
+
+    def reasons(step: int) -> tuple[str, ...]:
+        found = list(dict.fromkeys(name for name, steps in wanted if step in steps))
+        found += ["pinned"] * (step in pinned) + ["newest"] * (step == newest)
+        found += ["last saved"] * (step == committed != newest)
+        return tuple(found) if wanted else (*found, "keep=None")
+
+    return {record.step: reasons(record.step) for record in history}
+
+
+def _copy(record: Record) -> Any:
+    """A record that a policy may change; what is no step of it stays as it is."""
+    if not dataclasses.is_dataclass(record) or isinstance(record, type):
+        return record
+    return dataclasses.replace(record, metrics=dict(record.metrics))
+
+
+def _chosen(answer: Any) -> set[int]:
+    """What a policy has chosen: any iterable of whole numbers. Steps that there are not do no harm."""
+    chosen = list(itertools.islice(iter(answer), _MOST_STEPS + 1))
+    if len(chosen) > _MOST_STEPS:
+        raise ValueError(f"it chooses more than {_MOST_STEPS} steps")
+    if any(isinstance(step, bool) for step in chosen):
+        raise TypeError("it returns a list of True and False; `keep` returns the steps to keep")
+    return set(map(operator.index, chosen))
+
+
+def name_of(policy: Any) -> str:
+    """A policy as it says itself; of one that does not, the name of its class."""
+    try:
+        text = repr(policy)
+    except Exception:
+        text = "<"
+    return type(policy).__name__ if text.startswith("<") else text
+
+
+def step_number(step: Any, what: str = "a step") -> int:
+    """A step as an int: anything that `operator.index` takes, numpy's integers among them."""
+    hint = ""
+    if hasattr(step, "block_until_ready"):
+        hint = "; it is a jax array, which has to come from its device first: pass int(step)"
+    elif not isinstance(step, bool) and hasattr(step, "__index__") and (number := operator.index(step)) >= 0:
+        return number
+    raise ValueError(f"{what} is a whole number of 0 or more, not {step!r}{hint}")
+
+
+def positive_int(name: str, value: Any) -> int:
+    """A whole number of 1 or more, as an int; `name` is the option that takes it."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or (number := operator.index(value)) < 1:
+        raise ValueError(f"{name} takes a positive whole number, not {value!r}")
+    return number

@@ -1,0 +1,1 @@
+"""A restore: choose the step, match it with the templates and place its leaves, read."""

@@ -1,0 +1,267 @@
+"""Restoring: the same step in every process, the newest good one, from the mirror if need be."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from ckptmgr.errors import CheckpointNotFoundError, CheckpointTimeoutError, CorruptCheckpointError
+from ckptmgr.format import manifest as manifests
+from ckptmgr.processes import job
+from ckptmgr.processes.job import Call, Job
+from ckptmgr.restoring import extras, matching, reading
+from ckptmgr.restoring.matching import Request
+from ckptmgr.results import Checkpoint
+from ckptmgr.run import journal
+from ckptmgr.run import values as saved
+from ckptmgr.run.history import History
+from ckptmgr.run.local import Catalog
+from ckptmgr.run.mirror import Mirror
+from ckptmgr.trees import placement as layouts
+from ckptmgr.trees.differences import StructureDiff
+from ckptmgr.trees.structure import abstract
+
+_log = logging.getLogger("ckptmgr")
+_PATIENCE_S, _PAUSE_S = 30.0, 0.02  # a network's file system may show a new step late
+_CHOICE = Call("the choice of a step to restore")
+
+
+class Restorer:
+    """Restores the steps of a run; what one process cannot restore, none does."""
+
+    def __init__(
+        self,
+        home: Catalog,
+        history: History,
+        mirror: Mirror | None,
+        job: Job,
+        journal: journal.Journal,
+        timeout_s: float,
+    ) -> None:
+        self._home, self._history, self._mirror = home, history, mirror
+        self._of_run, self._journal, self._timeout_s = job, journal, timeout_s
+        self._job = job
+
+    def among(self, request: Request) -> Restorer:
+        """The same, agreeing with the processes that have to restore the same step.
+
+        A run opened for writing is open in all processes, and they agree on every restore. A reader may be open
+        in one alone; it agrees with the others if what it restores is spread over several processes.
+        """
+        if self._of_run.count == jax.process_count() or not (request.broadcast or self._spans_processes(request)):
+            return self
+        joined = copy.copy(self)
+        joined._job = job.shared("readers", self._timeout_s)
+        return joined
+
+    def _spans_processes(self, request: Request) -> bool:
+        given = (request.params, request.opt_state, list(request.extras.values()), request.layout)
+        places = [getattr(leaf, "sharding", leaf) for leaf in jax.tree_util.tree_leaves(given)]
+        if callable(request.layout) and (step := max(self._steps(), default=None)) is not None:
+            places += self._places_by(request.layout, step)
+        return any(map(layouts.spans_processes, places))
+
+    def _places_by(self, layout: Any, step: int) -> list[Any]:
+        """Where a callable puts the parameters of a step."""
+        try:
+            params = self._home.manifest(step).items[manifests.PARAMS].tree.leaves
+            return [layout(leaf.path, abstract(leaf)) for leaf in params if leaf.kind in ("jax", "key")]
+        except Exception:  # whatever it is, restoring meets it too, and says so
+            return []
+
+    # ------------------------------------------------------------ which step
+
+    def has_steps(self) -> bool:
+        """Whether there is anything to restore, as process 0 sees it."""
+        return self._job.decide(_CHOICE, lambda: bool(self._steps()))
+
+    def best(self, request: Request) -> Checkpoint:
+        """The step that the policies rank first, here and in the mirror."""
+        number = self._job.decide(_CHOICE, self._best)
+        if number is None:
+            raise self._home.nothing_good({}, "no checkpoint has the metric that ranks them, or all are NaN")
+        return self._restore(number, request)
+
+    def _best(self) -> int | None:
+        away = self._mirror.infos(needed=not self._home.steps()) if self._mirror is not None else []
+        return self._history.best(None, "min", beside=away)
+
+    def one(self, step: int, request: Request) -> Checkpoint:
+        """This step and no other."""
+        return self._restore(self._job.decide(_CHOICE, lambda: step), request)
+
+    def newest(self, request: Request) -> Checkpoint:
+        """The newest good step; those passed over as damaged count as if they were not there any more."""
+        skipped: dict[int, str] = {}
+        ends = time.monotonic() + min(_PATIENCE_S, self._timeout_s / 2)
+        while (candidate := self._newest_beside(skipped)) is not None:
+            try:
+                found = self._restore(candidate, request, skipped)
+            except CorruptCheckpointError as problem:
+                _log.warning("step %d is passed over as damaged: %s", candidate, problem)
+                self._journal.record("passed over", candidate, why=str(problem))
+                skipped[candidate] = str(problem)
+            except CheckpointNotFoundError as problem:  # the trainer has deleted it meanwhile, and has a newer one
+                still_listed = functools.partial(self._refuse_if_listed, candidate, ends, str(problem))
+                self._job.decide(_CHOICE, still_listed)
+            else:
+                self._home.mark_damaged(skipped)
+                self._warn_of_lower(candidate)
+                return found
+        raise self._home.nothing_good(skipped)
+
+    def _warn_of_lower(self, step: int) -> None:
+        """Says it if the step that was saved last is not the newest: somebody went back, and did not say so."""
+        saved = journal.last_saved(self._home.directory) if self._job.leads else None
+        if saved is not None and saved < step and self._home.has(saved):
+            _log.warning(
+                "step %d is restored, which has the highest number, and step %d was saved after it. If the run is "
+                "to go on from step %d, call manager.rewind(%d) and restore again", step, saved, saved, saved
+            )  # fmt: skip
+
+    def _refuse_if_listed(self, step: int, ends: float, problem: str) -> None:
+        """Raises if process 0 still lists a step that another does not find."""
+        if step in self._steps() and time.monotonic() > ends:
+            raise CheckpointNotFoundError(
+                f"step {step} is listed in {self._home.directory} and not found: {problem}. If several processes "
+                "restore, all of them need one directory that is shared",
+                directory=str(self._home.directory), step=step,
+            )  # fmt: skip
+        time.sleep(_PAUSE_S)
+
+    def _newest_beside(self, skipped: Mapping[int, str]) -> int | None:
+        return self._job.decide(_CHOICE, lambda: max(self._steps() - set(skipped), default=None))
+
+    def _steps(self) -> set[int]:
+        """The steps here and in the mirror; one that cannot be reached is missed if there is nothing here."""
+        here = set(self._home.steps())
+        return here if self._mirror is None else here | set(self._mirror.steps(needed=not here))
+
+    # ------------------------------------------------------------ from where
+
+    def _restore(self, step: int, request: Request, skipped: Mapping[int, str] | None = None) -> Checkpoint:
+        """Restores a step in every process, or in none; from the mirror if it is damaged here, or not here."""
+        try:
+            return self._together(self._home, step, request, skipped or {})
+        except (CorruptCheckpointError, CheckpointNotFoundError) as problem:
+            mirror = self._mirror
+            if mirror is None or not self._job.decide(_CHOICE, lambda: step in mirror.steps(needed=False)):
+                raise
+            _log.warning("step %d is taken from %s: %s", step, mirror.catalog.directory, problem)
+            found = self._together(mirror.catalog, step, request, skipped or {})
+            if isinstance(problem, CorruptCheckpointError):
+                self._home.mark_damaged([step])
+            return found
+
+    def _together(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
+        call = Call(f"the restore from step {step}")
+        return self._job.together(call, lambda: self._whole(home, step, request, skipped))
+
+    # ------------------------------------------------------------ reading it
+
+    def _whole(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
+        """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
+        home.require(step)
+        ends = time.monotonic() + self._timeout_s
+        while time.monotonic() < ends:
+            identity = home.identity(step)
+            try:
+                found = self._read(home, step, request, skipped)
+            except (CorruptCheckpointError, OSError):
+                home.require(step)  # says that it was deleted
+                if home.identity(step) == identity or request.broadcast:  # then all read, or none
+                    raise
+                continue
+            if home.identity(step) in (identity, None):
+                return found
+            if request.broadcast:
+                raise CheckpointTimeoutError(
+                    f"step {step} was replaced while several processes read it", waiting_for=f"step {step}"
+                )
+        waiting_for = f"a moment to read step {step} in which no writer replaces it"
+        raise CheckpointTimeoutError(f"no {waiting_for} in {self._timeout_s} s", waiting_for=waiting_for)
+
+    def _read(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
+        directory = home.path(step)
+
+        def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], StructureDiff, reading.Trees]:
+            manifest = home.manifest(step, fresh=True)
+            templates = request.templates(manifest)
+            matched, passed = matching.match(manifest, templates, request)
+            params = matching.params_of(manifest, matched)
+            if passed.missing and request.layout is not None:
+                kept = layouts.kept(request.layout, matched, params)
+                matched = [dataclasses.replace(each, rows=rows) for each, rows in zip(matched, kept, strict=True)]
+            targets = layouts.targets(request.layout, matched, params)
+            manifests.check_files(manifest, directory, {*templates, manifests.STEP, manifests.METRICS})
+            sources = {
+                name: extras.source(name, manifest.items[name], template, request.layout)
+                for name, template in templates.items()
+                if name in manifest.items
+            }
+            trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast, sources=sources)
+            trees.fetch()
+            return manifest, templates, passed, trees
+
+        with reading.reported(directory):
+            if request.broadcast:  # nothing is sent before all have read their part
+                call = Call(f"the reading from step {step}")
+                manifest, templates, passed, trees = self._job.together(call, open_trees)
+            else:
+                manifest, templates, passed, trees = open_trees()
+            values = trees.place() | saved.read_values(manifest, directory, trees.sources)
+        if request.optimizer is not None and passed.missing:
+            values[manifests.OPT_STATE] = _with_new_state(request, values)
+        _warn_of_partial(step, passed)
+        absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
+        _log.info("step %d restored from %s", step, directory)
+        self._journal.record("restored", step, source=str(directory))
+        return Checkpoint(
+            step=step,
+            params=values.pop(manifests.PARAMS, None),
+            opt_state=values.pop(manifests.OPT_STATE, None),
+            extras=absent | {name: extras.handed_over(templates[name], value) for name, value in values.items()},
+            metrics=manifest.metrics,
+            info=self._history.glance(manifest),
+            skipped=skipped,
+            missing=tuple(leaf.path for leaf in passed.missing),
+            unused=tuple(leaf.path for leaf in passed.unexpected),
+        )
+
+
+def _with_new_state(request: Request, values: Mapping[str, Any]) -> Any:
+    """The opt_state, where the checkpoint lacks a leaf with that of a new state of these params."""
+    new = first_state(request.optimizer, values[manifests.PARAMS])
+    new = jax.device_get(new) if request.layout is layouts.HOST else new
+    return jax.tree.map(
+        lambda kept, made: made if isinstance(kept, jax.ShapeDtypeStruct) else kept,
+        values[manifests.OPT_STATE],
+        new,
+    )
+
+
+def first_state(optimizer: Any, params: Any) -> Any:
+    """The opt_state that a run starts with; of an abstract params template an abstract one."""
+    if params is None:
+        raise ValueError("optimizer needs params to start its state from, and there are none: give params= too")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return jax.eval_shape(optimizer.init, params)
+    with jax.transfer_guard("allow"):  # it makes arrays of numbers, which a training step does not
+        return optimizer.init(params)
+
+
+def _warn_of_partial(step: int, passed: StructureDiff) -> None:
+    """Says what `partial` kept and what it did not read: a wrong name in a template looks the same."""
+    for what, leaves in (("lacks, and the template's values are kept", passed.missing),
+                         ("has and no template asks for", passed.unexpected)):  # fmt: skip
+        if leaves:
+            shown = ", ".join(leaf.path for leaf in leaves[:3])
+            more = ", ..." if len(leaves) > 3 else ""
+            _log.warning("partial=True: %d leaves that step %d %s: %s%s", len(leaves), step, what, shown, more)

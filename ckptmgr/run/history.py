@@ -1,0 +1,216 @@
+"""What the run has saved so far, and why each checkpoint is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Literal
+
+from ckptmgr import policies
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
+from ckptmgr.format import manifest as manifests
+from ckptmgr.format.manifest import Manifest
+from ckptmgr.results import CheckpointInfo
+from ckptmgr.run.local import Catalog
+from ckptmgr.run.manifest_cache import Stamp
+
+_log = logging.getLogger("ckptmgr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What one reading of the directory allows to be deleted, and what stays; each as it was seen."""
+
+    to_delete: Mapping[int, Stamp] = dataclasses.field(default_factory=dict)
+    kept: Mapping[int, Stamp] = dataclasses.field(default_factory=dict)
+    saved_at: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+
+class History:
+    """The checkpoints of a catalog under the `keep` policies of a manager; read from disk when asked."""
+
+    def __init__(self, catalog: Catalog, keep: Sequence[policies.KeepPolicy]) -> None:
+        self._catalog = catalog
+        self._keep = keep
+        self.committed: Callable[[], int | None] = lambda: None
+        """Gives the step that was committed last by this process: it may be below the newest."""
+        self._said: set[str] = set()
+
+    def all(self) -> list[CheckpointInfo]:
+        """Every readable checkpoint, in order of steps, and why each is kept."""
+        return self._look_at(self._catalog.steps())
+
+    def _look_at(self, steps: Sequence[int]) -> list[CheckpointInfo]:
+        pinned, damaged = {step for step in steps if self._catalog.is_pinned(step)}, self._catalog.damaged
+        read = (self._read(step, pinned) for step in steps)
+        found = [self._doubt(info, damaged) for info in read if info is not None]
+        return explain(found, self._keep, self.committed(), self._warn_of_policy)
+
+    def _doubt(self, info: CheckpointInfo, damaged: Collection[int]) -> CheckpointInfo:
+        """The same, with what speaks against the checkpoint, as far as that is seen without reading its files."""
+        if info.step in damaged:
+            return dataclasses.replace(info, distrusted="a restore has passed over it as damaged")
+        try:
+            missing = self._catalog.what_is_missing(info.step)
+        except (CorruptCheckpointError, CheckpointNotFoundError, NewerFormatError):
+            missing = "it is not there any more"
+        return dataclasses.replace(info, distrusted=missing)
+
+    def newest(self) -> CheckpointInfo | None:
+        """The newest readable checkpoint; the others are not looked at."""
+        read = (self._read(step) for step in reversed(self._catalog.steps()))
+        return next((info for info in read if info is not None), None)
+
+    def _read(self, step: int, pinned: Collection[int] = ()) -> CheckpointInfo | None:
+        try:
+            return _describe(self._catalog.manifest(step), pinned=step in pinned)
+        except (CorruptCheckpointError, CheckpointNotFoundError, NewerFormatError):
+            return None  # damaged, deleted by another hand, or of a later ckptmgr: not counted, not deleted
+
+    def glance(self, manifest: Manifest) -> CheckpointInfo:
+        """One checkpoint by itself: why it is kept is not looked up, which would take all the others."""
+        return _describe(manifest, pinned=self._catalog.is_pinned(manifest.step))
+
+    def info(self, step: int) -> CheckpointInfo:
+        """One checkpoint; raises CheckpointNotFoundError or CorruptCheckpointError."""
+        self._catalog.require(step)
+        alone = self.glance(self._catalog.manifest(step))
+        return next((info for info in self.all() if info.step == step), alone)
+
+    # ------------------------------------------------------------ what may be deleted
+
+    def decide_deletions(self) -> Decision:
+        """What no policy keeps. Nothing, if it is not known what the newest step is."""
+        if not self._keep:
+            return Decision()
+        steps = self._catalog.steps()
+        seen = {step: self._catalog.stamp(step) for step in steps}  # before anything is read
+        infos = self._look_at(steps)
+        trusted = {info.step for info in infos if info.distrusted is None}
+        listed = {*seen, *self._catalog.closed()} - trusted - self._catalog.damaged
+        unclear = [step for step in listed if step > max(trusted, default=0)]
+        if unclear:
+            self._warn_once(
+                f"nothing is deleted in {self._catalog.directory}: step {max(unclear)} is newer than the newest "
+                "good step, and cannot be read, or a file of it is missing. `ckptmgr verify` says more"
+            )
+            return Decision()
+        to_delete = {info.step for info in infos if not info.kept}
+        return Decision(
+            {step: seen[step] for step in sorted(to_delete)},
+            {step: seen.get(step) for step in trusted - to_delete},
+            {info.step: info.time for info in infos},
+        )
+
+    def still_holds(self, decision: Decision, step: int) -> bool:
+        """Whether a step that was to be deleted still is.
+
+        Another process may have pinned or replaced it meanwhile, or taken away one of those that were to stay.
+        """
+        if self._catalog.stamp(step) != decision.to_delete[step] or self._catalog.is_pinned(step):
+            return False
+        if decision.to_delete[step] is None and not self._is_as_old(step, decision.saved_at[step]):
+            return False
+        return self._catalog.has(max(decision.kept)) and all(
+            self._catalog.stamp(each) == seen and self._catalog.what_is_missing(each) is None
+            for each, seen in decision.kept.items()
+        )
+
+    def _is_as_old(self, step: int, time: float) -> bool:
+        """Whether a step in a bucket is the save that was looked at: what was read of it may be of another one."""
+        return self._catalog.manifest(step, fresh=True).time == time
+
+    def _warn_of_policy(self, name: str, problem: Exception) -> None:
+        self._warn_once(
+            f"the policy {name} of keep failed, so it is not known what it keeps, and nothing is deleted: "
+            f"{type(problem).__name__}: {problem}"
+        )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _log.warning("%s", text)
+
+    # ------------------------------------------------------------ looking
+
+    def watch(self, after: int | None, timeout_s: float | None, poll_s: float) -> Iterator[int]:
+        """Yields the steps after one as they come; ends when none has come for `timeout_s`."""
+        waited_since = time.monotonic()
+        known: dict[int, Stamp] = {}
+        while True:
+            listed = [step for step in self._catalog.steps() if after is None or step > after]
+            if max(listed, default=-1) < max(known, default=-1):
+                known = {step: known[step] for step in listed if step in known}  # the run went back
+            seen = {step: self._catalog.stamp(step) for step in listed}
+            new = [step for step in listed if step not in known or seen[step] not in (known[step], None)]
+            for step in new:
+                known[step] = seen[step]
+                if self._is_readable(step):
+                    yield step
+            if new:
+                waited_since = time.monotonic()
+            elif timeout_s is not None and time.monotonic() - waited_since >= timeout_s:
+                return
+            else:
+                time.sleep(poll_s)
+
+    def _is_readable(self, step: int) -> bool:
+        """Whether a step is there and its small files are whole; said if they are not."""
+        try:
+            manifest = self._catalog.manifest(step, fresh=True)
+            manifests.check_files(manifest, self._catalog.path(step), manifest.items)
+        except CheckpointNotFoundError:
+            return False
+        except CorruptCheckpointError as problem:
+            _log.warning("step %d is passed over as damaged: %s", step, problem)
+            return False
+        return True
+
+    def best(
+        self, metric: str | None, mode: Literal["min", "max"], *, beside: Sequence[CheckpointInfo] = ()
+    ) -> int | None:
+        """The step with the best value of a metric, or of the first `best` policy; `beside`: elsewhere."""
+        ranked_by = [each for each in self._keep if isinstance(each, policies.best)]
+        if metric is not None:
+            ranked_by = [policies.best(metric, mode=mode)]
+        if not ranked_by:
+            raise ValueError('best() needs a metric: name one, or give the manager keep=ckptmgr.best("loss")')
+        known = {info.step: info for info in (*beside, *self.all()) if info.distrusted is None}
+        return next(iter(ranked_by[0].ranking(known.values())), None)
+
+
+def explain(
+    infos: Sequence[CheckpointInfo],
+    keep: Sequence[policies.KeepPolicy],
+    committed: int | None = None,
+    failed: Callable[[str, Exception], object] = lambda name, problem: None,
+) -> list[CheckpointInfo]:
+    """The same, with why each is kept. What is not trusted counts for nothing, and stays."""
+    trusted = [info for info in infos if info.distrusted is None]
+    pinned = {info.step for info in trusted if info.pinned}
+    reasons = policies.reasons_to_keep(keep, trusted, pinned, committed, failed)
+    return [
+        dataclasses.replace(
+            info, kept=reasons.get(info.step) or (f"not counted: {info.distrusted}",) * bool(info.distrusted)
+        )
+        for info in infos
+    ]
+
+
+def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
+    """What a manifest tells about its checkpoint."""
+    return CheckpointInfo(
+        step=manifest.step,
+        time=manifest.time,
+        nbytes=manifest.nbytes,
+        disk_nbytes=sum(file.size for file in manifest.files.values()),
+        items=tuple(manifest.items),
+        leaves={name: item.tree.leaves for name, item in manifest.items.items() if item.kind == "arrays"},
+        unread={name: item.why for name, item in manifest.items.items() if item.kind == "unread"},
+        metrics=dict(manifest.metrics),  # a policy or a callback may change it
+        metadata=manifest.metadata,
+        versions=manifest.versions,
+        pinned=pinned,
+    )

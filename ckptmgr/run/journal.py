@@ -1,0 +1,106 @@
+"""What happened to a run, for people and reports to read: one JSON line for each event.
+
+    <directory>/.ckptmgr/journal.jsonl
+
+Nothing depends on it: it is kept where files can be appended to, and what cannot be written is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from etils import epath
+
+from ckptmgr import policies as policy
+from ckptmgr.format import names, paths
+from ckptmgr.run import version_1
+
+_log = logging.getLogger("ckptmgr")
+_TAIL_BYTES = 1 << 16
+
+
+class Journal:
+    """The events of one run, in the order in which they happened."""
+
+    def __init__(self, directory: epath.Path, wall: Callable[[], float], *, writes: bool) -> None:
+        self._path = directory / names.JOURNAL
+        self._wall = wall
+        self._writes = writes and paths.is_local(directory)
+        self._has_warned = False
+
+    def record(self, event: str, step: int, **facts: Any) -> None:
+        """Adds an event of a step; one `write`, so that lines of several threads stay whole."""
+        if not self._writes:
+            return
+        line = json.dumps({"event": event, "step": step, "time": self._wall()} | facts) + "\n"
+        try:
+            with open(self._path, "ab", buffering=0, opener=paths.open_to_write) as file:
+                file.write(line.encode())
+        except OSError as problem:
+            if not self._has_warned:
+                _log.warning("the journal of %s is not kept: %s", self._path.parent.parent, problem)
+            self._has_warned = True
+
+
+def read(directory: epath.Path) -> list[dict[str, Any]]:
+    """The events of a run; lines that a crash cut short, and what no manager wrote, are left out."""
+    return _events(_lines(directory) if paths.is_local(directory) else ())
+
+
+def _events(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [event for event in found if _is_event(event)]
+
+
+def last_saved(directory: epath.Path) -> int | None:
+    """The step that was saved last since the last rewind; None if the end of the journal does not tell."""
+    for event in reversed(_events(_end_of(directory / names.JOURNAL).splitlines())):
+        if event["event"] in ("saved", "rewound"):
+            return int(event["step"]) if event["event"] == "saved" else None
+    return None
+
+
+def _end_of(path: epath.Path) -> bytes:
+    """The last part of a journal; of one that cannot be read, nothing. Does not wait for the writer of a FIFO."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        try:
+            return os.pread(descriptor, _TAIL_BYTES, max(0, os.fstat(descriptor).st_size - _TAIL_BYTES))
+        finally:
+            os.close(descriptor)
+    return b""
+
+
+def _lines(directory: epath.Path) -> list[bytes]:
+    path = directory / names.JOURNAL
+    if not paths.may_exist(path):
+        path = directory / version_1.JOURNAL
+    try:
+        return paths.read_bytes(path).splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as problem:
+        _log.warning("the journal %s cannot be read: %s", path, problem)
+        return []
+
+
+def _is_event(line: Any) -> bool:
+    kinds = {"event": str, "step": int, "time": int | float}
+    return isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in kinds.items())
+
+
+def policies(directory: epath.Path) -> list[policy.KeepPolicy] | None:
+    """What retention went by at the last save; None if that is not known."""
+    said = [event["keep"] for event in read(directory) if "keep" in event]
+    try:
+        return [policy.parse(each) for each in said[-1]] if said else None
+    except (ValueError, TypeError, AttributeError):
+        return None  # a policy of Orbax or of the caller's own, or not written by us

@@ -1,0 +1,73 @@
+"""Opening a run for writing: one process claims it, and all must see the same directory."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from etils import epath
+
+from ckptmgr.errors import SaveError
+from ckptmgr.format import names, paths
+from ckptmgr.processes import job
+from ckptmgr.processes.job import Call, Job
+from ckptmgr.run.local import Catalog
+from ckptmgr.run.lock import Writer
+
+_PATIENCE_S = 30.0  # a network's file system may show a new file late
+
+
+def open_run(directory: epath.Path, catalog: Catalog, timeout_s: float) -> tuple[str, Writer]:
+    """Claims a run in every process, or in none; also gives a name for what its processes have to say."""
+    line = job.shared("opening", timeout_s)
+    call, claimed = Call("the opening of a run"), list[Writer]()
+
+    def claim() -> list[str]:
+        catalog.prepare()
+        claimed.append(Writer(directory))
+        if claimed[0].is_first:  # no other writer holds the run, so leftovers can be removed
+            catalog.tidy()
+        return [job.new_name(), str(directory), _write_token(directory) if line.count > 1 else ""]
+
+    token = ""
+    try:
+        name, there, token = line.decide(call, claim)
+        if not line.leads:
+            claimed.append(Writer(directory, speaks=False))
+        line.together(call, lambda: _look_for(token, directory, there, line))
+        return name, claimed[0]
+    except BaseException:
+        for each in claimed:
+            each.release()
+        raise
+    finally:
+        if line.leads and token:
+            (directory / names.TOKEN).unlink(missing_ok=True)
+
+
+def _write_token(directory: epath.Path) -> str:
+    """A file that every process must find where it looks for the run; a bucket is shared anyway."""
+    token = secrets.token_hex(8) if paths.is_local(directory) else ""
+    if token:
+        with open(directory / names.TOKEN, "w", opener=paths.open_to_write) as file:
+            file.write(token)
+    return token
+
+
+def _look_for(token: str, directory: epath.Path, there: str, line: Job) -> None:
+    ends = time.monotonic() + min(_PATIENCE_S, line.timeout_s / 2)
+    while token and not _has(directory, token):
+        if time.monotonic() > ends:
+            raise SaveError(
+                f"the directory is not shared: process {line.index} does not find in {directory} what process 0 "
+                f"has written into {there}. All processes of a job need one directory that all of them see",
+                step=None,
+            )
+        time.sleep(0.05)
+
+
+def _has(directory: epath.Path, token: str) -> bool:
+    try:
+        return paths.read_bytes(directory / names.TOKEN) == token.encode()
+    except OSError:
+        return False

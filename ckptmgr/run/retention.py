@@ -1,0 +1,36 @@
+"""Retention: deletes what no policy keeps, here or in a mirror. What cannot be told for certain stays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from ckptmgr.run.history import History
+from ckptmgr.run.local import Catalog
+
+_log = logging.getLogger("ckptmgr")
+
+
+def retain(
+    catalog: Catalog,
+    history: History,
+    is_spared: Callable[[int], bool] = lambda step: False,
+    deleted: Callable[[int], object] = lambda step: None,
+) -> None:
+    """Deletes what no policy keeps; `is_spared` may hold back a step, `deleted` is told of each."""
+    try:
+        decision = history.decide_deletions()
+    except Exception:  # of every library below: those of buckets have errors of their own
+        _log.exception("what no policy keeps could not be looked up, and is deleted after a later save")
+        return
+    for step in decision.to_delete:
+        try:
+            if is_spared(step):
+                continue
+            if history.still_holds(decision, step):
+                catalog.delete(step)
+                deleted(step)
+            else:
+                _log.info("step %d is not deleted now: the directory has changed meanwhile", step)
+        except Exception:
+            _log.exception("step %d could not be deleted", step)

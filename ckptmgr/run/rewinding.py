@@ -1,0 +1,54 @@
+"""Going on from another step: the same in a run's directory and in its mirror, or in neither."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.run.branches import Plan
+from ckptmgr.run.local import Catalog
+
+
+def plan(catalogs: Sequence[Catalog], step: int) -> list[Plan]:
+    """What moves in each directory of a run, so that it goes on from a step; nothing is moved.
+
+    The step may be in one of them alone. Raises CheckpointNotFoundError if it is in none, and
+    CorruptCheckpointError if it is seen to be damaged wherever it is.
+    """
+    found = [each.plan_rewind(step) for each in catalogs]
+    known = next((each for each in found if each is not None), None)
+    if known is None:
+        raise _not_found(catalogs, step)
+    _check_one(catalogs, found, step)
+    return [plan or each.plan_rewind_without(known) for each, plan in zip(catalogs, found, strict=True)]
+
+
+def _check_one(catalogs: Sequence[Catalog], found: Sequence[Plan | None], step: int) -> None:
+    """Raises if the step is whole in none of the directories that have it."""
+    problems = []
+    for each, plan in zip(catalogs, found, strict=True):
+        if plan is not None and plan.place is not None:
+            try:
+                each.check_whole(step, plan.place)
+                return
+            except CorruptCheckpointError as problem:
+                problems.append(problem)
+    raise CorruptCheckpointError(
+        f"the run does not go back to step {step}, which is damaged, and nothing is changed: {problems[0]}",
+        step=step, path=problems[0].path,
+    )  # fmt: skip
+
+
+def _not_found(catalogs: Sequence[Catalog], step: int) -> CheckpointNotFoundError:
+    listed = sorted({each for catalog in catalogs for each in catalog.steps()})
+    aside = sorted({each for catalog in catalogs for branch in catalog.branches() for each in branch.steps})
+    directories = " and ".join(str(each.directory) for each in catalogs)
+    return CheckpointNotFoundError(
+        f"there is no step {step} in {directories}; the steps are {_spell(listed)}, and those that were set aside "
+        f"{_spell(aside)}",
+        directory=str(catalogs[-1].directory), step=step,
+    )  # fmt: skip
+
+
+def _spell(steps: Sequence[int]) -> str:
+    return ("..., " if len(steps) > 10 else "") + ", ".join(map(str, steps[-10:])) if steps else "none"

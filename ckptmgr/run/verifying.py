@@ -1,0 +1,112 @@
+"""Reading a whole step to see whether every bit of it is as it was written."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from etils import epath
+
+from ckptmgr.arrays import reading
+from ckptmgr.errors import CorruptCheckpointError
+from ckptmgr.format import files, paths
+from ckptmgr.format import manifest as manifests
+from ckptmgr.results import Damage, VerifyReport
+from ckptmgr.run import values
+from ckptmgr.trees.structure import LeafSpec
+
+Progress = Callable[[int, int], object]
+_BATCH_BYTES = 256 << 20  # what is held in memory at a time
+
+
+def verify(manifest: manifests.Manifest, directory: epath.Path, on_progress: Progress | None) -> VerifyReport:
+    """Checks every file against the manifest, then reads every array in bounded pieces."""
+    damages = list(_damaged_files(manifest, directory))
+    leaves = nbytes = 0
+    for name, item in manifest.items.items():
+        if item.kind != "arrays":
+            damages += _damaged_values(manifest, directory, name)
+            continue
+        folders = [directory / item.place(name) / manifests.own_place(each) for each in range(item.processes)]
+        try:
+            files.check_regular(directory / item.place(name))
+        except OSError as problem:
+            paths.refuse_exhausted(problem)
+            damages.append(Damage(name, f"cannot be read: {problem}"))
+            continue
+        for folder, spec in itertools.product(folders, item.tree.leaves):
+            damages += _damages(name, item, folder, spec)
+            leaves += 1
+            nbytes += manifests.leaf_nbytes(spec)
+            if on_progress is not None:
+                on_progress(nbytes, manifest.nbytes)
+    return VerifyReport(
+        step=manifest.step,
+        damages=tuple(damages),
+        unchecked=(() if manifest.files else _UNCHECKED) + _unread(manifest),
+        files=len(manifest.files),
+        leaves=leaves,
+        nbytes=nbytes,
+    )
+
+
+_UNCHECKED = (
+    "values of arrays and small files: stock Orbax wrote this step, without checksums; "
+    "that every array can be read is all that is known",
+)
+
+
+def _unread(manifest: manifests.Manifest) -> tuple[str, ...]:
+    return tuple(f"{name}: {item.why}" for name, item in manifest.items.items() if item.kind == "unread")
+
+
+def _damaged_values(manifest: manifests.Manifest, directory: epath.Path, name: str) -> list[Damage]:
+    """What is wrong with an item of JSON that no checksum covers."""
+    if manifest.files or manifest.items[name].kind == "unread":
+        return []
+    try:
+        values.read_value(manifest, directory, name)
+    except CorruptCheckpointError as problem:
+        return [Damage(problem.path or name, str(problem))]
+    return []
+
+
+def _damaged_files(manifest: manifests.Manifest, directory: epath.Path) -> Iterator[Damage]:
+    yield from itertools.starmap(Damage, manifest.unreadable.items())
+    for name, file in manifest.files.items():
+        try:
+            manifests.check_file(manifest, directory, name, file)
+        except CorruptCheckpointError as problem:
+            yield Damage(name, str(problem).partition(f"{directory / name} ")[2])
+
+
+def _damages(name: str, item: manifests.Item, folder: epath.Path, spec: LeafSpec) -> list[Damage]:
+    """What is wrong with one array, read whole but not held whole."""
+    read = reading.Read(name, reading.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt), spec)
+    try:
+        if read.spec.kind == "str":
+            values.text(read, folder)
+            return []
+        array = reading.opened(read)
+        chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array without axes
+        chunk_bytes = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
+        for boxes in _batches(_boxes(array.shape, chunk), max(1, _BATCH_BYTES // max(1, chunk_bytes))):
+            reading.drain(read, [array[box].read() for box in boxes])
+    except reading.DamagedArrayError as problem:
+        return [Damage(problem.leaf, str(problem))]
+    return []
+
+
+def _boxes(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """An array cut along its chunks."""
+    axes = [
+        [slice(at, min(at + step, size)) for at in range(0, size, step)]
+        for size, step in zip(shape, chunk, strict=True)
+    ]
+    return itertools.product(*axes)
+
+
+def _batches(boxes: Iterator[tuple[slice, ...]], size: int) -> Iterator[list[tuple[slice, ...]]]:
+    while batch := list(itertools.islice(boxes, size)):
+        yield batch

@@ -1,0 +1,1 @@
+"""A save: decide, copy, hand over; then, on the one thread behind it: write, seal, publish, mirror, retain."""

@@ -1,0 +1,202 @@
+"""After a commit: callbacks, mirror, retention. Also what a rewind changes in them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+from etils import epath
+
+from ckptmgr import policies
+from ckptmgr.errors import CheckpointError, SaveError
+from ckptmgr.format import names, paths
+from ckptmgr.options import Options
+from ckptmgr.processes.job import Job
+from ckptmgr.results import CheckpointInfo, Save
+from ckptmgr.run import branches, bucket, retention, rewinding
+from ckptmgr.run.history import History
+from ckptmgr.run.journal import Journal, last_saved
+from ckptmgr.run.local import Catalog
+from ckptmgr.run.lock import Shared, Writer
+from ckptmgr.run.mirror import Mirror
+
+_log = logging.getLogger("ckptmgr")
+
+
+def check_mirror(mirror: epath.Path | None, home: epath.Path) -> None:
+    """Refuses a mirror that cannot be one, before anything is made on disk."""
+    if mirror is not None and _real(mirror) == _real(home):
+        raise ValueError(f"mirror={str(mirror)!r} is the directory itself; a second home is another place")
+    if mirror is not None and not paths.is_local(home):
+        raise ValueError(f"mirror={str(mirror)!r}: only a directory on a disk is copied, not {home}")
+    inside = _real(mirror).removeprefix(f"{_real(home)}/").split("/")[0] if mirror is not None else ""
+    if inside == names.OURS or names.STEP.fullmatch(inside):
+        raise ValueError(f"mirror={str(mirror)!r} lies in what ckptmgr deletes: a second home is another place")
+
+
+def _real(directory: epath.Path) -> str:
+    return os.path.realpath(directory) if paths.is_local(directory) else str(directory).rstrip("/")
+
+
+@contextlib.contextmanager
+def _reaching(mirror: Mirror, step: int) -> Iterator[None]:
+    """What fails in the mirror stops a rewind."""
+    try:
+        yield
+    except Exception as problem:  # of every library below
+        raise SaveError(
+            f"the run does not go back to step {step}, and nothing is changed in its directory: the mirror "
+            f"{mirror.catalog.directory} cannot be used, and restore() would take later steps from it: {problem}",
+            step=step,
+        ) from problem
+
+
+class Aftermath:
+    """Of a job's processes the one that leads does all of it; a failure here is logged and harms no save."""
+
+    def __init__(
+        self,
+        options: Options,
+        home: Catalog,
+        history: History,
+        job: Job,
+        journal: Journal,
+        shared: Shared,
+        writer: Writer | None,
+    ) -> None:
+        self._options, self._home, self._history = options, home, history
+        self._job, self._journal = job, journal
+        self._has_warned = False
+        self._shared = shared
+        if shared.committed is None and writer is not None and paths.is_local(home.directory):
+            shared.committed = last_saved(home.directory)
+        self._writer = writer  # what is still to be copied holds it, so nobody else writes into the run meanwhile
+        self.mirror = self._open_mirror()
+        for each in (history, *([self.mirror.history] if self.mirror is not None else [])):
+            each.committed = lambda: shared.committed
+
+    def _open_mirror(self) -> Mirror | None:
+        if self._options.mirror is None:
+            return None
+        found = bucket.open_catalog(self._options.mirror)
+        options = self._options
+        return Mirror(self._home, found, options.mirror_keep, options.timeout_s, self._shared.mirroring)
+
+    def follow(self, info: CheckpointInfo) -> None:
+        """Does what follows from the commit of a step."""
+        if self._job.leads:
+            self._keep_for_now(info.step)
+            self._tell(info)
+            self.update_mirror(info.step)
+            self._retain()
+
+    def _keep_for_now(self, step: int) -> None:
+        """Retention counts steps by their numbers; what was just saved is kept although later ones are there."""
+        self._remember(step)
+        if not paths.is_local(self._home.directory) or self._has_warned:  # a bucket is asked for little
+            return
+        try:
+            self._warn_of_later([each for each in self._home.steps() if each > step], step)
+        except (CheckpointError, OSError) as problem:
+            _log.warning("step %d: whether later steps are there could not be looked up: %s", step, problem)
+
+    def _remember(self, step: int) -> None:
+        self._shared.committed = step
+
+    def _warn_of_later(self, later: Sequence[int], step: int) -> None:
+        if later:
+            self._has_warned = True
+            _log.warning(
+                "step %d was saved below the newest step %d. The next start resumes from step %d: restore() and "
+                "retention go by the numbers of steps. If the run is to go on from here, call "
+                "manager.rewind(%d): it sets aside the later steps (%d)",
+                step, later[-1], later[-1], step, len(later),
+            )  # fmt: skip
+
+    # ------------------------------------------------------------ going on from another step
+
+    def rewind(self, step: int) -> list[int]:
+        """Sets aside what is later than a step, here and in the mirror; gives the steps that are others now.
+
+        The mirror comes first: if it cannot be reached, nothing is changed here.
+        """
+        mirror = self.mirror
+        if mirror is None:
+            with self._shared.retaining:
+                self._home.finish_rewind()
+                return self._rewind(rewinding.plan([self._home], step)[0], step)
+        mirror.wait()
+        with self._shared.retaining:
+            self._home.finish_rewind()
+            with _reaching(mirror, step):
+                mirror.catalog.finish_rewind()
+                mirror.catalog.steps()
+            here, there = rewinding.plan([self._home, mirror.catalog], step)
+            with _reaching(mirror, step):
+                mirror.rewind(there)
+            return sorted({*self._rewind(here, step), *there.set_aside, *there.returned})
+
+    def _rewind(self, plan: branches.Plan, step: int) -> list[int]:
+        former = max(self._home.steps(), default=None)
+        self._home.rewind(plan)
+        _log.info(
+            "the run goes on from step %d: %d steps are set aside, %d come back",
+            step, len(plan.set_aside), len(plan.returned),
+        )  # fmt: skip
+        said = {"from": former, "set_aside": plan.set_aside, "returned": plan.returned}
+        self._journal.record("rewound", step, **said)
+        return [*plan.set_aside, *plan.returned]
+
+    def go_on_from(self, step: int, moved: Sequence[int]) -> None:
+        """Drops what is remembered of the steps before a rewind; in every process."""
+        for catalog in (self._home, *([self.mirror.catalog] if self.mirror is not None else [])):
+            for each in moved:
+                catalog.forget(each)
+        self._remember(step)
+        self._has_warned = False
+        self.update_mirror()
+
+    def update_mirror(self, *new: int) -> None:
+        """Has the mirror look at what is here, new steps above all; returns at once."""
+        if self.mirror is not None and self._job.leads:
+            self.mirror.follow(self._retain, *new)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits until nothing is being copied."""
+        if self.mirror is not None:
+            self.mirror.wait(timeout_s)
+
+    def _tell(self, info: CheckpointInfo) -> None:
+        _log.info(
+            "step %d saved: %d bytes, durable after %.3f s, the caller waited %.3f s",
+            info.step, info.disk_nbytes, info.durable_s, info.blocked_s,
+        )  # fmt: skip
+        self._journal.record(
+            "saved", info.step, nbytes=info.nbytes, disk_nbytes=info.disk_nbytes, metrics=info.metrics,
+            blocked_s=info.blocked_s, durable_s=info.durable_s,
+            keep=[policies.spell(each) for each in self._options.keep],
+        )  # fmt: skip
+        for callback in self._options.on_commit:
+            try:
+                callback(info)
+            except BaseException:  # sys.exit() among them: it would end this thread alone
+                _log.exception("step %d: on_commit callback %r failed", info.step, callback)
+
+    def _retain(self) -> None:
+        """Deletes what no policy keeps; called once a newer checkpoint is durable."""
+        with self._shared.retaining:  # the thread that copies to the mirror has its own reasons
+            retention.retain(
+                self._home,
+                self._history,
+                is_spared=self._is_spared,
+                deleted=lambda step: self._journal.record("deleted", step, why="no policy keeps it"),
+            )
+
+    def _is_spared(self, step: int) -> bool:
+        """Whether a step stays for now: it is owed to the mirror, or its save, by any manager, is not over yet."""
+        saves = [task.about for task in self._shared.background.waiting()]
+        return any(isinstance(save, Save) and save.step == step for save in saves) or (
+            self.mirror is not None and self.mirror.owes(step)
+        )

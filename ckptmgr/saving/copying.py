@@ -1,0 +1,149 @@
+"""From the items of a step to host copies that wait to be written, and to the manifest that seals them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from ckptmgr.arrays import to_host, writing
+from ckptmgr.format import manifest as manifests
+from ckptmgr.options import Options
+from ckptmgr.processes import job
+from ckptmgr.processes.background import Moment
+from ckptmgr.saving import items
+
+Composed = Mapping[str, items.Tree | items.Value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Copied:
+    """A step as it was at the moment of the call."""
+
+    contents: Mapping[str, Any]
+    """A Snapshot for each item of arrays; for any other a function that gives its JSON value."""
+    manifest: manifests.Manifest
+    may_differ: Sequence[str] = ()
+    """The items of which each process of a job may have its own."""
+    own: set[str] = dataclasses.field(default_factory=set)
+    """Those of which each has."""
+
+    @property
+    def _snapshots(self) -> dict[str, writing.Snapshot]:
+        return {name: each for name, each in sorted(self.contents.items()) if isinstance(each, writing.Snapshot)}
+
+    def spec(self) -> job.Spec:
+        """What the processes of a job must agree on before any of it is written."""
+        kinds = [
+            f"{name}\t{item.kind}{f' with {item.compression}' if item.compression else ''}"
+            for name, item in sorted(self.manifest.items.items())
+        ]
+        plans = {name: snapshot.plan for name, snapshot in self._snapshots.items()}
+
+        def lines() -> list[str]:
+            leaves = [f"{name}{line}" for name, plan in plans.items() for line in plan.lines]
+            return kinds + leaves + [f"the containers of {name}\t{plan.digest}" for name, plan in plans.items()]
+
+        return job.Spec(
+            job.digest(json.dumps([kinds, [plan.digest for plan in plans.values()]])),
+            lines,
+            [owner for plan in plans.values() for owner in plan.owners],
+            list(map(self._digest, self.may_differ)),
+            self._settle,
+        )
+
+    def _digest(self, name: str) -> str:
+        found = self.contents[name]
+        return found.digest() if isinstance(found, writing.Snapshot) else job.digest(json.dumps(found()))
+
+    def _settle(self, owners: Sequence[int], differs: Sequence[bool]) -> None:
+        """Leaves to others what they write."""
+        self.own.update(name for name, each in zip(self.may_differ, differs, strict=True) if each)
+        by_leaf = iter(owners)
+        for name, snapshot in self._snapshots.items():
+            settled = [next(by_leaf) for _ in snapshot.plan.owners]
+            if name not in self.own:
+                snapshot.leave_out(_of_others(snapshot.plan.owners, settled))
+
+    def wait(self, wait_for: Callable[[Moment, float], bool], timeout_s: float) -> bool:
+        """Waits until every leaf is copied: under `max_host_bytes` what is written makes room for the next."""
+        ends = time.monotonic() + timeout_s
+        return all(wait_for(each.complete, ends - time.monotonic()) for each in self._snapshots.values())
+
+    def release(self) -> None:
+        """Lets go of the leaves, also of those that were not copied because the save has failed."""
+        for snapshot in self._snapshots.values():
+            snapshot.release()
+
+    def completed_at(self) -> float:
+        """When every leaf had been copied, on the clock of `time.perf_counter`."""
+        return max((snapshot.completed_at for snapshot in self._snapshots.values()), default=0.0)
+
+    def abandon(self) -> None:
+        """Nothing of this is saved unless every leaf has been copied by now."""
+        for snapshot in self._snapshots.values():
+            snapshot.abandon()
+
+    def build_manifest(self, files: Mapping[str, manifests.File]) -> bytes:
+        """The manifest, once the files are written and the metrics have arrived."""
+        metrics = self.contents[manifests.METRICS]()
+        each = {
+            name: dataclasses.replace(item, processes=jax.process_count() if name in self.own else 1)
+            for name, item in self.manifest.items.items()
+        }
+        return manifests.encode(dataclasses.replace(self.manifest, items=each, files=files, metrics=metrics))
+
+
+def _of_others(owners: Sequence[int], settled: Sequence[int]) -> list[int]:
+    """The leaves that are here and that another process writes: each has one, and that of process 0 counts."""
+    here = jax.process_index()
+    return [
+        place
+        for place, (owner, writer) in enumerate(zip(owners, settled, strict=True))
+        if (owner == -1 and here != 0) or (owner == here and writer != here)
+    ]
+
+
+class Copier:
+    """Copies the items of each step; remembers how they are stored, which is mostly the same."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._planner = to_host.Planner(options.chunk_bytes)
+
+    def copy(self, step: int, saved_at: float, composed: Composed) -> Copied:
+        """Copies every item to the host before any writer starts: a writer would slow the copies down."""
+        trees = {name: item for name, item in composed.items() if isinstance(item, items.Tree)}
+        snapshots = {name: self._snapshot(name, tree, len(trees)) for name, tree in trees.items()}
+        for snapshot in snapshots.values():
+            snapshot.start()
+        for snapshot in snapshots.values():
+            snapshot.collect()
+        values = {name: item for name, item in composed.items() if isinstance(item, items.Value)}
+        described = {name: self._of_arrays(snapshot) for name, snapshot in snapshots.items()}
+        described |= {name: manifests.Item(v.kind, file=manifests.json_file(name)) for name, v in values.items()}
+        manifest = manifests.Manifest(
+            step=step,
+            time=saved_at,
+            items=described,
+            metadata=self._options.metadata,
+            versions=manifests.versions(),
+        )
+        may_differ = [name for name, value in values.items() if value.is_own]
+        may_differ += [name for name, snapshot in snapshots.items() if snapshot.is_own]
+        contents = {**snapshots, **{name: value.get for name, value in values.items()}}
+        return Copied(contents, manifest, sorted(may_differ))
+
+    def _snapshot(self, name: str, tree: items.Tree, of: int) -> writing.Snapshot:
+        plan = self._planner.plan(name, tree.spec, tree.leaves)
+        is_own = tree.is_own and jax.process_count() > 1 and all(at is None for at in plan.shardings)
+        bound = self._options.max_host_bytes
+        share = None if bound is None or is_own else bound // of  # what processes compare is copied whole
+        return writing.Snapshot(plan, tree.leaves, share, is_own=is_own)
+
+    def _of_arrays(self, snapshot: writing.Snapshot) -> manifests.Item:
+        return manifests.Item("arrays", snapshot.plan.tree, compression=self._options.compression)

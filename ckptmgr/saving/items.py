@@ -1,0 +1,154 @@
+"""A checkpoint as one composite item: params, opt_state, step, metrics and extras.
+
+`compose` checks every value before anything is written.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ckptmgr.format.manifest import METRICS, OPT_STATE, PARAMS, RESERVED, STEP
+from ckptmgr.format.names import UNFINISHED
+from ckptmgr.trees import structure
+from ckptmgr.trees.iterators import is_global, is_iterator
+from ckptmgr.trees.structure import TreeSpec, is_key, is_weak
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_FILES = frozenset({
+    "manifest.json", "PINNED", "commit_success.txt", "checkpoint", "default", "descriptor", "AUTO",
+    "_CHECKPOINT_METADATA", "_CHECKPOINT_DELETION", "_METADATA", "_sharding", "_strings.json", "array_metadatas",
+    "manifest.ocdbt", "d", "orbax.checkpoint",
+})  # fmt: skip
+"""Names that mean something else in the directory of a step, to us or to Orbax (v0 and v1)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """An item of arrays, flattened and checked."""
+
+    spec: TreeSpec
+    leaves: Sequence[Any]
+    is_own: bool = False
+    """Whether each process of a job may have its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """An item of JSON: `get` is called once the caller has gone on, so that a metric is never waited for."""
+
+    get: Callable[[], Any]
+    kind: Literal["json", "bytes"] = "json"
+    is_own: bool = False
+    """Whether each process of a job may have its own."""
+
+
+# ---------------------------------------------------------------- going in
+
+
+class Composer:
+    """Makes the items of a step; remembers the structure of the last one, which is mostly the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Any, TreeSpec]] = {}
+
+    def compose(
+        self, step: int, params: Any, opt_state: Any, extras: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> dict[str, Tree | Value]:
+        """Raises UnsupportedLeafError, TypeError or ValueError naming what cannot be saved."""
+        for name, given in (("extras", extras), ("metrics", metrics)):
+            if not isinstance(given, Mapping):
+                raise TypeError(f"{name} takes a mapping of names to values, not {type(given).__name__}")
+        found: dict[str, Tree | Value] = {}
+        if params is not None:
+            found[PARAMS] = self.tree(PARAMS, params)
+        if opt_state is not None:
+            found[OPT_STATE] = self.tree(OPT_STATE, opt_state)
+        for name, value in extras.items():
+            found[name] = self._extra(name, value)
+        return found | {STEP: Value(lambda: step), METRICS: _metrics(metrics)}
+
+    def tree(self, item: str, tree: Any) -> Tree:
+        leaves, treedef = jax.tree_util.tree_flatten(tree)
+        key = (treedef, list(map(_signature, leaves)))
+        known = self._known.get(item)
+        if known is None or not _is_alike(known[0], key):
+            known = self._known[item] = (key, structure.describe(tree, item=item))
+        return Tree(known[1], leaves)
+
+    def _extra(self, name: str, value: Any) -> Tree | Value:
+        _check_name(name)
+        is_own = not is_global(value)
+        if is_iterator(value):
+            value = value.get_state()
+        if isinstance(value, bytes):
+            return Value(functools.partial(_to_base64, value), "bytes", is_own)
+        if _is_json(value):  # a copy: the caller goes on
+            return Value(functools.partial(json.loads, json.dumps(value)), "json", is_own)
+        return dataclasses.replace(self.tree(name, value), is_own=is_own)
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    """Whether two trees have the same structure; what a node holds as static may refuse to be compared."""
+    try:
+        return bool(one == other)
+    except ValueError:  # numpy arrays, whose comparison is an array
+        return False
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot name an entry of extras: use letters, digits, '_', '.' and '-'")
+    if name in RESERVED | _FILES or UNFINISHED in name or name.startswith("ocdbt.process_"):
+        raise ValueError(
+            f"{name!r} cannot name an entry of extras: a checkpoint has a part or a file of that name"
+        )
+
+
+def _signature(leaf: Any) -> Any:
+    """Equal for leaves that are stored alike; a deleted array never matches."""
+    if isinstance(leaf, jax.Array):
+        return leaf.shape, leaf.dtype, leaf.sharding, is_weak(leaf), leaf.is_deleted()
+    if isinstance(leaf, np.ndarray):
+        return type(leaf), leaf.shape, leaf.dtype
+    if isinstance(leaf, int) and not isinstance(leaf, bool):
+        return int, -(2**63) <= leaf < 2**63
+    return type(leaf)
+
+
+def _to_base64(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value comes back from JSON as it was."""
+    if type(value) is dict:
+        return all(type(key) is str for key in value) and all(map(_is_json, value.values()))
+    if type(value) is list:
+        return all(map(_is_json, value))
+    return value is None or type(value) in (str, bool, int, float)
+
+
+def _metrics(metrics: Mapping[str, Any]) -> Value:
+    checked = {name: _metric(name, value) for name, value in metrics.items()}
+    return Value(lambda: {name: float(value) for name, value in jax.device_get(checked).items()})
+
+
+def _metric(name: Any, value: Any) -> Any:
+    if not isinstance(name, str):
+        raise TypeError(f"metrics: the name {name!r} is not a str")
+    if isinstance(value, jax.Array) and value.ndim == 0 and not jnp.iscomplexobj(value) and not is_key(value):
+        with jax.debug_nans(False), jax.debug_infs(False):  # a loss may be either: nothing is computed here
+            return jnp.copy(value)  # not waited for, and ours: the caller may donate its own
+    if isinstance(value, int | float | np.number | np.ndarray) and np.ndim(value) == 0 and np.isrealobj(value):
+        return float(value)
+    raise TypeError(f"metrics: {name!r} is {value!r}, not one number")

@@ -1,0 +1,114 @@
+"""The save that is being written: waited for beside the training, its failure raised at the next call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from ckptmgr.errors import CheckpointTimeoutError, SaveError
+from ckptmgr.processes.background import Task
+from ckptmgr.processes.job import Job
+from ckptmgr.results import CheckpointInfo, Save
+from ckptmgr.run.lock import Shared
+
+_log = logging.getLogger("ckptmgr")
+
+
+class Pending:
+    """The saves of one manager. They are written in turn with those of the others of the run.
+
+    `timeout_s` bounds every wait for one, and `job` knows which processes it waits for.
+    """
+
+    def __init__(self, timeout_s: float, job: Job, shared: Shared) -> None:
+        self._timeout_s = timeout_s
+        self._job = job
+        self._shared = shared
+        self._background = shared.background
+        self._saves: list[Save] = []
+
+    def follow(
+        self,
+        step: int,
+        commit: Callable[[], CheckpointInfo],
+        failed: Callable[[SaveError], None],
+        then: Callable[[CheckpointInfo], None],
+        let_go: Callable[[], None],
+    ) -> Save:
+        """Runs `commit`, which returns once the step is durable, in a thread, and `failed` or `then` after it.
+
+        `let_go` is called in the end, whatever has happened.
+        """
+        save = Save(step, self._timeout_s, self._background.wait_for)
+
+        def finish() -> None:
+            try:
+                save.info = commit()
+            except BaseException as problem:
+                _end(save, problem)
+                if save.failure is not None:
+                    failed(save.failure)
+            else:
+                save.over.set()
+                then(save.info)
+
+        def ended(problem: BaseException | None) -> None:
+            _end(save, problem)
+            let_go()
+
+        task = Task(f"the save of step {step}", finish, self._timeout_s, save, ended)
+        if not self.is_current():
+            self.join()
+        self._saves.append(save)
+        self._background.start(task)
+        return save
+
+    @property
+    def step(self) -> int | None:
+        """The step that is being written, by any manager of the run; None once it is durable, or has failed."""
+        written = (task.about for task in self._background.waiting())
+        return next((save.step for save in written if isinstance(save, Save) and not save.over.is_set()), None)
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Waits until nothing is being written, and what follows from it is done."""
+        try:
+            self._background.wait(self._timeout_s if timeout_s is None else timeout_s)
+        except CheckpointTimeoutError as late:
+            if not self._job.waits_for:
+                raise
+            told = f"{late}; {self._job.waits_for} did not come"
+            raise CheckpointTimeoutError(told, waiting_for=late.waiting_for) from None
+
+    def wait(self) -> None:
+        """The same, and raises what has failed."""
+        self.join()
+        self.raise_failure()
+
+    def settle(self, step: int) -> None:
+        """If this step is still being written, waits for it."""
+        if step == self.step and not self.is_current():
+            self.wait()
+
+    def is_current(self) -> bool:
+        """Whether the caller is a callback of the save that is being finished, which must not wait for itself."""
+        return self._background.is_current()
+
+    def raise_failure(self) -> None:
+        """Raises the failure of a save, once; one that `SaveResult.result` has raised is not raised again."""
+        with self._shared.raising:
+            for save in [each for each in self._saves if each.over.is_set()]:
+                self._saves.remove(save)
+                if save.failure is not None and not save.was_raised:
+                    save.was_raised = True
+                    raise save.failure
+
+
+def _end(save: Save, problem: BaseException | None) -> None:
+    """Sees to it that a save is over: durable or failed, whatever has interrupted it. May be called again."""
+    if save.info is None and save.failure is None:
+        why = "its thread was interrupted" if problem is None else str(problem) or repr(problem)
+        failure = SaveError(f"step {save.step} could not be saved: {why}", step=save.step)
+        failure.__cause__ = problem
+        save.failure = failure
+        _log.error("%s", failure)  # heard even if no next call comes
+    save.over.set()

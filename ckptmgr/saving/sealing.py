@@ -1,0 +1,110 @@
+"""Before a step gets its manifest: is everything there that was meant to be, and nothing else?
+
+The manifest must not say what lies on the disk by now, but what was saved: another program may have emptied,
+removed or replaced something while the step was written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from etils import epath
+
+from ckptmgr.arrays import chunks, database, extents
+from ckptmgr.arrays.chunks import Stored
+from ckptmgr.arrays.to_host import Plan
+from ckptmgr.errors import SaveError
+from ckptmgr.format import manifest as manifests
+from ckptmgr.format import paths
+from ckptmgr.trees.structure import numpy_dtype
+
+_DATABASE = re.compile(r"(ocdbt\.process_[0-9]+/)?(manifest\.ocdbt|d/[0-9a-f]{32})")
+
+
+class Meant(NamedTuple):
+    """What a step is to hold."""
+
+    files: Mapping[str, bytes]
+    """Files by name, and what they hold."""
+    other_files: frozenset[str]
+    """Files whose content is not known here: Orbax's, and those of other processes."""
+    databases: Mapping[str, Plan]
+    """The arrays by their folder."""
+    compression: str | None
+
+
+def check(step: int, draft: epath.Path, meant: Meant, found: Mapping[str, manifests.File]) -> None:
+    """Raises SaveError, which names the first file or leaf that is not as it was meant to be."""
+
+    def refuse(name: str, why: str) -> SaveError:
+        return SaveError(
+            f"{draft / name} {why}: something else has changed what step {step} wrote. It is not committed",
+            step=step,
+        )
+
+    for name in meant.other_files - found.keys():
+        raise refuse(name, "is missing")
+    for name, data in meant.files.items():
+        if name not in found:
+            raise refuse(name, "is missing")
+        if (found[name].size, found[name].crc32) != (len(data), zlib.crc32(data)):
+            raise refuse(name, "is not what was written")
+    for name in found.keys() - meant.files.keys() - meant.other_files:
+        folder = next((each for each in meant.databases if name.startswith(f"{each}/")), None)
+        if folder is None or not _DATABASE.fullmatch(name.removeprefix(f"{folder}/")):
+            raise refuse(name, "is not ours")
+    for folder, plan in meant.databases.items():
+        if paths.is_local(draft):
+            for key, why in _wrong(draft / folder, plan, meant.compression, {**found}, folder):
+                raise refuse(folder, f"{why} {key}")
+
+
+def _wrong(
+    directory: epath.Path, plan: Plan, compression: str | None, files: Mapping[str, manifests.File], folder: str
+) -> Iterator[tuple[str, str]]:
+    """The chunks that are not there, or not as large as they must be."""
+    if not plan.stored:
+        return
+    try:
+        found = extents.find(database.base(directory))
+    except (ValueError, OSError) as problem:
+        paths.refuse_exhausted(problem)
+        yield f"({str(problem)[:300]})", "has no list of its arrays"
+        return
+    for prefix, stored in zip(plan.prefixes, plan.stored, strict=True):
+        size = math.prod(stored.chunks) * numpy_dtype(stored.dtype).itemsize + 4
+        if f"{prefix}zarr.json" not in found:
+            yield f"{prefix}zarr.json", "lacks"
+        for key in _keys(prefix, stored):
+            chunk = found.get(key)
+            if chunk is None:
+                yield key, "lacks"
+            elif compression is None and stored.is_raw() and extents.nbytes(chunk) != size:
+                yield key, "holds another"
+            elif not isinstance(chunk, bytes) and not _is_in(chunk, files.get(f"{folder}/{chunk.file}")):
+                yield chunk.file, "lacks the whole of"
+    expected = sum(1 + _count(stored) for stored in plan.stored)
+    if len(found) != expected:
+        yield f"{len(found)} arrays and chunks instead of {expected}", "holds"
+
+
+def _keys(prefix: str, stored: Stored) -> Iterator[str]:
+    if stored.chunks == stored.shape:
+        yield prefix + chunks.ONLY[len(stored.shape)]
+        return
+    grid = [range(-(-have // size)) for have, size in zip(stored.shape, stored.chunks, strict=True)]
+    for place in itertools.product(*grid):
+        yield prefix + "/".join(["c", *map(str, place)])
+
+
+def _count(stored: Stored) -> int:
+    return math.prod(-(-have // size) for have, size in zip(stored.shape, stored.chunks, strict=True))
+
+
+def _is_in(chunk: extents.Extent, file: manifests.File | None) -> bool:
+    return file is not None and chunk.offset + chunk.nbytes <= file.size
