@@ -27,8 +27,8 @@ soak: .venv/installed
 	CKPTMGR_SOAK=1 $(BIN)/pytest -m soak -o timeout=1200 -o faulthandler_timeout=1260
 
 # The core tests with the oldest versions that pyproject.toml allows, in an environment of their own.
-OLDEST := tests/test_manager.py tests/storage tests/test_resume.py tests/test_reshard.py tests/test_layout.py \
-  tests/test_items.py
+OLDEST := tests/test_manager.py tests/arrays tests/orbax tests/test_resume.py tests/test_reshard.py tests/trees/test_placement.py \
+  tests/saving/test_items.py
 oldest: .venv-oldest/installed
 	.venv-oldest/bin/pytest $(OLDEST)
 

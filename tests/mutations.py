@@ -62,33 +62,33 @@ MUTATIONS = [
         "1a", "a step that is being written is listed",
         "run/local.py", "int(name) for name in entries if STEP.fullmatch(name) and self._is_step(name)",
         "int(name.partition('.')[0]) for name in entries if name[0].isdigit()",
-        "tests/test_catalog.py::test_only_whole_numbers_are_steps",
+        "tests/run/test_local.py::test_only_whole_numbers_are_steps",
     ),
     Mutation(
         "1a", "names are not flushed before the rename",
         "orbax/writing.py", "    files.sync(folders)\n", "",
-        "tests/storage/test_orbax.py::test_everything_is_flushed_before_the_step_has_its_name",
+        "tests/orbax/test_orbax.py::test_everything_is_flushed_before_the_step_has_its_name",
     ),
     Mutation(
         "1a", "what was copied to the mirror is not read back",
         "run/mirror.py", "        self._check(step, draft)\n", "",
-        "tests/test_mirror.py::test_a_copy_that_was_damaged_on_its_way_is_never_shown",
+        "tests/run/test_mirror.py::test_a_copy_that_was_damaged_on_its_way_is_never_shown",
     ),
     Mutation(
         "1a", "what was begun in the mirror for another save is gone on with",
         "run/mirror.py", "if not _is_equal(source / name, draft / name):", "if not draft.exists():",
-        "tests/test_mirror.py::test_what_was_begun_for_another_save_of_the_step_is_begun_anew",
+        "tests/run/test_mirror.py::test_what_was_begun_for_another_save_of_the_step_is_begun_anew",
     ),
     Mutation(
         "1a", "a lock whose file was removed is not taken again",
         "run/lock.py", "if descriptor is not None and not _is_still(self.path, descriptor):",
         "if False:",
-        "tests/test_strangers.py::test_another_process_that_took_a_run_whose_lock_was_removed_is_named",
+        "tests/run/test_strangers.py::test_another_process_that_took_a_run_whose_lock_was_removed_is_named",
     ),
     Mutation(
         "1b", "leftovers of an interrupted save stay",
         "run/local.py", "            elif why not in _STAYS:\n", "            elif False:\n",
-        "tests/test_catalog.py",
+        "tests/run/test_local.py",
     ),
     Mutation(
         "2a", "the checksum of a small chunk is not compared",
@@ -103,19 +103,19 @@ MUTATIONS = [
     Mutation(
         "2a", "the checksum of the manifest is not compared",
         "format/manifest.py", "if seal != _seal(text):", "if False:",
-        "tests/test_manifest.py",
+        "tests/format/test_manifest.py",
     ),
     Mutation(
         "2b", "a small file of arrays has no checksum",
         'format/manifest.py', 'return "/d/" in name and size > _SMALL_BYTES',
         'return "/d/" in name',
-        'tests/storage/test_sealing.py::test_a_database_of_another_save_that_has_the_same_size_is_found',
+        'tests/saving/test_sealing.py::test_a_database_of_another_save_that_has_the_same_size_is_found',
     ),
     Mutation(
         "2b", "a remembered manifest is that of its number",
         'run/local.py', 'self._manifests.get(step, stamp)',
         'self._manifests.get(step, self._manifests._known.get(step, (None,))[0])',
-        'tests/test_manifest_cache.py::test_a_step_that_another_process_replaced_is_told_of_as_it_is_now',
+        'tests/run/test_manifest_cache.py::test_a_step_that_another_process_replaced_is_told_of_as_it_is_now',
     ),
     Mutation(
         "2b", "a file that is missing is passed over",
@@ -126,7 +126,7 @@ MUTATIONS = [
         "2c", "what lies in a step is not compared with what was meant",
         'orbax/writing.py', '    sealing.check(step, draft, meant(), recorded)\n',
         '',
-        'tests/storage/test_sealing.py::test_what_somebody_does_to_a_step_while_it_is_written_is_never_sealed_as_whole',
+        'tests/saving/test_sealing.py::test_what_somebody_does_to_a_step_while_it_is_written_is_never_sealed_as_whole',
     ),
     Mutation(
         "3a", "a damaged newest step ends a restore",
@@ -148,7 +148,7 @@ MUTATIONS = [
     Mutation(
         "4", "numpy arrays are not copied",
         "arrays/to_host.py", 'np.array(leaf, order="C")', 'np.asarray(leaf, order="C")',
-        "tests/storage/test_arrays.py::test_the_caller_may_do_what_it_likes_once_save_has_returned",
+        "tests/arrays/test_arrays.py::test_the_caller_may_do_what_it_likes_once_save_has_returned",
     ),
     Mutation(
         "5", "the hook at the end of the script runs when executors are gone",
@@ -168,7 +168,7 @@ MUTATIONS = [
     Mutation(
         "5", "Ctrl-C ends the wait for the last save",
         "processes/background.py", '    signal.signal(signal.SIGINT, _warn_first)\n', '',
-        "tests/test_lifecycle.py::test_ctrl_c_while_the_last_save_is_waited_for_is_asked_for_twice",
+        "tests/processes/test_background.py::test_ctrl_c_while_the_last_save_is_waited_for_is_asked_for_twice",
     ),
     Mutation(
         "6a", "a failed save is not raised at the next call",
@@ -178,7 +178,7 @@ MUTATIONS = [
     Mutation(
         "6a", "what `result()` has raised is raised again by the next call",
         "results.py", "            save.was_raised = True\n", "",
-        "tests/test_sharing.py::test_an_old_result_does_not_take_the_failure_of_a_newer_save",
+        "tests/run/test_sharing.py::test_an_old_result_does_not_take_the_failure_of_a_newer_save",
     ),
     Mutation(
         "6b", "what a failed save has written stays",
@@ -202,7 +202,7 @@ MUTATIONS = [
     Mutation(
         "7b", "the newest step is no exception",
         "policies.py", ' + ["newest"] * (step == newest)', "",
-        "tests/test_policy.py",
+        "tests/test_policies.py",
     ),
     Mutation(
         "7b", "a policy that fails keeps nothing",
@@ -212,7 +212,7 @@ MUTATIONS = [
     Mutation(
         "7c", "a pin that comes meanwhile is not seen",
         "run/history.py", " or self._catalog.is_pinned(step)", "",
-        "tests/test_retention_harm.py::test_a_decision_is_looked_at_again_before_each_deletion",
+        "tests/run/test_retention_harm.py::test_a_decision_is_looked_at_again_before_each_deletion",
     ),
     Mutation(
         "7c", "a pin is lost as its step is replaced",
@@ -222,7 +222,7 @@ MUTATIONS = [
     Mutation(
         "7d", "NaN is ranked",
         "policies.py", " and not math.isnan(value) else None", " else None",
-        "tests/test_policy.py",
+        "tests/test_policies.py",
     ),
     Mutation(
         "7e", "metrics are forgotten at a restart",
@@ -254,7 +254,7 @@ MUTATIONS = [
     Mutation(
         "9b", "a name in a manifest may lead anywhere",
         "format/schema.py", "        if not stays_inside(name):\n", "        if False:\n",
-        "tests/test_manifest.py::test_names_that_lead_outside_of_the_checkpoint_are_refused",
+        "tests/format/test_manifest.py::test_names_that_lead_outside_of_the_checkpoint_are_refused",
     ),
     Mutation(
         "9c", "symlinks are followed to write",
@@ -284,12 +284,12 @@ MUTATIONS = [
         "trees/iterators.py",
         "return not is_tree and all(\n        callable(inspect.getattr_static(value, name, None))",
         "return all(\n        callable(getattr(value, name, None))",
-        "tests/test_items.py::test_the_streams_of_nnx_come_back_exactly_and_saving_draws_nothing",
+        "tests/saving/test_items.py::test_the_streams_of_nnx_come_back_exactly_and_saving_draws_nothing",
     ),
     Mutation(
         "11a", "what was saved last is no exception",
         "policies.py", 'found += ["last saved"] * (step == committed != newest)', "pass",
-        "tests/test_retention.py::test_what_was_just_saved_is_kept_although_later_steps_are_there",
+        "tests/run/test_retention.py::test_what_was_just_saved_is_kept_although_later_steps_are_there",
     ),
     Mutation(
         "11b", "a directory that is somebody's counts as a step",
@@ -300,37 +300,37 @@ MUTATIONS = [
         "11b", "a copy of a step that is half made counts as a step",
         "run/recognize.py", 'return isinstance(found, dict) and "tree_metadata" in found and _LATER not in found',
         "return True",
-        "tests/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+        "tests/run/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
     ),
     Mutation(
         "11b", "a copy of a step counts under its new number",
         "run/recognize.py", "or not _is_of_another_step(path, int(head[1]))",
         "or True",
-        "tests/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+        "tests/run/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
     ),
     Mutation(
         "11b", "a symlink to a step of the run counts as one",
         "run/recognize.py", "    if _leads_beside(path):\n",
         "    if False:\n",
-        "tests/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+        "tests/run/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
     ),
     Mutation(
         "11b", "a step is written into what somebody has put there",
         "run/local.py", "        if self._is_somebodys(step):\n",
         "        if False:\n",
-        "tests/test_strangers.py::test_a_number_that_a_stranger_has_is_refused_by_name_and_the_others_are_saved",
+        "tests/run/test_strangers.py::test_a_number_that_a_stranger_has_is_refused_by_name_and_the_others_are_saved",
     ),
     Mutation(
         "11b", "in a bucket any object that is named as the marker is one",
         "run/bucket.py", "if marker is None or (marker and not marker.startswith(recognize.MARKED)):",
         "if marker is None:",
-        "tests/test_strangers.py::test_strangers_in_a_bucket_are_not_there_for_us_and_stay",
+        "tests/run/test_strangers.py::test_strangers_in_a_bucket_are_not_there_for_us_and_stay",
     ),
     Mutation(
         "11b", "what is being deleted lies beside the steps",
         "run/local.py", 'self._ours(DELETING) / f"{step}-{time.time_ns()}"',
         'self.directory / f".deleted-{step}-{time.time_ns()}"',
-        "tests/test_whereabouts.py::test_over_the_life_of_a_run_nothing_is_touched_outside_of_steps_and_our_folder",
+        "tests/run/test_whereabouts.py::test_over_the_life_of_a_run_nothing_is_touched_outside_of_steps_and_our_folder",
     ),
     Mutation(
         "11c", "a damaged step counts among those to keep",
@@ -340,101 +340,101 @@ MUTATIONS = [
     Mutation(
         "11c", "a step that lacks a file counts",
         "run/history.py", "return dataclasses.replace(info, distrusted=missing)", "return info",
-        "tests/test_retention_harm.py::test_a_step_that_lacks_a_file_is_not_counted_and_not_deleted",
+        "tests/run/test_retention_harm.py::test_a_step_that_lacks_a_file_is_not_counted_and_not_deleted",
     ),
     Mutation(
         "11c", "steps are deleted while the newest is not understood",
         "run/history.py", "        if unclear:\n", "        if False:\n",
-        "tests/test_retention_harm.py::test_nothing_is_deleted_while_a_newest_step_is_not_understood",
+        "tests/run/test_retention_harm.py::test_nothing_is_deleted_while_a_newest_step_is_not_understood",
     ),
     Mutation(
         "11c", "a decision is not looked at again",
         "run/retention.py", "if history.still_holds(decision, step):", "if True:",
-        "tests/test_retention_harm.py::test_a_decision_is_looked_at_again_before_each_deletion",
+        "tests/run/test_retention_harm.py::test_a_decision_is_looked_at_again_before_each_deletion",
     ),
     Mutation(
         "11d", "a rewind moves before it says what it moves",
         "run/local.py", "            self._write_plan(plan.moves)\n            self.finish_rewind()\n",
         "            for index in range(len(plan.moves)):\n                self._move(plan.moves[index:])\n",
-        "tests/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
+        "tests/run/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
     ),
     Mutation(
         "11d", "a rewind that was interrupted is not finished",
         "run/local.py", "        try:\n            self.finish_rewind()\n", "        try:\n            pass\n",
-        "tests/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
+        "tests/run/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
     ),
     Mutation(
         "11d", "the newest step leaves before the others",
         "run/branches.py", "reverse=newest_first", "reverse=True",
-        "tests/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
+        "tests/run/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
     ),
     Mutation(
         "11d", "what was set aside is removed at the next start",
         "run/local.py", "_STAYS = (KEPT, BRANCH)", "_STAYS = (KEPT,)",
-        "tests/test_rewind.py::test_retention_best_and_leftovers_leave_alone_what_was_set_aside",
+        "tests/run/test_rewind.py::test_retention_best_and_leftovers_leave_alone_what_was_set_aside",
     ),
     Mutation(
         "11d", "a branch comes back without what it goes on from",
         "run/branches.py", "while step not in listed or (wanted and mark(str(step)) != wanted):",
         "while step not in listed:",
-        "tests/test_rewind.py::test_a_branch_comes_back_with_the_steps_that_it_goes_on_from",
+        "tests/run/test_rewind.py::test_a_branch_comes_back_with_the_steps_that_it_goes_on_from",
     ),
     Mutation(
         "11d", "the mirror keeps what was set aside",
         "saving/aftermath.py", "                mirror.rewind(there)\n", "                pass\n",
-        "tests/test_rewind.py::test_the_mirror_goes_back_too",
+        "tests/run/test_rewind.py::test_the_mirror_goes_back_too",
     ),
     Mutation(
         "11d", "policies go by what was set aside",
         "manager.py", "            self._last = None  # the policies", "            # the policies",
-        "tests/test_rewind.py::test_policies_go_by_the_branch_that_is_live",
+        "tests/run/test_rewind.py::test_policies_go_by_the_branch_that_is_live",
     ),
     Mutation(
         "11d", "the next start does not say that another branch was saved last",
         "restoring/restorer.py", "                self._warn_of_lower(candidate)\n", "",
-        "tests/test_rewind.py::test_without_a_rewind_the_save_and_the_next_start_say_what_is_meant",
+        "tests/run/test_rewind.py::test_without_a_rewind_the_save_and_the_next_start_say_what_is_meant",
     ),
     Mutation(
         "12a", "what a caller changed after an interrupt is saved",
         "arrays/writing.py", "        if self._is_abandoned:\n", "        if False:\n",
-        "tests/test_lifecycle.py::test_ctrl_c_at_any_moment_loses_nothing_and_the_manager_goes_on",
+        "tests/processes/test_background.py::test_ctrl_c_at_any_moment_loses_nothing_and_the_manager_goes_on",
     ),
     Mutation(
         "12a", "a thread that an exception ends is not followed by another",
         "processes/background.py", '            if not self._works.locked():', '            if False:',
-        "tests/test_lifecycle.py::test_a_thread_that_an_exception_ends_leaves_its_tasks_to_the_next",
+        "tests/processes/test_background.py::test_a_thread_that_an_exception_ends_leaves_its_tasks_to_the_next",
     ),
     Mutation(
         "12b", "two managers of a run have a queue each",
         "run/lock.py", '_runs.get(self._key) or Shared()', 'Shared()',
-        "tests/test_sharing.py::test_two_managers_do_not_write_the_same_step",
+        "tests/run/test_sharing.py::test_two_managers_do_not_write_the_same_step",
     ),
     Mutation(
         "12b", "a link to a run is another run",
         "run/lock.py", 'os.path.realpath(directory) if', 'str(directory) if',
-        "tests/test_sharing.py::test_two_managers_of_one_run_save_in_turn_and_lose_nothing",
+        "tests/run/test_sharing.py::test_two_managers_of_one_run_save_in_turn_and_lose_nothing",
     ),
     Mutation(
         "12b", "a forked child may write",
         "manager.py",
         "        if self._shared.process != os.getpid():\n            raise",
         "        if False:\n            raise",
-        "tests/test_sharing.py::test_a_forked_child_reads_and_writes_nothing",
+        "tests/run/test_sharing.py::test_a_forked_child_reads_and_writes_nothing",
     ),
     Mutation(
         "12b", "a manager closed by its callback lets go at once",
         "manager.py", 'elif self._pending.is_current():', 'elif False:',
-        "tests/test_sharing.py::test_a_callback_may_call_every_method",
+        "tests/run/test_sharing.py::test_a_callback_may_call_every_method",
     ),
     Mutation(
         "12b", "the garbage collector takes a lock",
         "run/lock.py", '_thread.start_new_thread(_settle, ())', '_settle()',
-        "tests/test_sharing.py::test_what_the_garbage_collector_calls_takes_no_lock_and_waits_for_nothing",
+        "tests/run/test_sharing.py::test_what_the_garbage_collector_calls_takes_no_lock_and_waits_for_nothing",
     ),
     Mutation(
         "13a", "what a manifest says is not looked at",
         "format/manifest.py", "        schema.check_manifest(body)\n", "",
-        "tests/test_manifest.py::test_every_field_that_is_anything_else_is_damage_or_is_of_use",
+        "tests/format/test_manifest.py::test_every_field_that_is_anything_else_is_damage_or_is_of_use",
     ),
     Mutation(
         "13a", "an error of the disk comes as it is",
@@ -464,27 +464,27 @@ MUTATIONS = [
     Mutation(
         "14a", "what the processes save is not compared",
         "processes/job.py", "        if is_other:\n", "        if False:\n",
-        "tests/test_job.py::test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_written",
+        "tests/processes/test_job.py::test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_written",
     ),
     Mutation(
         "14a", "a directory that is not shared is not looked for",
         "run/opening.py", "while token and not _has(directory, token):", "while False:",
-        "tests/test_job.py::test_directories_that_are_not_shared_are_refused_in_all",
+        "tests/processes/test_job.py::test_directories_that_are_not_shared_are_refused_in_all",
     ),
     Mutation(
         "14b", "each process gets the state of the first",
         "run/values.py", "{manifests.own_place(process, item.file)}", "{manifests.own_place(0, item.file)}",
-        "tests/test_job.py::test_each_process_gets_its_own_iterator_back_and_another_number_is_told",
+        "tests/processes/test_job.py::test_each_process_gets_its_own_iterator_back_and_another_number_is_told",
     ),
     Mutation(
         "14c", "a process that was waited for in vain is waited for again",
         "processes/job.py", "is_late=isinstance(problem, CheckpointTimeoutError)", "is_late=False",
-        "tests/test_job.py::test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time",
+        "tests/processes/test_job.py::test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time",
     ),
     Mutation(
         "14c", "a process that is slow is not waited for",
         "processes/job.py", "if self._said and self._said.get(i) != each}", "if False}",
-        "tests/test_job.py::test_a_save_that_is_slow_in_one_process_is_not_failed_by_the_others",
+        "tests/processes/test_job.py::test_a_save_that_is_slow_in_one_process_is_not_failed_by_the_others",
     ),
     Mutation(
         "16", "nothing is said of what `partial` kept",
@@ -499,6 +499,6 @@ MUTATIONS = [
     Mutation(
         "16", "nothing is said of what a mesh cannot carry",
         "trees/placement.py", "    if lost:\n", "    if False:\n",
-        "tests/test_layout.py::test_what_a_mesh_lacks_or_does_not_divide_is_replicated_and_said_once",
+        "tests/trees/test_placement.py::test_what_a_mesh_lacks_or_does_not_divide_is_replicated_and_said_once",
     ),
 ]  # fmt: skip

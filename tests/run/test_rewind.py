@@ -24,7 +24,7 @@ from ckptmgr import CheckpointManager, CheckpointNotFoundError, CorruptCheckpoin
 from ckptmgr.format import names
 from ckptmgr.run import bucket, journal
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 """Where a program that is given with -c finds the modules of the tests."""
 
 
@@ -104,7 +104,7 @@ def test_after_a_crash_on_the_new_branch_it_goes_on_there_and_back_again(newest,
         "os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path, str(newest)], capture_output=True, text=True, cwd=HERE
+        [sys.executable, "-c", program, tmp_path, str(newest)], capture_output=True, text=True, cwd=TESTS
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     with CheckpointManager(tmp_path, keep=latest(2)) as manager:
@@ -277,7 +277,7 @@ def kill(cases):
     """Rewinds each run in a process of its own, which has a fault; tells how each of them ended."""
     told = json.dumps(cases)
     done = subprocess.run(
-        [sys.executable, "-c", KILLED], input=told, capture_output=True, text=True, check=True, cwd=HERE
+        [sys.executable, "-c", KILLED], input=told, capture_output=True, text=True, check=True, cwd=TESTS
     )
     return list(map(int, done.stdout.split()))
 

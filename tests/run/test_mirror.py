@@ -302,7 +302,7 @@ def test_a_server_that_is_away_leaves_what_is_here_usable(home, servers, monkeyp
     )
     ended = subprocess.run(
         [sys.executable, "-c", program, str(home)],
-        env=os.environ | lost | {"PYTHONPATH": os.path.dirname(__file__), "AWS_MAX_ATTEMPTS": "1"},
+        env=os.environ | lost | {"PYTHONPATH": os.path.dirname(trainer.__file__), "AWS_MAX_ATTEMPTS": "1"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert ended.stdout.strip() == "[2] 2", ended.stderr
