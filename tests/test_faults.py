@@ -16,6 +16,7 @@ from conftest import counted, free_port, visible
 
 import ckptmgr
 from ckptmgr.arrays import writing
+from ckptmgr.format import names
 
 SAVING = ["arrays", "description", "file", "sync", "publish", "rename"]
 
@@ -37,6 +38,7 @@ def test_a_write_that_fails_at_any_point_is_said_and_harms_nothing(fault, tmp_pa
         assert caught.value.__cause__ is not None
         assert (manager.steps(), manager.latest(), saved(manager, 1)) == ([1], 1, 1)
         assert visible(tmp_path) == ["1"]
+        assert not any((tmp_path / names.SAVING).iterdir())
         manager.save(2, trainer.state(2)).result()
         assert saved(manager, 2) == 2
 
