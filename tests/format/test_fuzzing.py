@@ -23,7 +23,7 @@ VALUES = JSON | NUMBERS
 
 @pytest.fixture(autouse=True, scope="module")
 def quiet():
-    """pytest keeps each line of the log until a test ends, and with it the error and the arrays that it was about."""
+    """pytest keeps each line of the log until a test ends, and with it an error and its arrays."""
     log = logging.getLogger("ckptmgr")
     log.setLevel(logging.CRITICAL)
     yield
