@@ -315,6 +315,12 @@ MUTATIONS = [
         "tests/run/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
     ),
     Mutation(
+        "11b", "a copy of a step under another name counts as one",
+        "run/recognize.py", "    if is_renamed(path):\n",
+        "    if False:\n",
+        "tests/run/test_strangers.py::test_a_copy_of_a_step_under_another_name_is_no_step_also_if_no_other_is_left",
+    ),
+    Mutation(
         "11b", "a step is written into what somebody has put there",
         "run/local.py", "        if self._is_somebodys(step):\n",
         "        if False:\n",

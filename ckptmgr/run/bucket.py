@@ -48,14 +48,15 @@ class Bucket(Catalog):
         return super().has(step)
 
     def _is_step(self, name: str) -> bool:
-        """Whether a folder has Orbax's marker, and is no copy of another step of ours."""
+        """Whether a folder has Orbax's marker, and is no copy of a step of ours. (Ours have plain numbers.)"""
         marker = self._read(f"{name}/{COMMITTED}")
         if marker is None or (marker and not marker.startswith(recognize.MARKED)):
             return False
-        if recognize.marked_step(marker) in (None, recognize.own_number(name)):
+        is_own = recognize.marked_step(marker) in (None, recognize.own_number(name))
+        if is_own and names.STEP.fullmatch(name):
             return True
         metadata = self._read(f"{name}/{names.STEP_METADATA}")
-        return metadata is not None and not recognize.is_signature(metadata)
+        return is_own if metadata is None else not recognize.is_signature(metadata)
 
     def _read(self, name: str) -> bytes | None:
         """An object, in one request; None if there is none, be there others below its name."""

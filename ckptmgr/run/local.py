@@ -215,8 +215,14 @@ class Catalog:
         if not self.directory.exists():
             return "the directory does not exist"
         below = [entry for entry in self.directory.iterdir() if entry.is_dir() and entry.name != names.OURS]
-        runs = [entry.name for entry in below if type(self)(entry)._has_steps()]
-        return f"did you mean {self.directory / runs[0]}?" if runs else "nothing is saved in it yet"
+        for entry in below:
+            if type(self)(entry)._has_steps():
+                return f"did you mean {entry}?"
+            if recognize.is_renamed(str(entry)):
+                return (
+                    f"{entry.name} is a checkpoint under another name: to read it, rename it to its step's number"
+                )
+        return "nothing is saved in it yet"
 
     def _has_steps(self) -> bool:
         try:
