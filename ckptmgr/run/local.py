@@ -197,6 +197,10 @@ class Catalog:
             return True
         return step in self.steps()
 
+    def holds(self, step: int) -> bool:
+        """The same of a step with a plain number, in one look: nothing is listed."""
+        return self._is_step(str(step))
+
     def require(self, step: int) -> epath.Path:
         """The directory of a step that must be there."""
         if not self.has(step):
