@@ -600,6 +600,10 @@ class Catalog:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def taken(self) -> set[int]:
+        """The numbers that steps have, and that strangers have as their names."""
+        return {int(name) for name in self._entries() if STEP.fullmatch(name)}
+
     def strangers(self) -> list[str]:
         """What is in it and is neither a step nor ours."""
         steps = {self.path(step).name for step in self.steps()}

@@ -114,10 +114,11 @@ class Saver:
 
     def _exists(self, step: int, on_exists: str) -> str | None:
         """Why this step is not to be saved although it is due."""
-        if self._is_new(step):
+        if self._is_new(step) and not (on_exists == "skip" and self._catalog.holds(step)):
             return None
         steps = self._catalog.steps()
-        self._shared.newest = max([*steps, self._pending.step or 0], default=0)
+        self._shared.newest = max([*steps, self._pending.step or 0])
+        self._shared.taken = frozenset(self._catalog.taken().difference(steps))
         exists = step == self._pending.step or step in set(steps) - self._catalog.damaged
         if exists and on_exists == "replace" and not self._catalog.can_replace:
             raise ValueError(
@@ -135,8 +136,9 @@ class Saver:
         )
 
     def _is_new(self, step: int) -> bool:
-        """Whether the step is above every step that this process has seen or saved."""
-        return self._shared.newest is not None and step > self._shared.newest
+        """Whether the step is above every step that this process has seen or saved, and nothing had its name."""
+        newest = self._shared.newest
+        return newest is not None and step > newest and step not in self._shared.taken
 
     # ------------------------------------------------------------ copying and handing over
 

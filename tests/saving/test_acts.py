@@ -5,6 +5,7 @@ import contextlib
 import sys
 import threading
 
+import faults
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -108,3 +109,71 @@ def test_what_would_not_be_steady_is_seen(tmp_path):
     with seen.looking():
         ocp.utils.is_primary_host(0)
     assert seen.orbax
+
+
+# ---------------------------------------------------------------- what has come since the look at the run
+
+
+def by_stock(run, step):
+    with ocp.CheckpointManager(run) as manager:
+        manager.save(step, args=ocp.args.StandardSave({"w": np.ones(3)}), force=True)
+
+
+def by_a_person(run, step):
+    (run / str(step)).mkdir()
+    (run / str(step) / "notes").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("come", "on_exists", "said"),
+    [
+        (by_stock, "error", "meanwhile, and is kept"),
+        (by_a_person, "error", "is there and is no checkpoint"),
+        (by_a_person, "skip", "is there and is no checkpoint"),
+        (by_a_person, "replace", "is there and is no checkpoint"),
+    ],
+)
+def test_what_has_taken_the_number_meanwhile_is_kept_and_said_at_the_next_call(come, on_exists, said, tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, *state(1)).result()
+        come(tmp_path, 7)
+        before = {path: path.read_bytes() for path in (tmp_path / "7").rglob("*") if path.is_file()}
+        manager.save(7, *state(7), on_exists=on_exists)
+        with pytest.raises(ckptmgr.SaveError, match=f"step 7 .*/7 {said}"):
+            manager.save(8, *state(8))
+        assert before == {path: path.read_bytes() for path in (tmp_path / "7").rglob("*") if path.is_file()}
+        assert manager.save(8, *state(8)).result().step == 8
+
+
+def test_what_stock_has_saved_meanwhile_is_skipped_or_replaced(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, *state(1)).result()
+        by_stock(tmp_path, 7)
+        assert not manager.save(7, *state(7), on_exists="skip")
+        manager.rewind(1)
+        by_stock(tmp_path, 9)
+        manager.save(9, *state(9), on_exists="replace").result()
+        assert manager.restore(9).params["b"][0] == 9
+
+
+def test_two_managers_of_one_process_know_each_others_steps(tmp_path):
+    with CheckpointManager(tmp_path) as one, CheckpointManager(tmp_path) as other:
+        one.save(1, *state(1)).result()
+        other.save(5, *state(5)).result()
+        with pytest.raises(ckptmgr.CheckpointExistsError):
+            one.save(5, *state(5))
+        one.rewind(1)
+        assert other.save(5, *state(5), on_exists="skip")
+
+
+def test_a_step_that_was_deleted_or_has_failed_is_free_again(tmp_path, monkeypatch):
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, *state(step)).result()
+        manager.delete(2)
+        assert manager.save(2, *state(2)).result().step == 2
+        with monkeypatch.context() as patch:
+            faults.install("full arrays 1", patch.setattr)
+            with pytest.raises(ckptmgr.SaveError, match="step 3"):
+                manager.save(3, *state(3)).result()
+        assert manager.save(3, *state(3)).result().step == 3
