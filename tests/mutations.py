@@ -66,7 +66,7 @@ MUTATIONS = [
     ),
     Mutation(
         "1a", "names are not flushed before the rename",
-        "orbax/writing.py", "    files.sync(folders)\n", "",
+        "saving/committing.py", "        files.sync(folders)\n", "",
         "tests/orbax/test_orbax.py::test_everything_is_flushed_before_the_step_has_its_name",
     ),
     Mutation(
@@ -124,7 +124,7 @@ MUTATIONS = [
     ),
     Mutation(
         "2c", "what lies in a step is not compared with what was meant",
-        'orbax/writing.py', '    sealing.check(step, draft, meant(), recorded)\n',
+        'saving/committing.py', '        sealing.check(copied.step, draft, self._meant(copied, draft), found)\n',
         '',
         'tests/saving/test_sealing.py::test_what_somebody_does_to_a_step_while_it_is_written_is_never_sealed_as_whole',
     ),
@@ -182,8 +182,8 @@ MUTATIONS = [
     ),
     Mutation(
         "6b", "what a failed save has written stays",
-        "orbax/writing.py",
-        "                self._run.discard(step)\n            raise", "                pass\n            raise",
+        "saving/committing.py",
+        "                self._run.discard(copied.step)\n", "                pass\n",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
@@ -194,9 +194,9 @@ MUTATIONS = [
     ),
     Mutation(
         "7a", "older steps go before the newer one is durable",
-        "manager.py", "            store.write(step, copied.contents,",
+        "saving/saver.py", "            self._committer.commit(copied,",
         "            [self._catalog.delete(each) for each in self._catalog.steps() if self._options.keep]\n"
-        "            store.write(step, copied.contents,",
+        "            self._committer.commit(copied,",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
@@ -216,7 +216,7 @@ MUTATIONS = [
     ),
     Mutation(
         "7c", "a pin is lost as its step is replaced",
-        "orbax/writing.py", "    run.keep_pin(step)\n", "",
+        "saving/committing.py", "        self._run.keep_pin(copied.step)\n", "",
         "tests/test_crash.py::test_killed_as_a_pinned_step_is_replaced_the_step_is_pinned",
     ),
     Mutation(
@@ -392,7 +392,7 @@ MUTATIONS = [
     ),
     Mutation(
         "11d", "policies go by what was set aside",
-        "manager.py", "            self._last = None  # the policies", "            # the policies",
+        "saving/saver.py", "        self._last = None\n        self._shared.newest", "        self._shared.newest",
         "tests/run/test_rewind.py::test_policies_go_by_the_branch_that_is_live",
     ),
     Mutation(
@@ -422,7 +422,7 @@ MUTATIONS = [
     ),
     Mutation(
         "12b", "a forked child may write",
-        "manager.py",
+        "saving/saver.py",
         "        if self._shared.process != os.getpid():\n            raise",
         "        if False:\n            raise",
         "tests/run/test_sharing.py::test_a_forked_child_reads_and_writes_nothing",

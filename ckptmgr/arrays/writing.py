@@ -114,6 +114,14 @@ def merge(directory: epath.Path) -> None:
     transaction.commit_async().result()
 
 
+def write(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
+    """Writes this process's part of an item."""
+    write_wave(directory, snapshot, compression)
+    while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
+        snapshot.collect()
+        write_wave(directory, snapshot, compression)
+
+
 def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
     """Writes what has been copied, and lets go of it."""
     plan, copied, snapshot.copied = snapshot.plan, snapshot.copied, []

@@ -197,6 +197,10 @@ class Catalog:
             return True
         return step in self.steps()
 
+    def holds(self, step: int) -> bool:
+        """The same of a step with a plain number, in one look: nothing is listed."""
+        return self._is_step(str(step))
+
     def require(self, step: int) -> epath.Path:
         """The directory of a step that must be there."""
         if not self.has(step):
@@ -601,6 +605,10 @@ class Catalog:
             return sorted((self.directory / folder).iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def taken(self) -> set[int]:
+        """The numbers that steps have, and that strangers have as their names."""
+        return {int(name) for name in self._entries() if STEP.fullmatch(name)}
 
     def strangers(self) -> list[str]:
         """What is in it and is neither a step nor ours."""

@@ -44,6 +44,10 @@ class Shared:
         self.damaged: dict[int, Any] = {}
         self.committed: int | None = None
         """The step that was saved last: what one manager has just saved, no other deletes."""
+        self.newest: int | None = None
+        """The newest step that was seen or saved here; None if nobody has looked yet."""
+        self.taken: frozenset[int] = frozenset()
+        """Numbers above it that were seen to be the names of what is no step."""
         self.owners: set[object] = set()
         self.path = ""
         self.descriptor: int | None = None

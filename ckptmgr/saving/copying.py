@@ -33,7 +33,11 @@ class Copied:
     """Those of which each has."""
 
     @property
-    def _snapshots(self) -> dict[str, writing.Snapshot]:
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def snapshots(self) -> dict[str, writing.Snapshot]:
         return {name: each for name, each in sorted(self.contents.items()) if isinstance(each, writing.Snapshot)}
 
     def spec(self) -> job.Spec:
@@ -42,7 +46,7 @@ class Copied:
             f"{name}\t{item.kind}{f' with {item.compression}' if item.compression else ''}"
             for name, item in sorted(self.manifest.items.items())
         ]
-        plans = {name: snapshot.plan for name, snapshot in self._snapshots.items()}
+        plans = {name: snapshot.plan for name, snapshot in self.snapshots.items()}
 
         def lines() -> list[str]:
             leaves = [f"{name}{line}" for name, plan in plans.items() for line in plan.lines]
@@ -64,7 +68,7 @@ class Copied:
         """Leaves to others what they write."""
         self.own.update(name for name, each in zip(self.may_differ, differs, strict=True) if each)
         by_leaf = iter(owners)
-        for name, snapshot in self._snapshots.items():
+        for name, snapshot in self.snapshots.items():
             settled = [next(by_leaf) for _ in snapshot.plan.owners]
             if name not in self.own:
                 snapshot.leave_out(_of_others(snapshot.plan.owners, settled))
@@ -72,20 +76,20 @@ class Copied:
     def wait(self, wait_for: Callable[[Moment, float], bool], timeout_s: float) -> bool:
         """Waits until every leaf is copied: under `max_host_bytes` what is written makes room for the next."""
         ends = time.monotonic() + timeout_s
-        return all(wait_for(each.complete, ends - time.monotonic()) for each in self._snapshots.values())
+        return all(wait_for(each.complete, ends - time.monotonic()) for each in self.snapshots.values())
 
     def release(self) -> None:
         """Lets go of the leaves, also of those that were not copied because the save has failed."""
-        for snapshot in self._snapshots.values():
+        for snapshot in self.snapshots.values():
             snapshot.release()
 
     def completed_at(self) -> float:
         """When every leaf had been copied, on the clock of `time.perf_counter`."""
-        return max((snapshot.completed_at for snapshot in self._snapshots.values()), default=0.0)
+        return max((snapshot.completed_at for snapshot in self.snapshots.values()), default=0.0)
 
     def abandon(self) -> None:
         """Nothing of this is saved unless every leaf has been copied by now."""
-        for snapshot in self._snapshots.values():
+        for snapshot in self.snapshots.values():
             snapshot.abandon()
 
     def build_manifest(self, files: Mapping[str, manifests.File]) -> bytes:
