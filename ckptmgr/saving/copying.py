@@ -95,11 +95,11 @@ class Copied:
     def build_manifest(self, files: Mapping[str, manifests.File]) -> bytes:
         """The manifest, once the files are written and the metrics have arrived."""
         metrics = self.contents[manifests.METRICS]()
-        each = {
-            name: dataclasses.replace(item, processes=jax.process_count() if name in self.own else 1)
-            for name, item in self.manifest.items.items()
-        }
-        return manifests.encode(dataclasses.replace(self.manifest, items=each, files=files, metrics=metrics))
+        each = self.manifest.items
+        own = {name: dataclasses.replace(each[name], processes=jax.process_count()) for name in self.own}
+        return manifests.encode(
+            dataclasses.replace(self.manifest, items={**each, **own}, files=files, metrics=metrics)
+        )
 
 
 def _of_others(owners: Sequence[int], settled: Sequence[int]) -> list[int]:
@@ -118,6 +118,7 @@ class Copier:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._planner = to_host.Planner(options.chunk_bytes)
+        self._described: dict[str, manifests.Item] = {}
 
     def copy(self, step: int, saved_at: float, composed: Composed) -> Copied:
         """Copies every item to the host before any writer starts: a writer would slow the copies down."""
@@ -128,7 +129,7 @@ class Copier:
         for snapshot in snapshots.values():
             snapshot.collect()
         values = {name: item for name, item in composed.items() if isinstance(item, items.Value)}
-        described = {name: self._of_arrays(snapshot) for name, snapshot in snapshots.items()}
+        described = {name: self._describe(name, snapshot) for name, snapshot in snapshots.items()}
         described |= {name: manifests.Item(v.kind, file=manifests.json_file(name)) for name, v in values.items()}
         manifest = manifests.Manifest(
             step=step,
@@ -149,5 +150,9 @@ class Copier:
         share = None if bound is None or is_own else bound // of  # what processes compare is copied whole
         return writing.Snapshot(plan, tree.leaves, share, is_own=is_own)
 
-    def _of_arrays(self, snapshot: writing.Snapshot) -> manifests.Item:
-        return manifests.Item("arrays", snapshot.plan.tree, compression=self._options.compression)
+    def _describe(self, name: str, snapshot: writing.Snapshot) -> manifests.Item:
+        known = self._described.get(name)
+        if known is None or known.tree is not snapshot.plan.tree:
+            known = manifests.Item("arrays", snapshot.plan.tree, compression=self._options.compression)
+            self._described[name] = known
+        return known
