@@ -25,8 +25,7 @@ from ckptmgr.format import files, names, paths
 from ckptmgr.format import manifest as manifests
 from ckptmgr.orbax import item_files
 from ckptmgr.processes.job import Call, Job
-from ckptmgr.run import local
-from ckptmgr.run.local import Catalog
+from ckptmgr.run.catalog import Catalog
 from ckptmgr.saving import sealing
 
 BuildManifest = Callable[[Mapping[str, manifests.File]], bytes]
@@ -367,7 +366,7 @@ def _commit(
     replaced = run.publish(step, replaces=replaces)
     files.sync([run.directory])
     if replaced is not None:
-        local.remove(replaced)
+        run.remove(replaced)
 
 
 def _describe(directory: epath.Path, plan: Plan) -> None:
