@@ -23,7 +23,8 @@ from ckptmgr.processes.job import Call
 from ckptmgr.restoring import matching
 from ckptmgr.restoring import restorer as restoring
 from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
-from ckptmgr.run import bucket, history, journal, lock, opening, verifying
+from ckptmgr.run import history, journal, lock, opening, verifying
+from ckptmgr.run.catalog import open_catalog
 from ckptmgr.saving import aftermath, queue, saver
 from ckptmgr.trees import differences
 from ckptmgr.trees import placement as layouts
@@ -90,7 +91,7 @@ class CheckpointManager:
         self._clock = clocks.Clock(self._options.clock)
         self._directory = paths.resolve(directory)
         aftermath.check_mirror(self._options.mirror, self._directory)
-        self._catalog = bucket.open_catalog(self._directory)
+        self._catalog = open_catalog(self._directory)
         self._history = history.History(self._catalog, self._options.keep)
         self._writer: lock.Writer | None
         timeout_s = self._options.timeout_s

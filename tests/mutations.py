@@ -60,7 +60,7 @@ SENTENCES = {
 MUTATIONS = [
     Mutation(
         "1a", "a step that is being written is listed",
-        "run/local.py", "int(name) for name in entries if STEP.fullmatch(name) and self._is_step(name)",
+        "run/catalog.py", "int(name) for name in self._storage.find_steps(filter(STEP.fullmatch, entries))",
         "int(name.partition('.')[0]) for name in entries if name[0].isdigit()",
         "tests/run/test_local.py::test_only_whole_numbers_are_steps",
     ),
@@ -87,7 +87,7 @@ MUTATIONS = [
     ),
     Mutation(
         "1b", "leftovers of an interrupted save stay",
-        "run/local.py", "            elif why not in _STAYS:\n", "            elif False:\n",
+        "run/catalog.py", "            elif why not in STAYS:\n", "            elif False:\n",
         "tests/run/test_local.py",
     ),
     Mutation(
@@ -113,7 +113,7 @@ MUTATIONS = [
     ),
     Mutation(
         "2b", "a remembered manifest is that of its number",
-        'run/local.py', 'self._manifests.get(step, stamp)',
+        'run/catalog.py', 'self._manifests.get(step, stamp)',
         'self._manifests.get(step, self._manifests._known.get(step, (None,))[0])',
         'tests/run/test_manifest_cache.py::test_a_step_that_another_process_replaced_is_told_of_as_it_is_now',
     ),
@@ -322,7 +322,7 @@ MUTATIONS = [
     ),
     Mutation(
         "11b", "a step is written into what somebody has put there",
-        "run/local.py", "        if self._is_somebodys(step):\n",
+        "run/catalog.py", "        if self._storage.is_somebodys(str(step)):\n",
         "        if False:\n",
         "tests/run/test_strangers.py::test_a_number_that_a_stranger_has_is_refused_by_name_and_the_others_are_saved",
     ),
@@ -335,7 +335,7 @@ MUTATIONS = [
     Mutation(
         "11b", "what is being deleted lies beside the steps",
         "run/local.py", 'self._ours(DELETING) / f"{step}-{time.time_ns()}"',
-        'self.directory / f".deleted-{step}-{time.time_ns()}"',
+        'self.path / f".deleted-{step}-{time.time_ns()}"',
         "tests/run/test_whereabouts.py::test_over_the_life_of_a_run_nothing_is_touched_outside_of_steps_and_our_folder",
     ),
     Mutation(
@@ -360,13 +360,14 @@ MUTATIONS = [
     ),
     Mutation(
         "11d", "a rewind moves before it says what it moves",
-        "run/local.py", "            self._write_plan(plan.moves)\n            self.finish_rewind()\n",
-        "            for index in range(len(plan.moves)):\n                self._move(plan.moves[index:])\n",
+        "run/catalog.py",
+        "            self._storage.write_plan(branching.encode(plan.moves))\n            self.finish_rewind()\n",
+        "            for at in range(len(plan.moves)):\n                self._storage.move(plan.moves[at:])\n",
         "tests/run/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
     ),
     Mutation(
         "11d", "a rewind that was interrupted is not finished",
-        "run/local.py", "        try:\n            self.finish_rewind()\n", "        try:\n            pass\n",
+        "run/catalog.py", "        try:\n            self.finish_rewind()\n", "        try:\n            pass\n",
         "tests/run/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
     ),
     Mutation(
@@ -376,7 +377,7 @@ MUTATIONS = [
     ),
     Mutation(
         "11d", "what was set aside is removed at the next start",
-        "run/local.py", "_STAYS = (KEPT, BRANCH)", "_STAYS = (KEPT,)",
+        "run/directory.py", "STAYS = (KEPT, BRANCH)", "STAYS = (KEPT,)",
         "tests/run/test_rewind.py::test_retention_best_and_leftovers_leave_alone_what_was_set_aside",
     ),
     Mutation(

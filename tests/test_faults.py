@@ -62,7 +62,7 @@ def test_a_replacement_that_fails_leaves_a_whole_step(fault, swaps, tmp_path, mo
         manager.save(1, trainer.state(1)).result()
         with monkeypatch.context() as patch:
             if not swaps:  # as on macOS
-                patch.setattr("ckptmgr.run.local._exchange", lambda *_: False)
+                patch.setattr("ckptmgr.format.files.exchange", lambda *_: False)
             faults.install(fault, patch.setattr)
             failed = manager.save(1, trainer.state(2), on_exists="replace")
             done = "rename" in fault and swaps  # then nothing is renamed

@@ -15,10 +15,10 @@ from ckptmgr.format import names, paths
 from ckptmgr.options import Options
 from ckptmgr.processes.job import Job
 from ckptmgr.results import CheckpointInfo, Save
-from ckptmgr.run import branches, bucket, retention, rewinding
+from ckptmgr.run import branches, retention, rewinding
+from ckptmgr.run.catalog import Catalog, open_catalog
 from ckptmgr.run.history import History
 from ckptmgr.run.journal import Journal, last_saved
-from ckptmgr.run.local import Catalog
 from ckptmgr.run.lock import Shared, Writer
 from ckptmgr.run.mirror import Mirror
 
@@ -80,7 +80,7 @@ class Aftermath:
     def _open_mirror(self) -> Mirror | None:
         if self._options.mirror is None:
             return None
-        found = bucket.open_catalog(self._options.mirror)
+        found = open_catalog(self._options.mirror)
         options = self._options
         return Mirror(self._home, found, options.mirror_keep, options.timeout_s, self._shared.mirroring)
 

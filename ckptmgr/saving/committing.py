@@ -20,8 +20,7 @@ from ckptmgr.format import manifest as manifests
 from ckptmgr.orbax import item_files
 from ckptmgr.orbax import writing as orbax
 from ckptmgr.processes.job import Job
-from ckptmgr.run import local
-from ckptmgr.run.local import Catalog
+from ckptmgr.run.catalog import Catalog
 from ckptmgr.saving import sealing
 from ckptmgr.saving.copying import Copied
 from ckptmgr.saving.stages import Stages
@@ -114,14 +113,12 @@ class Committer:
 
     def _publish(self, step: int, draft: epath.Path, replaces: bool) -> None:
         """Gives the draft the name of the step, durably."""
-        if not paths.is_local(
-            draft
-        ):  # object stores cannot rename: there the last file says that the step is whole
+        if not paths.is_local(draft):  # nothing can be renamed there: the last file says that the step is whole
             files.write(draft / names.COMMITTED, self._marker(step))
         replaced = self._run.publish(step, replaces=replaces)
         files.sync([self._run.directory])
         if replaced is not None:
-            local.remove(replaced)
+            self._run.remove(replaced)
 
     def _marker(self, step: int) -> bytes:
         return f"Checkpoint commit was successful to {self._run.directory / str(step)}".encode()

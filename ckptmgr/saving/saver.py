@@ -22,8 +22,8 @@ from ckptmgr.processes import background
 from ckptmgr.processes.job import Call, Job
 from ckptmgr.processes.signals import Preemption
 from ckptmgr.results import CheckpointInfo, SaveResult
+from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.history import History
-from ckptmgr.run.local import Catalog
 from ckptmgr.run.lock import Shared, Writer
 from ckptmgr.saving import copying, items
 from ckptmgr.saving.aftermath import Aftermath
