@@ -646,9 +646,10 @@ class World:
             self.books.release(self.keep, self.flying[0])
 
     def their_step(self):
-        """A step that they do something to, and where; not the one that is being written."""
+        """A step that they do something to; not the one that is being written, nor what they have put in its place."""
         flying = self.flying and self.flying[0]
-        there = [step for step in self.books.may if step != flying and (self.run / str(step)).is_dir()]
+        places = {step: self.run / str(step) for step in self.books.may if step != flying}
+        there = [step for step, path in places.items() if path.is_dir() and path not in self.theirs]
         return self.draw.choice(sorted(there)) if there else None
 
     def note(self, path):

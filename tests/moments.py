@@ -73,10 +73,10 @@ class Interrupt:
             return None  # asyncio, say, keeps exceptions to itself
         frame.f_trace = self._step  # CPython 3.13 looks at f_trace_opcodes only if this is set before it
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return self._step
+        return self._step(frame, event, None)  # RESUME, where the function begins, is reported as the call
 
     def _step(self, frame, event, _):
-        if event == "opcode" and frame.f_lasti in moments(frame.f_code):
+        if event in ("call", "opcode") and frame.f_lasti in moments(frame.f_code):
             self.seen += 1
             if self.seen == self.turn:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_qualname}"
