@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
 
@@ -101,13 +101,13 @@ class Catalog:
     def path(self, step: int) -> epath.Path:
         return self.directory / self._name(step)
 
-    def _is_step(self, step: int) -> bool:
-        """Whether there is a step that has the plain number."""
+    def holds(self, step: int) -> bool:
+        """Whether a step with the plain number is committed, in one look: nothing is listed."""
         return bool(self._storage.find_steps([str(step)]))
 
     def has(self, step: int) -> bool:
         """Whether a step is committed."""
-        return (step not in self._names and self._is_step(step)) or step in self.steps()
+        return (step not in self._names and self.holds(step)) or step in self.steps()
 
     def require(self, step: int) -> epath.Path:
         """The directory of a step that must be there."""
@@ -118,6 +118,10 @@ class Catalog:
                 step=step,
             )
         return self.path(step)
+
+    def taken(self) -> set[int]:
+        """The numbers that steps have, and that strangers have as their names."""
+        return {int(name) for name in self._storage.entries() if STEP.fullmatch(name)}
 
     def strangers(self) -> list[str]:
         """What is in it and is neither a step nor ours."""
@@ -133,7 +137,7 @@ class Catalog:
     def check_free(self, step: int) -> None:
         """Raises SaveError if a save would mix names of two forms, or replace what is no checkpoint."""
         self._refuse_names(f"step {step} is not saved", step)
-        if self.can_replace and step not in self.damaged and self._is_step(step):
+        if self.can_replace and step not in self.damaged and self.holds(step):
             with contextlib.suppress(CorruptCheckpointError):
                 self.manifest(step)  # raises NewerFormatError: what a later ckptmgr wrote is not replaced
         self._refuse_somebodys(step)
@@ -221,8 +225,9 @@ class Catalog:
         """Keeps what is known of damaged steps where the other managers of the run see it."""
         self._damaged = known
 
-    def mark_damaged(self, steps: Iterable[int]) -> None:
-        self._damaged |= {step: self.stamp(step) for step in steps}
+    def mark_damaged(self, seen: Mapping[int, Stamp]) -> None:
+        """Each with the stamp that it had before it was read: it may have been replaced since."""
+        self._damaged |= seen
 
     def forget(self, step: int) -> None:
         """Drops what was remembered of a step that was replaced or deleted."""
@@ -239,10 +244,14 @@ class Catalog:
         return paths.may_exist(self.path(step) / names.PIN)
 
     def pin(self, step: int) -> None:
-        self._storage.pin(self.require(step))
+        folder = self.require(step)
+        with _refusing(step, "pinned"):
+            self._storage.pin(folder)
 
     def unpin(self, step: int) -> None:
-        self._storage.unpin(self.require(step))
+        folder = self.require(step)
+        with _refusing(step, "unpinned"):
+            self._storage.unpin(folder)
 
     # ------------------------------------------------------------ a step that is written here
 
@@ -271,7 +280,7 @@ class Catalog:
     def _refuse_newcomer(self, step: int, replaces: bool) -> None:
         """Raises if something came to the place of the step while the draft was written."""
         self._refuse_somebodys(step)
-        if not replaces and self._is_step(step):
+        if not replaces and self.holds(step):
             raise SaveError(
                 f"step {step} is not saved: another checkpoint came to {self.path(step)} meanwhile, and is kept",
                 step=step,
@@ -288,7 +297,8 @@ class Catalog:
         """Takes a step out of the listing at once, then removes its files."""
         self.require(step)
         self.forget(step)
-        hidden = self._storage.hide(self._name(step))
+        with _refusing(step, "deleted"):
+            hidden = self._storage.hide(self._name(step))
         _log.info("step %d deleted", step)
         self.remove(hidden)
 
@@ -299,7 +309,8 @@ class Catalog:
     def set_aside(self, step: int) -> epath.Path:
         """Takes a damaged step out of the listing, and keeps it for whoever wants to look into it."""
         self.forget(step)
-        return self._storage.set_aside(self._name(step))
+        with _refusing(step, "set aside, and it is damaged"):
+            return self._storage.set_aside(self._name(step))
 
     # ------------------------------------------------------------ going on from another step
 
@@ -373,6 +384,17 @@ class Catalog:
         """What is no step, and why it lies there. `tidy` leaves alone what is damaged, or was set aside."""
         places = [branch.place(step) for branch in self.branches() for step in sorted(branch.steps)]
         return self._storage.leftovers() + [(self.directory / place, BRANCH) for place in places]
+
+
+@contextlib.contextmanager
+def _refusing(step: int, what: str) -> Iterator[None]:
+    """What the storage raises becomes an error of ours, which says what is not done."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as problem:  # of a disk or of a client
+        raise SaveError(f"step {step} is not {what}: {problem}", step=step) from problem
 
 
 def _read_manifest(step: int, directory: epath.Path) -> manifests.Manifest:
