@@ -110,7 +110,8 @@ class Restorer:
             except CorruptCheckpointError as problem:
                 _log.warning("step %d is passed over as damaged: %s", candidate, problem)
                 self._journal.record("passed over", candidate, why=str(problem))
-                skipped[candidate], seen[candidate] = str(problem), stamp
+                seen[candidate] = stamp
+                skipped[candidate] = str(problem)
             except CheckpointNotFoundError as problem:  # the trainer has deleted it meanwhile, and has a newer one
                 still_listed = functools.partial(self._refuse_if_listed, candidate, ends, str(problem))
                 self._job.decide(_CHOICE, still_listed)
