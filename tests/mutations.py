@@ -340,7 +340,7 @@ MUTATIONS = [
     ),
     Mutation(
         "11c", "a damaged step counts among those to keep",
-        "restoring/restorer.py", "self._home.mark_damaged(skipped)", "pass",
+        "restoring/restorer.py", "self._home.mark_damaged(seen)", "pass",
         "tests/test_crash.py::test_a_damaged_step_is_not_counted_not_deleted_and_its_number_is_free_again",
     ),
     Mutation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -80,21 +81,31 @@ def _devices() -> list[str] | str:
 def _storage(directory: str) -> dict[str, Any]:
     """How fast a file is written, flushed, and read back; the file is removed."""
     where = paths.resolve(directory)
-    probe, data = where / f".ckptmgr-doctor-{os.getpid()}", os.urandom(1 << 20) * (_PROBE_BYTES >> 20)
+    ours = where / names.OURS
+    probe, data = ours / f"doctor-{os.getpid()}", os.urandom(1 << 20) * (_PROBE_BYTES >> 20)
+    is_run = ours.exists()
     try:
-        where.mkdir(parents=True, exist_ok=True)
+        paths.refuse_link(ours)
+        ours.mkdir(parents=True, exist_ok=True)
         written_s = _timed(lambda: files.write(probe, data))
         read_s = _timed(probe.read_bytes)
     except OSError as problem:
         return {"directory": str(where), "error": str(problem)}
     finally:
-        probe.unlink(missing_ok=True)
+        _remove(probe, ours, is_run)
     return {
         "directory": str(where),
         "write_bytes_per_s": round(_PROBE_BYTES / written_s),
         "read_bytes_per_s": round(_PROBE_BYTES / read_s),
         "free_bytes": free_bytes(where) if paths.is_local(where) else None,
     }
+
+
+def _remove(probe: epath.Path, ours: epath.Path, is_run: bool) -> None:
+    with contextlib.suppress(OSError):  # it was not written, or a training job has put something beside it
+        probe.unlink(missing_ok=True)
+        if not is_run and paths.is_local(ours):
+            os.rmdir(ours)
 
 
 def _timed(call: Any) -> float:

@@ -23,6 +23,7 @@ from ckptmgr.run import journal
 from ckptmgr.run import values as saved
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.history import History
+from ckptmgr.run.manifest_cache import Stamp
 from ckptmgr.run.mirror import Mirror
 from ckptmgr.trees import placement as layouts
 from ckptmgr.trees.differences import StructureDiff
@@ -100,19 +101,22 @@ class Restorer:
     def newest(self, request: Request) -> Checkpoint:
         """The newest good step; those passed over as damaged count as if they were not there any more."""
         skipped: dict[int, str] = {}
+        seen: dict[int, Stamp] = {}
         ends = time.monotonic() + min(_PATIENCE_S, self._timeout_s / 2)
         while (candidate := self._newest_beside(skipped)) is not None:
+            stamp = self._home.stamp(candidate)
             try:
                 found = self._restore(candidate, request, skipped)
             except CorruptCheckpointError as problem:
                 _log.warning("step %d is passed over as damaged: %s", candidate, problem)
                 self._journal.record("passed over", candidate, why=str(problem))
+                seen[candidate] = stamp
                 skipped[candidate] = str(problem)
             except CheckpointNotFoundError as problem:  # the trainer has deleted it meanwhile, and has a newer one
                 still_listed = functools.partial(self._refuse_if_listed, candidate, ends, str(problem))
                 self._job.decide(_CHOICE, still_listed)
             else:
-                self._home.mark_damaged(skipped)
+                self._home.mark_damaged(seen)
                 self._warn_of_lower(candidate)
                 return found
         raise self._home.nothing_good(skipped)
@@ -148,6 +152,7 @@ class Restorer:
 
     def _restore(self, step: int, request: Request, skipped: Mapping[int, str] | None = None) -> Checkpoint:
         """Restores a step in every process, or in none; from the mirror if it is damaged here, or not here."""
+        stamp = self._home.stamp(step)
         try:
             return self._together(self._home, step, request, skipped or {})
         except (CorruptCheckpointError, CheckpointNotFoundError) as problem:
@@ -157,7 +162,7 @@ class Restorer:
             _log.warning("step %d is taken from %s: %s", step, mirror.catalog.directory, problem)
             found = self._together(mirror.catalog, step, request, skipped or {})
             if isinstance(problem, CorruptCheckpointError):
-                self._home.mark_damaged([step])
+                self._home.mark_damaged({step: stamp})
             return found
 
     def _together(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:

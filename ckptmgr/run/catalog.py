@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
 
@@ -103,7 +103,7 @@ class Catalog:
         return self.directory / self._name(step)
 
     def holds(self, step: int) -> bool:
-        """Whether there is a step that has the plain number, from one look: nothing is listed."""
+        """Whether a step with the plain number is committed, in one look: nothing is listed."""
         return bool(self._storage.find_steps([str(step)]))
 
     def has(self, step: int) -> bool:
@@ -232,8 +232,9 @@ class Catalog:
         """Keeps what is known of damaged steps where the other managers of the run see it."""
         self._damaged = known
 
-    def mark_damaged(self, steps: Iterable[int]) -> None:
-        self._damaged |= {step: self.stamp(step) for step in steps}
+    def mark_damaged(self, seen: Mapping[int, Stamp]) -> None:
+        """Each with the stamp that it had before it was read: it may have been replaced since."""
+        self._damaged |= seen
 
     def forget(self, step: int) -> None:
         """Drops what was remembered of a step that was replaced or deleted."""
@@ -250,10 +251,14 @@ class Catalog:
         return paths.may_exist(self.path(step) / names.PIN)
 
     def pin(self, step: int) -> None:
-        self._storage.pin(self.require(step))
+        folder = self.require(step)
+        with _refusing(step, "pinned"):
+            self._storage.pin(folder)
 
     def unpin(self, step: int) -> None:
-        self._storage.unpin(self.require(step))
+        folder = self.require(step)
+        with _refusing(step, "unpinned"):
+            self._storage.unpin(folder)
 
     # ------------------------------------------------------------ a step that is written here
 
@@ -299,7 +304,8 @@ class Catalog:
         """Takes a step out of the listing at once, then removes its files."""
         self.require(step)
         self.forget(step)
-        hidden = self._storage.hide(self._name(step))
+        with _refusing(step, "deleted"):
+            hidden = self._storage.hide(self._name(step))
         _log.info("step %d deleted", step)
         self.remove(hidden)
 
@@ -310,7 +316,8 @@ class Catalog:
     def set_aside(self, step: int) -> epath.Path:
         """Takes a damaged step out of the listing, and keeps it for whoever wants to look into it."""
         self.forget(step)
-        return self._storage.set_aside(self._name(step))
+        with _refusing(step, "set aside, and it is damaged"):
+            return self._storage.set_aside(self._name(step))
 
     # ------------------------------------------------------------ going on from another step
 
@@ -384,6 +391,17 @@ class Catalog:
         """What is no step, and why it lies there. `tidy` leaves alone what is damaged, or was set aside."""
         places = [branch.place(step) for branch in self.branches() for step in sorted(branch.steps)]
         return self._storage.leftovers() + [(self.directory / place, BRANCH) for place in places]
+
+
+@contextlib.contextmanager
+def _refusing(step: int, what: str) -> Iterator[None]:
+    """What the storage raises becomes an error of ours, which says what is not done."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as problem:  # of a disk or of a client
+        raise SaveError(f"step {step} is not {what}: {problem}", step=step) from problem
 
 
 def _read_manifest(step: int, directory: epath.Path) -> manifests.Manifest:

@@ -18,7 +18,13 @@ import fsspec
 from etils import epath
 from etils.epath import backend
 
-from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
+from ckptmgr.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    NewerFormatError,
+    SaveError,
+)
 from ckptmgr.format import files, names, paths
 from ckptmgr.format import manifest as manifests
 from ckptmgr.policies import KeepPolicy
@@ -133,6 +139,8 @@ class Mirror:
         try:
             self._copy(step)
         except (CheckpointError, FileNotFoundError) as problem:
+            if isinstance(problem, SaveError) and problem.__cause__ is not None:
+                raise  # the storage has failed, not the step
             if not self._is_still_there(step, time):
                 return True
             _log.error("step %d is not copied to %s: %s", step, self.catalog.directory, problem)

@@ -286,6 +286,10 @@ def test_doctor(tmp_path):
     assert found["storage"]["write_bytes_per_s"] > 0
     assert found["warnings"] == []
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".ckptmgr").symlink_to(tmp_path / "elsewhere")  # it writes nowhere else
+    code, out, _ = run("doctor", tmp_path, "--json")
+    assert (code, "is a symlink" in json.loads(out)["storage"]["error"]) == (1, True)
 
 
 def test_what_is_not_there_and_what_is_wrong_is_said_in_one_line(tmp_path):

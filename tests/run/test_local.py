@@ -1,6 +1,7 @@
 """The run directory: what counts as a step, and what an interrupted process left behind."""
 
 import fcntl
+import logging
 import os
 import shutil
 
@@ -114,6 +115,70 @@ def test_deleting_takes_the_step_away_before_its_files(run, monkeypatch, caplog)
     listing.delete(5)
     assert listing.steps() == [10]
     assert "could not be removed, and is tried again at the next start: busy" in caplog.text
+
+
+IN_THE_WAY = [
+    (".ckptmgr/deleting", "a file", "delete"),
+    (".ckptmgr/deleting", "a symlink", "delete"),
+    (".ckptmgr/damaged", "a file", "save"),
+    (".ckptmgr/damaged", "a symlink", "save"),
+    *(("5/PINNED", what, change) for what in ("a folder", "a FIFO", "a symlink") for change in ("pin", "unpin")),
+]
+
+
+@pytest.mark.parametrize(("place", "what", "change"), IN_THE_WAY)
+def test_what_is_in_the_way_of_a_change_is_named_in_an_error_of_ours(run, place, what, change, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    make = {
+        "a file": lambda path: path.write_text("notes"),
+        "a symlink": lambda path: path.symlink_to(tmp_path / "elsewhere"),
+        "a folder": lambda path: (path / "notes").mkdir(parents=True),
+        "a FIFO": os.mkfifo,
+    }[what]
+    with CheckpointManager(run) as manager:
+        if change == "save":
+            (run / "10" / "manifest.json").write_bytes(b"")
+            assert manager.restore().step == 5
+        make(run / place)
+        if change == "unpin" and what in ("a FIFO", "a symlink"):  # it is removed: what it leads to stays
+            manager.unpin(5)
+            assert (tmp_path / "elsewhere").exists()
+            return
+        act = {
+            "delete": lambda: manager.delete(5),
+            "save": lambda: manager.save(10, {"w": jnp.ones(3)}),
+            "pin": lambda: manager.pin(5),
+            "unpin": lambda: manager.unpin(5),
+        }[change]
+        with pytest.raises(ckptmgr.SaveError, match=rf"step {'10' if change == 'save' else '5'} is not .*{place}"):
+            act()
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+class _Replaces(logging.Handler):
+    """Another process, which puts a whole step in the place of one when it is told to be damaged."""
+
+    def __init__(self, run, good):
+        super().__init__()
+        self.run, self.good = run, good
+
+    def emit(self, record):
+        if "is passed over as damaged" in record.getMessage() and self.good.exists():
+            shutil.rmtree(self.run / "10")
+            self.good.rename(self.run / "10")
+
+
+def test_a_step_that_was_replaced_after_it_was_found_damaged_is_not_marked_as_damaged(run, tmp_path):
+    shutil.copytree(run / "10", tmp_path / "good")
+    (run / "10" / "manifest.json").write_bytes(b"")
+    handler = _Replaces(run, tmp_path / "good")
+    logging.getLogger("ckptmgr").addHandler(handler)
+    try:
+        with CheckpointManager(run) as manager:
+            assert manager.restore().step == 5
+            assert manager.info(10).distrusted is None
+    finally:
+        logging.getLogger("ckptmgr").removeHandler(handler)
 
 
 def test_paths():

@@ -180,7 +180,7 @@ class Tree(RuleBasedStateMachine):
             faults.install(f"fail rename {turn}", patch.setattr)
             try:
                 self.manager.rewind(self.step_of[value])
-            except OSError:
+            except SaveError:
                 assert max(self.manager.steps()) in (max(self.listed), self.step_of[value])
         self.reopen()
         self.has_rewound(self.after_rewind(value))
