@@ -17,9 +17,8 @@ from ckptmgr.hyperparams import get_hyperparams, set_hyperparams
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.policies import at_steps, best, every_seconds, every_steps, latest
 from ckptmgr.results import Checkpoint, CheckpointInfo, SaveResult, VerifyReport
-from ckptmgr.trees.differences import LeafDiff, StructureDiff
+from ckptmgr.specs import LeafDiff, LeafSpec, StructureDiff
 from ckptmgr.trees.placement import HOST
-from ckptmgr.trees.structure import LeafSpec
 
 __all__ = [
     "HOST",

@@ -27,7 +27,7 @@ from ckptmgr.restoring import restorer as restoring
 from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.run import bucket, history, journal, lock, opening, verifying
 from ckptmgr.saving import aftermath, copying, items, queue
-from ckptmgr.trees import differences
+from ckptmgr.specs import StructureDiff
 from ckptmgr.trees import placement as layouts
 
 _log = logging.getLogger("ckptmgr")
@@ -494,7 +494,7 @@ class CheckpointManager:
         """What is known of every readable step, in order, from one look at all."""
         return self._history.all()
 
-    def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> differences.StructureDiff:
+    def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> StructureDiff:
         """How the templates differ from a step; falsy if they do not."""
         step = policies.step_number(step)
         self._catalog.require(step)

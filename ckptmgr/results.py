@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
 from ckptmgr.processes.background import Moment
-from ckptmgr.trees.structure import LeafSpec
+from ckptmgr.specs import LeafSpec
 
 
 def _empty() -> Any:

@@ -24,8 +24,8 @@ from ckptmgr.run import values as saved
 from ckptmgr.run.history import History
 from ckptmgr.run.local import Catalog
 from ckptmgr.run.mirror import Mirror
+from ckptmgr.specs import StructureDiff
 from ckptmgr.trees import placement as layouts
-from ckptmgr.trees.differences import StructureDiff
 from ckptmgr.trees.structure import abstract
 
 _log = logging.getLogger("ckptmgr")

@@ -12,7 +12,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ckptmgr.errors import LayoutError
-from ckptmgr.trees.structure import Keys, Row, abstract
+from ckptmgr.specs import Keys, Row
+from ckptmgr.trees.structure import abstract
 
 _log = logging.getLogger("ckptmgr")
 
