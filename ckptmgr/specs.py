@@ -9,7 +9,13 @@ An int among them is a place in a sequence.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+PyTree: TypeAlias = Any
+"""A tree of arrays and numbers as JAX knows it: nested containers of any registered type. No type checker can tell
+one from another value, so this says to readers what is meant."""
 
 Keys = tuple[str | int, ...]
 Outline = Any
@@ -17,6 +23,22 @@ Outline = Any
 
 PYTHON_KINDS = ("bool", "int", "float", "complex", "str")
 """The kinds of leaves that are Python's own values."""
+
+
+class Optimizer(Protocol):
+    """An optax optimizer, of which only `init` is used."""
+
+    @property
+    def init(self) -> Callable[[Any], Any]: ...
+
+
+def fit_line(kind: str, *parts: str) -> str:
+    """A repr of one line, which is cut if it is too long."""
+    text = " ".join(f"{kind}({', '.join(parts)})".split())
+    return text if len(text) <= _LINE else f"{text[: _LINE - 4]}...)"
+
+
+_LINE = 160
 
 
 class LeafSpec(NamedTuple):
@@ -94,6 +116,12 @@ class StructureDiff:
 
     def __bool__(self) -> bool:
         return bool(self.leaves)
+
+    def __repr__(self) -> str:
+        counts = Counter(leaf.problem for leaf in self.leaves)
+        parts = [f"{problem}={count}" for problem, count in counts.items()]
+        first = [f"first={self.leaves[0].path}"] if self.leaves else []
+        return fit_line("StructureDiff", *parts, *first)
 
     def of(self, problem: str) -> tuple[LeafDiff, ...]:
         """Leaves with this problem."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, TypeAlias, TypeGuard
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
@@ -18,18 +18,43 @@ from ckptmgr.trees.structure import abstract
 _log = logging.getLogger("ckptmgr")
 
 
-class _Host:
+class Host:
+    """The type of `ckptmgr.HOST`."""
+
     def __repr__(self) -> str:
         return "ckptmgr.HOST"
 
 
-HOST: Final = _Host()
+HOST: Final = Host()
 """As a layout: numpy arrays, on no device."""
 
 HERE: Final = "the default device"
 """Where `jnp.asarray` would put it: on the default device, and free to be moved by a jitted function."""
 
-Layout = Any
+
+class Device(Protocol):
+    """A `jax.Device`, which JAX leaves without a type."""
+
+    @property
+    def process_index(self) -> int: ...
+
+
+Placement: TypeAlias = Sharding | PartitionSpec | Device | Host
+"""Where one leaf goes. A PartitionSpec is of the mesh of `jax.set_mesh`."""
+
+
+class Dataclass(Protocol):
+    """A pytree that is a dataclass: a module of Equinox, a struct of Flax."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+LayoutFunction: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], Placement | None]
+Layout: TypeAlias = (
+    Placement | Mesh | LayoutFunction | Mapping[Any, Any] | list[Any] | tuple[Any, ...] | Dataclass | None
+)  # fmt: skip
+"""Where restored arrays go: one place for all, a Mesh, a function of path and leaf, or a tree of places; None is
+where the templates' arrays are."""
 Place = Any
 """A Sharding, HERE or HOST."""
 
@@ -69,7 +94,7 @@ def check(layout: Layout) -> Layout:
     return layout
 
 
-def _is_function(layout: Layout) -> bool:
+def _is_function(layout: Layout) -> TypeGuard[LayoutFunction]:
     """Whether a layout is to be called; a tree of shardings may have a `__call__` too, as Equinox's modules do."""
     return callable(layout) and not any(map(_is_placement, jax.tree.leaves(layout)))
 
@@ -148,7 +173,7 @@ def _places(layout: Layout, wanted: Sequence[Wanted], params: Wanted) -> list[li
     if isinstance(layout, Mesh):
         return _carried(layout, wanted)
     meshes = _Meshes([*wanted, params])
-    if isinstance(layout, Sharding | jax.Device | _Host):
+    if isinstance(layout, Sharding | jax.Device | Host):
         place = _place("every leaf", layout, meshes)
         return [[place] * len(each.rows) for each in wanted]
     chosen = _by_function(layout, params, meshes) if _is_function(layout) else _by_tree(layout, params, meshes)
@@ -277,9 +302,7 @@ def _names(partition: Iterable[Any]) -> list[tuple[str, ...]]:
     return found
 
 
-def _by_function(
-    layout: Callable[[str, jax.ShapeDtypeStruct], Any], params: Wanted, meshes: _Meshes
-) -> list[Place]:
+def _by_function(layout: LayoutFunction, params: Wanted, meshes: _Meshes) -> list[Place]:
     def place(row: Row) -> Place:
         leaf = row.wants if row.wants.kind == "jax" else row.saved
         answer = None
@@ -312,7 +335,7 @@ def _answered(params: Wanted, row: Row, answer: Any, meshes: _Meshes) -> Place:
 
 
 def _is_placement(node: Any) -> bool:
-    return node is None or isinstance(node, Sharding | PartitionSpec | jax.Device | _Host)
+    return node is None or isinstance(node, Sharding | PartitionSpec | jax.Device | Host)
 
 
 def _place(leaf: str, answer: Any, meshes: _Meshes) -> Place:
