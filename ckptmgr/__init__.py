@@ -29,7 +29,7 @@ from ckptmgr.policies import (
 )
 from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.specs import LeafDiff, LeafSpec, Optimizer, PyTree, StructureDiff
-from ckptmgr.trees.placement import HOST, Layout
+from ckptmgr.trees.layouts import HOST, Layout
 
 __all__ = [
     "HOST",

@@ -28,7 +28,8 @@ from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, OptState, Params
 from ckptmgr.run import bucket, history, journal, lock, opening, verifying
 from ckptmgr.saving import aftermath, copying, items, queue
 from ckptmgr.specs import Optimizer, PyTree, StructureDiff, fit_line
-from ckptmgr.trees import placement as layouts
+from ckptmgr.trees import placement
+from ckptmgr.trees.layouts import Layout
 
 _log = logging.getLogger("ckptmgr")
 
@@ -362,7 +363,7 @@ class CheckpointManager:
         opt_state: OptState | None = None,
         optimizer: Optimizer | None = None,
         extras: Mapping[str, Any] | None = None,
-        layout: layouts.Layout = None,
+        layout: Layout = None,
         cast: bool | Collection[str] = False,
         partial: bool | Collection[str] = False,
         rename: Mapping[str, str] | None = None,
@@ -416,7 +417,7 @@ class CheckpointManager:
         opt_state: OptState | None = None,
         optimizer: Optimizer | None = None,
         extras: Mapping[str, Any] | None = None,
-        layout: layouts.Layout = None,
+        layout: Layout = None,
         cast: bool | Collection[str] = False,
         partial: bool | Collection[str] = False,
         rename: Mapping[str, str] | None = None,
@@ -441,13 +442,13 @@ class CheckpointManager:
         return Checkpoint(step=step, params=start, opt_state=state, extras=dict(extras or {}), resumed=False)
 
     def _request(
-        self, *, extras: Mapping[str, Any] | None, layout: layouts.Layout, rename: Mapping[str, str] | None,
+        self, *, extras: Mapping[str, Any] | None, layout: Layout, rename: Mapping[str, str] | None,
         broadcast: bool, **templates: Any,
     ) -> matching.Request:  # fmt: skip
         """Checks what is asked for before anything is looked up."""
         return matching.Request(
             extras=extras or {},
-            layout=layouts.check(layout),
+            layout=placement.check(layout),
             rename=rename or {},
             broadcast=broadcast and jax.process_count() > 1,
             **templates,

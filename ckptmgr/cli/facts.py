@@ -25,7 +25,7 @@ from ckptmgr.run import rewinding as rewinds
 from ckptmgr.run.history import History
 from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees import structure
-from ckptmgr.trees.placement import HOST
+from ckptmgr.trees.layouts import HOST
 
 Facts = dict[str, Any]
 _MOST_NAMES, _LONGEST_NAME = 10, 60
