@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -17,16 +16,16 @@ from etils import epath
 
 from ckptmgr import clock as clocks
 from ckptmgr import options, policies
-from ckptmgr.errors import CheckpointError, CheckpointExistsError, CorruptCheckpointError, SaveError
+from ckptmgr.errors import CorruptCheckpointError, SaveError
 from ckptmgr.format import paths
-from ckptmgr.orbax import writing
 from ckptmgr.processes import background, job, signals
 from ckptmgr.processes.job import Call
 from ckptmgr.restoring import matching
 from ckptmgr.restoring import restorer as restoring
 from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, OptState, Params, SaveResult, VerifyReport
-from ckptmgr.run import bucket, history, journal, lock, opening, verifying
-from ckptmgr.saving import aftermath, copying, items, queue
+from ckptmgr.run import history, journal, lock, opening, verifying
+from ckptmgr.run.catalog import open_catalog
+from ckptmgr.saving import aftermath, queue, saver
 from ckptmgr.specs import Optimizer, PyTree, StructureDiff, fit_line
 from ckptmgr.trees import placement
 from ckptmgr.trees.layouts import Layout
@@ -93,14 +92,9 @@ class CheckpointManager:
         self._clock = clocks.Clock(self._options.clock)
         self._directory = paths.resolve(directory)
         aftermath.check_mirror(self._options.mirror, self._directory)
-        self._catalog = bucket.open_catalog(self._directory)
+        self._catalog = open_catalog(self._directory)
         self._history = history.History(self._catalog, self._options.keep)
-        self._composer = items.Composer()
-        self._copier = copying.Copier(self._options)
-        self._last: CheckpointInfo | None = None
-        self._store: writing.Store | None = None
         self._writer: lock.Writer | None
-        self._preemption = signals.Preemption()
         timeout_s = self._options.timeout_s
         if read_only:  # it may be opened in one process of a job alone
             self._job = saving = job.Job("", timeout_s, alone=True)
@@ -119,13 +113,16 @@ class CheckpointManager:
         self._restorer = restoring.Restorer(
             self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, timeout_s
         )
+        self._saver = saver.Saver(
+            self._options, self._clock, self._catalog, self._history, self._job, self._shared, self._writer,
+            self._pending, self._aftermath,
+        )  # fmt: skip
         if not read_only:
             signals.drain_on_sigterm()
-            self._store = writing.Store(self._catalog, compression=self._options.compression, job=saving)
             self._aftermath.update_mirror()  # what an earlier process has not copied
 
     def __repr__(self) -> str:
-        state = "open for writing" if self._store is not None else "read-only or closed"
+        state = "open for writing" if self._saver.is_open else "read-only or closed"
         return fit_line("CheckpointManager", repr(str(self._directory)), state)
 
     @property
@@ -137,16 +134,7 @@ class CheckpointManager:
 
     def should_save(self, step: int) -> bool:
         """Whether `save(step, ...)` would save now: by `save_every`, or because the run is to stop."""
-        step = policies.step_number(step)
-        if all(isinstance(each, policies.every_steps | policies.at_steps) for each in self._options.save_every):
-            due = self._is_due(step, None)  # so a step that is declined makes no request to a bucket
-        else:  # clocks differ
-            call = Call("the decision about a save", step)
-            due = self._job.decide(call, lambda: self._is_due(step, self._last_save()))
-        return self._preemption.is_due(step, due)
-
-    def _is_due(self, step: int, last: policies.Record | None) -> bool:
-        return policies.is_due(self._options.save_every, step, now=self._clock.now(), last=last)
+        return self._saver.should_save(policies.step_number(step))
 
     def save(
         self,
@@ -178,115 +166,9 @@ class CheckpointManager:
           UnsupportedLeafError: a leaf has no form on disk; nothing was written.
           SaveError: the save before this one failed, or this one did.
         """
-        called = time.perf_counter()
-        step = policies.step_number(step)
-        with self._turn(step):
-            store = self._writable(step)
-            refusal = self._refuse(step, force, on_exists)
-            if refusal:
-                return SaveResult(step, refusal)
-            if params is None and opt_state is None:
-                raise ValueError("save needs params, or an opt_state that holds them")
-
-            def copy() -> copying.Copied:
-                self._shared.hold()
-                self._catalog.check_free(step)
-                composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
-                self._pending.wait()
-                self._writable(step)  # a callback may have closed the manager meanwhile
-                copied = self._copier.copy(step, self._clock.wall(), composed)
-                self._make_room(step)
-                return copied
-
-            copied = self._job.together(Call("the save", step), copy, copying.Copied.spec)
-            reason = "forced" if force else "preempted" if self.preempted else "due"
-            return self._hand_over(copied, store, reason, called, replaces=on_exists == "replace")
-
-    def _turn(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        """Held by a call that writes, of any manager of the run here; a callback of a save has its turn."""
-        if self._shared.process != os.getpid():
-            raise SaveError(
-                f"step {step}: this manager belongs to process {self._shared.process}, and this process is a fork "
-                "of it, where it only reads. Save, delete and pin in the process that opened the run",
-                step=step,
-            )
-        return contextlib.nullcontext() if self._pending.is_current() else self._shared.turn
-
-    def _make_room(self, step: int) -> None:
-        """Renames a damaged step so that its number can be saved again."""
-        if step in self._catalog.damaged and self._job.leads:
-            _log.warning("step %d is damaged and set aside as %s", step, self._catalog.set_aside(step))
-        self._catalog.forget(step)
-
-    def _last_save(self) -> policies.Record | None:
-        """The last save that was accepted here, else the newest on disk; its time is as `now` counts it."""
-        if self._last is None and (newest := self._history.newest()) is not None:
-            self._last = dataclasses.replace(newest, time=self._clock.since(newest.time))
-        return self._last
-
-    def _writable(self, step: int, what: str = "saved") -> writing.Store:
-        if self._job.count == 1:  # processes raise it together, in the next call that they make together
-            self._pending.raise_failure()
-        if self._store is None:
-            raise SaveError(f"step {step} cannot be {what}: this manager is read-only or closed", step=step)
-        return self._store
-
-    def _refuse(self, step: int, force: bool, on_exists: str) -> str | None:
-        """Why this step is not to be saved; None if it is."""
-        if on_exists not in ("error", "skip", "replace"):
-            raise ValueError(f'on_exists takes "error", "skip" or "replace", not {on_exists!r}')
-        due = self._preemption.is_due(step, True) if force else self.should_save(step)
-        if not due:
-            return "not due by save_every"
-        return self._job.decide(Call("the start of the save", step), lambda: self._exists(step, on_exists))
-
-    def _exists(self, step: int, on_exists: str) -> str | None:
-        """Why this step is not to be saved although it is due."""
-        exists = step == self._pending.step or step in set(self._catalog.steps()) - self._catalog.damaged
-        if exists and on_exists == "replace" and not self._catalog.can_replace:
-            raise ValueError(
-                f'on_exists="replace" takes a rename, which {self._directory} has not; delete({step}) first'
-            )
-        if not exists or on_exists == "replace":
-            return None
-        if on_exists == "skip":
-            return f"step {step} exists"
-        raise CheckpointExistsError(
-            f'step {step} is already in {self._directory}; on_exists="replace" replaces it, "skip" keeps it',
-            step=step,
-        )
-
-    def _hand_over(
-        self, copied: copying.Copied, store: writing.Store, reason: str, called: float, *, replaces: bool
-    ) -> SaveResult:
-        """Has the step written beside the caller, then what follows from it done."""
-        step, handed_over = copied.manifest.step, time.perf_counter()
-
-        def commit() -> CheckpointInfo:
-            if self._writer is None or not self._writer.is_held():
-                raise SaveError("a callback has closed the manager", step=step)
-            store.write(step, copied.contents, copied.build_manifest, copied.own, replaces=replaces)
-            durable_s = time.perf_counter() - called
-            blocked_s = max(handed_over, copied.completed_at()) - called
-            info = self._history.glance(self._catalog.manifest(step, fresh=True))  # not that of a step it replaced
-            return dataclasses.replace(info, blocked_s=blocked_s, durable_s=durable_s)
-
-        def failed(failure: SaveError) -> None:
-            self._last = None
-            self._journal.record("failed", step, why=str(failure.__cause__))
-
-        self._last, before = CheckpointInfo(step=step, time=self._clock.now()), self._last
-        try:
-            save = self._pending.follow(step, commit, failed, self._aftermath.follow, copied.release)
-            if not copied.wait(save.wait_for, self._options.timeout_s):
-                self._pending.join(0)  # says what takes so long
-        except BaseException:
-            copied.abandon()
-            self._last = before
-            raise
-        if not (self._options.asynchronous and background.CAN_OUTLIVE_MAIN):
-            self._pending.wait()
-        return SaveResult(step, reason, save)
+        return self._saver.save(
+            policies.step_number(step), params, opt_state, extras, metrics, force=force, on_exists=on_exists,
+        )  # fmt: skip
 
     # ------------------------------------------------------------ waiting and closing
 
@@ -306,9 +188,9 @@ class CheckpointManager:
         After a CheckpointTimeoutError it is still being written, and `close` may be called again.
         """
         if self._shared.process != os.getpid():
-            self._store = None  # in a forked child: the run is the parent's
+            self._saver.is_open = False  # in a forked child: the run is the parent's
         elif self._pending.is_current():  # a callback, which cannot wait for itself
-            self._store = None
+            self._saver.is_open = False
             self._shared.background.add(background.Task("the closing", self._let_go, self._options.timeout_s))
         else:
             with self._shared.turn:
@@ -319,7 +201,7 @@ class CheckpointManager:
     def _let_go(self) -> None:
         """Each line may be done again: an interrupted call of `close` is made once more."""
         self._aftermath.wait()
-        self._store = None
+        self._saver.is_open = False
         if self._writer is not None:
             self._writer.release()
 
@@ -330,7 +212,7 @@ class CheckpointManager:
         A second signal ends the process at once. Handlers that were there before are called too, and get
         their signals back at the end, once what was accepted is durable.
         """
-        with self._preemption.guard(signals):
+        with self._saver.preemption.guard(signals):
             try:
                 yield
             finally:
@@ -343,7 +225,7 @@ class CheckpointManager:
         Not yet if the newest step was declined just before the signal: the next call of `save` saves, then
         it is True. So a loop that saves, then looks, always ends with its last step saved.
         """
-        return self._preemption.reached
+        return self._saver.preemption.reached
 
     def __enter__(self) -> Self:
         return self
@@ -531,14 +413,10 @@ class CheckpointManager:
     def delete(self, step: int) -> None:
         """Deletes a step, pinned or not."""
         step = policies.step_number(step)
-        with self._turn(step):
-            self._writable(step)
+        with self._saver.turn(step):
+            self._saver.require_open(step)
             self._pending.wait()
-            if self._job.leads:
-                self._shared.hold()
-                with self._shared.retaining:
-                    self._catalog.delete(step)
-                self._journal.record("deleted", step, why="asked for")
+            self._aftermath.delete(step)
 
     def rewind(self, step: int) -> None:
         """Lets the run go on from an earlier step: later ones are set aside, and nothing is deleted.
@@ -556,28 +434,15 @@ class CheckpointManager:
           SaveError: the manager is read-only or closed, a save has failed, or the mirror cannot be reached.
         """
         step = policies.step_number(step)
-        with self._turn(step):
-            self._writable(step, "gone back to")
+        with self._saver.turn(step):
+            self._saver.require_open(step, "gone back to")
             if self._pending.is_current() and self._job.count > 1:
                 raise SaveError(f"step {step}: all processes make a rewind, and a callback runs in one", step=step)
             call = Call(f"the rewind to step {step}")
             self._job.together(call, self._pending.wait)
 
-            def go_back() -> list[int]:
-                self._shared.hold()
-                try:
-                    return self._aftermath.rewind(step)
-                except CheckpointError:
-                    raise
-                except Exception as problem:  # of a disk, or of a client
-                    raise SaveError(
-                        f"the rewind to step {step} has failed: {problem}. Call it again once this is mended; the "
-                        "next start also finishes what was begun",
-                        step=step,
-                    ) from problem
-
-            moved = self._job.decide(call, go_back)
-            self._last = None  # the policies of `save_every` go by what is listed now
+            moved = self._job.decide(call, lambda: self._aftermath.rewind(step))
+            self._saver.has_gone_back()
             self._aftermath.go_on_from(step, moved)
 
     def pin(self, step: int) -> None:
@@ -590,11 +455,7 @@ class CheckpointManager:
 
     def _mark(self, step: int, mark: Callable[[int], None]) -> None:
         step = policies.step_number(step)
-        with self._turn(step):
-            self._writable(step)
+        with self._saver.turn(step):
+            self._saver.require_open(step)
             self._pending.settle(step)
-            if self._job.leads:
-                self._shared.hold()
-                with self._shared.retaining:
-                    mark(step)
-                self._aftermath.update_mirror()
+            self._aftermath.mark(step, mark)

@@ -8,6 +8,9 @@
     short           half of a small file is written, then an I/O error (point "file" alone)
 
 A subprocess takes them from CKPTMGR_FAULT: `CKPTMGR_FAULT="before publish 2"`.
+
+Those of a run's directory enter through `FaultyDirectory`, which lies around each directory that is opened after
+this is imported.
 """
 
 import errno
@@ -17,31 +20,52 @@ import os
 import signal
 import time
 
+from ckptmgr.run import catalog
+from ckptmgr.run.directory import Directory
+
 POINTS = {
     "arrays": "ckptmgr.arrays.writing:write_wave",  # the arrays of one item
     "description": "ckptmgr.orbax.writing:_describe",  # Orbax's JSON files about it
     "file": "ckptmgr.format.files:write",  # any small file, the manifest last
     "sync": "ckptmgr.format.files:sync",  # names made durable
-    "publish": "ckptmgr.run.local:Catalog.publish",  # the rename
-    "exchange": "ckptmgr.run.local:_exchange",  # the swap of a step that is replaced
+    "publish": "faults:FaultyDirectory.publish",  # the rename
+    "exchange": "ckptmgr.format.files:exchange",  # the swap of a step that is replaced
     "retain": "ckptmgr.saving.aftermath:Aftermath._retain",
     "choose": "ckptmgr.run.history:History.decide_deletions",  # what is to be deleted
-    "delete": "ckptmgr.run.local:Catalog.delete",
-    "remove": "ckptmgr.run.local:remove",  # the files of what is in no listing any more
+    "delete": "faults:FaultyDirectory.hide",
+    "remove": "faults:FaultyDirectory.remove",  # the files of what is in no listing any more
     "rename": "os:rename",  # of any directory
 }
 MIRROR_POINTS = {
     "put": "ckptmgr.run.mirror:_put",  # files copied to the mirror
     "check": "ckptmgr.run.mirror:Mirror._check",  # the copy is read back
-    "make step": "ckptmgr.run.local:Catalog.publish",  # the copy gets its name
+    "make step": "faults:FaultyDirectory.publish",  # the copy gets its name
 }
 REWIND_POINTS = {
-    "plan": "ckptmgr.run.local:_write_durably",  # what is to be moved
-    "move": "ckptmgr.run.bucket:Bucket._move",  # one checkpoint, in a bucket
-    "moved": "ckptmgr.run.bucket:Bucket._write_plan",  # what is still to be moved, in a bucket
-    "copy": "ckptmgr.run.bucket:Bucket._copy",
+    "plan": "faults:FaultyDirectory.write_plan",  # what is to be moved
+    "move": "faults:FaultyDirectory.move",  # one checkpoint
+    "moved": "faults:FaultyDirectory.has_moved",  # what is still to be moved
+    "copy": "ckptmgr.run.bucket:copy",
 }
 SLOW_S = 5.0  # longer than what is timed beside it takes on a busy machine
+
+
+class FaultyDirectory:
+    """The directory of a run that passes every call on, unless `install` has put a fault in the way."""
+
+    def __init__(self, real):
+        self._real = real
+        self.path, self.can_replace = real.path, real.can_replace
+
+
+def _pass_on(name):
+    return lambda self, *args: getattr(self._real, name)(*args)
+
+
+for _name in {*vars(Directory)} - {*vars(object)}:
+    if not _name.startswith("_"):
+        setattr(FaultyDirectory, _name, _pass_on(_name))
+catalog.open_directory = lambda path, real=catalog.open_directory: FaultyDirectory(real(path))
 
 
 def _kill(*_):

@@ -120,7 +120,8 @@ class World:
         self.theirs = {}  # what strangers have put, by path
         self.parked = {}  # steps that they have renamed: path -> step, its values, whether it was whole and pinned
         self.aside = {}  # what a rewind has set aside: step -> the values that it may bring back
-        self.harmed_aside = set()
+        self.harmed_aside, self.pinned_aside = set(), set()  # steps; steps with their values
+        self.aside_gone = set()  # strangers have removed what was set aside of these
         self.draw = random.Random(0)
         self.open([], mirrored=False)
         self.reader = ckptmgr.CheckpointManager(self.run, read_only=True)
@@ -195,6 +196,10 @@ class World:
             return "good"
         return "other" if os.path.lexists(self.run / str(step)) else "free"
 
+    def free_steps(self, count):
+        later = itertools.count(max(self.books.may, default=0) + 1)
+        return list(itertools.islice((step for step in later if self.place(step) == "free"), count))
+
     def some_step(self):
         newest = max(self.books.may, default=0)
         kind = self.draw.random()
@@ -244,15 +249,11 @@ class World:
             claim(on_exists == "error" and place != "free", (step, place))
         except ckptmgr.SaveError as problem:
             self.tell(f"refused: {problem}")
-            claim(place == "other" or self.has_other_names(), problem)
+            claim(place == "other", problem)
         else:
             assert result or (on_exists == "skip" and place != "free"), result
             if result:
                 self.accept(step, value, keep, before)
-
-    def has_other_names(self):
-        """Whether the only checkpoint there has a name as others give it: then no step is saved beside it."""
-        return not self.books.must and any(path.name == "old-5" for path in self.run.iterdir())
 
     def accept(self, step, value, keep, before):
         self.flying = step, value, before
@@ -263,8 +264,7 @@ class World:
     def threads(self):
         """Several save at once: in which order is not known."""
         self.settle()
-        free = [step for step in range(max(self.books.may, default=0) + 1, 30) if self.place(step) == "free"]
-        given = {step: self.value() for step in self.draw.sample(free[:5], 3)}
+        given = {step: self.value() for step in self.draw.sample(self.free_steps(5), 3)}
         self.tell(f"three threads save {given}")
         results = {}
 
@@ -334,6 +334,8 @@ class World:
                 del self.theirs[self.run / str(step)]
         if what == "delete":
             self.books.must.discard(listed)
+            if not os.path.lexists(self.run / str(listed)):  # all of it, also of a harmed step that was not listed
+                self.books.delete(listed)
         if what == "pin":
             is_pinned = (self.run / str(listed) / "PINNED").exists()  # nobody knows
             (self.books.pinned.add if is_pinned else self.books.pinned.discard)(listed)
@@ -383,14 +385,20 @@ class World:
         try:
             self.manager.rewind(step)
         except ckptmgr.CheckpointNotFoundError as problem:
-            claim(step not in known.must and not self.aside.get(step), problem)
+            is_aside = self.aside.get(step) and step not in self.aside_gone
+            claim(step not in known.must and not is_aside, problem)
         except ckptmgr.CorruptCheckpointError as problem:
             known.fails(step, problem)
         except ckptmgr.SaveError as problem:
-            claim(self.mirrored and not self.away.is_dir(), problem)
+            claim((self.mirrored and not self.away.is_dir()) or self.is_in_the_way(problem.step), problem)
+            assert set(self.reader.steps()) == before
         else:
             self.settle()
             self.after_rewind(step, before, set(self.reader.steps()))
+
+    def is_in_the_way(self, step):
+        """Whether what a stranger has put there keeps a step from coming back, here or in the mirror."""
+        return self.place(step) == "other" or (self.mirrored and self.away / str(step) in self.theirs)
 
     def after_rewind(self, step, before, listed):
         """What is listed is of the branch that the step is of; all else is set aside."""
@@ -408,6 +416,7 @@ class World:
                     self.set_aside(each)
                     known.may[each] = self.aside[each]
                     known.harm(each)
+                    self.pin_again(each)
                 known.fails(each, problem)
                 continue
             if value not in known.may.get(each, ()):
@@ -416,13 +425,26 @@ class World:
                 self.aside[each].discard(value)
                 known.may[each] = {value}
                 known.must.add(each)
+                self.pin_again(each)
         self.committed = step
 
     def set_aside(self, step):
+        """A pin is a file of its step: it is set aside, and comes back, with it."""
+        values = self.books.may.get(step, ())
         if step in self.books.harmed:
             self.harmed_aside.add(step)
-        self.aside.setdefault(step, set()).update(self.books.may.get(step, ()))
+        if step in self.books.pinned:
+            self.pinned_aside |= {(step, value) for value in values}
+        self.aside.setdefault(step, set()).update(values)
+        self.aside_gone.discard(step)
         self.books.delete(step)
+
+    def pin_again(self, step):
+        """Pins a step that has come back if it was pinned when it was set aside."""
+        back = {(step, value) for value in self.books.may[step]}
+        if back & self.pinned_aside:
+            self.books.pinned.add(step)
+        self.pinned_aside -= back
 
     def pin(self):
         self.settle()
@@ -539,8 +561,7 @@ class World:
     def beside(self):
         """Another process saves while this one reads."""
         self.close()
-        free = [step for step in range(max(self.books.may, default=0) + 1, 30) if self.place(step) == "free"]
-        saves = [(step, self.value()) for step in free[:3]]
+        saves = [(step, self.value()) for step in self.free_steps(3)]
         self.tell(f"another process saves {saves} while this one reads")
         before = books.copy.deepcopy(self.books)
         for step, value in saves:
@@ -619,6 +640,11 @@ class World:
         """Those that hold now, and those that hold if the save that is being written fails."""
         return [self.books, self.flying[2]] if self.flying else [self.books]
 
+    def before_retention(self):
+        """The save that is being written is followed by retention: it counts what strangers have left by then."""
+        if self.flying:
+            self.books.release(self.keep, self.flying[0])
+
     def their_step(self):
         """A step that they do something to, and where; not the one that is being written."""
         flying = self.flying and self.flying[0]
@@ -691,6 +717,9 @@ class World:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
         for known in self.all_books():
             known.harm(step)
+            if not (self.run / str(step) / "PINNED").exists():  # they have removed the pin, too
+                known.pinned.discard(step)
+        self.before_retention()
 
     def spoil(self):
         """A file of a step is cut, or a bit of it flips, or something else is in its place."""
@@ -707,6 +736,7 @@ class World:
         self.tell(f"a stranger spoils {path.relative_to(self.run)}: {how}")
         for known in self.all_books():
             known.harm(step)
+        self.before_retention()
         with contextlib.suppress(FileNotFoundError):
             whole = path.read_bytes()
             at = self.draw.randrange(len(whole)) if whole else 0
@@ -741,6 +771,7 @@ class World:
             self.note(target)
         for known in self.all_books():
             known.delete(step)
+        self.before_retention()
 
     def rename_back(self, path):
         step, values, was_whole, was_pinned = self.parked[path]
@@ -756,6 +787,10 @@ class World:
             (known.must if was_whole else known.harmed).add(step)
             if was_pinned:
                 known.pinned.add(step)
+        self.before_retention()
+        if self.mirrored:  # it is copied when the run is opened, or after a save
+            self.close()
+            self.open(self.keep, mirrored=True)
 
     def other_disk(self):
         """A step is moved to another disk, and a symlink put in its place."""
@@ -796,6 +831,8 @@ class World:
             path = self.draw.choice(sorted(there))
             self.tell(f"a stranger removes {path.relative_to(self.run)}")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path in (ours, ours / "abandoned"):
+                self.aside_gone.update(self.aside)
 
     def version_1(self):
         """Leftovers as version 1 had them beside the steps: after `ours_goes` they are taken for such."""

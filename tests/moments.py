@@ -35,7 +35,6 @@ LIBRARY = [
     os.path.join(os.path.dirname(os.__file__), name)
     for name in ("threading", "queue", "contextlib", "concurrent", "weakref")
 ]
-BY_LINE = sys.version_info >= (3, 12)  # it tells of few opcodes; there each line is a moment
 BOUND_S = 60
 OPEN = "import sys, ckptmgr\nfor run in sys.argv[1:]: ckptmgr.CheckpointManager(run).close()"
 
@@ -60,6 +59,7 @@ class Interrupt:
         self.turn, self.kind, self.seen, self.where = turn, kind, 0, None
 
     def __enter__(self):
+        sys._getframe().f_trace_opcodes = True  # CPython 3.12 reports opcodes if a frame asked before settrace
         sys.settrace(self._enter)
         return self
 
@@ -71,11 +71,12 @@ class Interrupt:
         is_called_by_us = name.startswith(tuple(LIBRARY)) and frame.f_back and frame.f_back.f_trace
         if not name.startswith(PACKAGE) and not is_called_by_us:
             return None  # asyncio, say, keeps exceptions to itself
-        frame.f_trace_opcodes, frame.f_trace_lines = not BY_LINE, BY_LINE
+        frame.f_trace = self._step  # CPython 3.13 looks at f_trace_opcodes only if this is set before it
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return self._step
 
     def _step(self, frame, event, _):
-        if event == "line" or (event == "opcode" and frame.f_lasti in moments(frame.f_code)):
+        if event == "opcode" and frame.f_lasti in moments(frame.f_code):
             self.seen += 1
             if self.seen == self.turn:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_qualname}"

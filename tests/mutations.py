@@ -60,13 +60,13 @@ SENTENCES = {
 MUTATIONS = [
     Mutation(
         "1a", "a step that is being written is listed",
-        "run/local.py", "int(name) for name in entries if STEP.fullmatch(name) and self._is_step(name)",
+        "run/catalog.py", "int(name) for name in self._storage.find_steps(filter(STEP.fullmatch, entries))",
         "int(name.partition('.')[0]) for name in entries if name[0].isdigit()",
         "tests/run/test_local.py::test_only_whole_numbers_are_steps",
     ),
     Mutation(
         "1a", "names are not flushed before the rename",
-        "orbax/writing.py", "    files.sync(folders)\n", "",
+        "saving/committing.py", "        files.sync(folders)\n", "",
         "tests/orbax/test_orbax.py::test_everything_is_flushed_before_the_step_has_its_name",
     ),
     Mutation(
@@ -87,13 +87,13 @@ MUTATIONS = [
     ),
     Mutation(
         "1b", "leftovers of an interrupted save stay",
-        "run/local.py", "            elif why not in _STAYS:\n", "            elif False:\n",
+        "run/catalog.py", "            elif why not in STAYS:\n", "            elif False:\n",
         "tests/run/test_local.py",
     ),
     Mutation(
         "2a", "the checksum of a small chunk is not compared",
         "arrays/chunks.py", "if google_crc32c.value(data) != _RESIDUE:", "if False:",
-        "tests/test_crash.py::test_damage_in_any_file_of_the_newest_step_gives_the_one_before_with_a_warning",
+        "tests/arrays/test_arrays.py::test_no_bit_of_a_chunk_can_change_unnoticed",
     ),
     Mutation(
         "2a", "the checksum of a file is not compared",
@@ -113,7 +113,7 @@ MUTATIONS = [
     ),
     Mutation(
         "2b", "a remembered manifest is that of its number",
-        'run/local.py', 'self._manifests.get(step, stamp)',
+        'run/catalog.py', 'self._manifests.get(step, stamp)',
         'self._manifests.get(step, self._manifests._known.get(step, (None,))[0])',
         'tests/run/test_manifest_cache.py::test_a_step_that_another_process_replaced_is_told_of_as_it_is_now',
     ),
@@ -124,7 +124,7 @@ MUTATIONS = [
     ),
     Mutation(
         "2c", "what lies in a step is not compared with what was meant",
-        'orbax/writing.py', '    sealing.check(step, draft, meant(), recorded)\n',
+        'saving/committing.py', '        sealing.check(copied.step, draft, self._meant(copied, draft), found)\n',
         '',
         'tests/saving/test_sealing.py::test_what_somebody_does_to_a_step_while_it_is_written_is_never_sealed_as_whole',
     ),
@@ -182,8 +182,8 @@ MUTATIONS = [
     ),
     Mutation(
         "6b", "what a failed save has written stays",
-        "orbax/writing.py",
-        "                self._run.discard(step)\n            raise", "                pass\n            raise",
+        "saving/committing.py",
+        "                self._run.discard(copied.step)\n", "                pass\n",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
@@ -194,9 +194,9 @@ MUTATIONS = [
     ),
     Mutation(
         "7a", "older steps go before the newer one is durable",
-        "manager.py", "            store.write(step, copied.contents,",
+        "saving/saver.py", "            self._committer.commit(copied,",
         "            [self._catalog.delete(each) for each in self._catalog.steps() if self._options.keep]\n"
-        "            store.write(step, copied.contents,",
+        "            self._committer.commit(copied,",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
@@ -216,7 +216,7 @@ MUTATIONS = [
     ),
     Mutation(
         "7c", "a pin is lost as its step is replaced",
-        "orbax/writing.py", "    run.keep_pin(step)\n", "",
+        "saving/committing.py", "        self._run.keep_pin(copied.step)\n", "",
         "tests/test_crash.py::test_killed_as_a_pinned_step_is_replaced_the_step_is_pinned",
     ),
     Mutation(
@@ -315,8 +315,14 @@ MUTATIONS = [
         "tests/run/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
     ),
     Mutation(
+        "11b", "a copy of a step under another name counts as one",
+        "run/recognize.py", "    if is_renamed(path):\n",
+        "    if False:\n",
+        "tests/run/test_strangers.py::test_a_copy_of_a_step_under_another_name_is_no_step_also_if_no_other_is_left",
+    ),
+    Mutation(
         "11b", "a step is written into what somebody has put there",
-        "run/local.py", "        if self._is_somebodys(step):\n",
+        "run/catalog.py", "        if self._storage.is_somebodys(str(step)):\n",
         "        if False:\n",
         "tests/run/test_strangers.py::test_a_number_that_a_stranger_has_is_refused_by_name_and_the_others_are_saved",
     ),
@@ -329,7 +335,7 @@ MUTATIONS = [
     Mutation(
         "11b", "what is being deleted lies beside the steps",
         "run/local.py", 'self._ours(DELETING) / f"{step}-{time.time_ns()}"',
-        'self.directory / f".deleted-{step}-{time.time_ns()}"',
+        'self.path / f".deleted-{step}-{time.time_ns()}"',
         "tests/run/test_whereabouts.py::test_over_the_life_of_a_run_nothing_is_touched_outside_of_steps_and_our_folder",
     ),
     Mutation(
@@ -354,13 +360,14 @@ MUTATIONS = [
     ),
     Mutation(
         "11d", "a rewind moves before it says what it moves",
-        "run/local.py", "            self._write_plan(plan.moves)\n            self.finish_rewind()\n",
-        "            for index in range(len(plan.moves)):\n                self._move(plan.moves[index:])\n",
+        "run/catalog.py",
+        "            self._storage.write_plan(branching.encode(plan.moves))\n            self.finish_rewind()\n",
+        "            for at in range(len(plan.moves)):\n                self._storage.move(plan.moves[at:])\n",
         "tests/run/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
     ),
     Mutation(
         "11d", "a rewind that was interrupted is not finished",
-        "run/local.py", "        try:\n            self.finish_rewind()\n", "        try:\n            pass\n",
+        "run/catalog.py", "        try:\n            self.finish_rewind()\n", "        try:\n            pass\n",
         "tests/run/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
     ),
     Mutation(
@@ -370,7 +377,7 @@ MUTATIONS = [
     ),
     Mutation(
         "11d", "what was set aside is removed at the next start",
-        "run/local.py", "_STAYS = (KEPT, BRANCH)", "_STAYS = (KEPT,)",
+        "run/directory.py", "STAYS = (KEPT, BRANCH)", "STAYS = (KEPT,)",
         "tests/run/test_rewind.py::test_retention_best_and_leftovers_leave_alone_what_was_set_aside",
     ),
     Mutation(
@@ -386,7 +393,7 @@ MUTATIONS = [
     ),
     Mutation(
         "11d", "policies go by what was set aside",
-        "manager.py", "            self._last = None  # the policies", "            # the policies",
+        "saving/saver.py", "        self._last = None\n        self._shared.newest", "        self._shared.newest",
         "tests/run/test_rewind.py::test_policies_go_by_the_branch_that_is_live",
     ),
     Mutation(
@@ -416,7 +423,7 @@ MUTATIONS = [
     ),
     Mutation(
         "12b", "a forked child may write",
-        "manager.py",
+        "saving/saver.py",
         "        if self._shared.process != os.getpid():\n            raise",
         "        if False:\n            raise",
         "tests/run/test_sharing.py::test_a_forked_child_reads_and_writes_nothing",
@@ -450,7 +457,7 @@ MUTATIONS = [
         'tests/test_truncated.py',
     ),
     Mutation(
-        "13b", "a FIFO is read",
+        "13b", "a device without an end is read",
         'format/paths.py', 'if stat.S_ISREG(os.fstat(descriptor).st_mode):',
         'if True:',
         'tests/test_odd_files.py::test_anything_in_the_place_of_any_file_or_folder_is_said_and_walked_back_from',
@@ -475,11 +482,6 @@ MUTATIONS = [
         "14b", "each process gets the state of the first",
         "run/values.py", "{manifests.own_place(process, item.file)}", "{manifests.own_place(0, item.file)}",
         "tests/processes/test_job.py::test_each_process_gets_its_own_iterator_back_and_another_number_is_told",
-    ),
-    Mutation(
-        "14c", "a process that was waited for in vain is waited for again",
-        "processes/job.py", "is_late=isinstance(problem, CheckpointTimeoutError)", "is_late=False",
-        "tests/processes/test_job.py::test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time",
     ),
     Mutation(
         "14c", "a process that is slow is not waited for",

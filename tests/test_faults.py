@@ -16,6 +16,7 @@ from conftest import counted, free_port, visible
 
 import ckptmgr
 from ckptmgr.arrays import writing
+from ckptmgr.format import names
 
 SAVING = ["arrays", "description", "file", "sync", "publish", "rename"]
 
@@ -37,6 +38,7 @@ def test_a_write_that_fails_at_any_point_is_said_and_harms_nothing(fault, tmp_pa
         assert caught.value.__cause__ is not None
         assert (manager.steps(), manager.latest(), saved(manager, 1)) == ([1], 1, 1)
         assert visible(tmp_path) == ["1"]
+        assert not any((tmp_path / names.SAVING).iterdir())
         manager.save(2, trainer.state(2)).result()
         assert saved(manager, 2) == 2
 
@@ -60,7 +62,7 @@ def test_a_replacement_that_fails_leaves_a_whole_step(fault, swaps, tmp_path, mo
         manager.save(1, trainer.state(1)).result()
         with monkeypatch.context() as patch:
             if not swaps:  # as on macOS
-                patch.setattr("ckptmgr.run.local._exchange", lambda *_: False)
+                patch.setattr("ckptmgr.format.files.exchange", lambda *_: False)
             faults.install(fault, patch.setattr)
             failed = manager.save(1, trainer.state(2), on_exists="replace")
             done = "rename" in fault and swaps  # then nothing is renamed

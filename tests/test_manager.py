@@ -22,7 +22,7 @@ from conftest import visible
 import ckptmgr
 from ckptmgr import CheckpointManager, best, every_steps, latest
 from ckptmgr.arrays import writing as arrays_writing
-from ckptmgr.orbax import writing
+from ckptmgr.saving.committing import Committer
 from ckptmgr.testing import assert_trees_equal
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
@@ -267,7 +267,7 @@ def test_a_save_that_a_callback_makes_is_durable_when_it_returns(options, tmp_pa
 
 def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_have_changed(tmp_path, monkeypatch):
     params, released = {name: np.zeros(1000) for name in "ab"}, threading.Event()
-    start, write = _thread.start_new_thread, writing.Store.write
+    start, write = _thread.start_new_thread, Committer.commit
 
     def interrupted(*given):
         start(*given)
@@ -278,7 +278,7 @@ def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_ha
         write(*given, **how)
 
     with CheckpointManager(tmp_path, max_host_bytes=1000) as manager:
-        monkeypatch.setattr(writing.Store, "write", held)
+        monkeypatch.setattr(Committer, "commit", held)
         with monkeypatch.context() as patch:
             patch.setattr(_thread, "start_new_thread", interrupted)
             with pytest.raises(KeyboardInterrupt):
@@ -292,7 +292,7 @@ def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_ha
 
 @pytest.mark.parametrize("wait", ["wait", "result"])
 def test_an_interrupt_inside_a_wait_leaves_no_lock_that_the_writing_needs(wait, tmp_path, monkeypatch):
-    enter, main, write = threading.Condition.__enter__, threading.get_ident(), writing.Store.write
+    enter, main, write = threading.Condition.__enter__, threading.get_ident(), Committer.commit
 
     def interrupted(condition):
         enter(condition)
@@ -305,7 +305,7 @@ def test_an_interrupt_inside_a_wait_leaves_no_lock_that_the_writing_needs(wait, 
         write(*given, **how)
 
     with CheckpointManager(tmp_path, timeout_s=20) as manager:
-        monkeypatch.setattr(writing.Store, "write", slow)
+        monkeypatch.setattr(Committer, "commit", slow)
         result = manager.save(1, PARAMS)
         monkeypatch.setattr(threading.Condition, "__enter__", interrupted)
         with contextlib.suppress(KeyboardInterrupt):
@@ -315,7 +315,7 @@ def test_an_interrupt_inside_a_wait_leaves_no_lock_that_the_writing_needs(wait, 
 
 
 def test_what_is_looked_at_while_a_step_is_replaced_is_not_remembered(tmp_path, monkeypatch):
-    write = writing.Store.write
+    write = Committer.commit
 
     def look_then_write(*given, **how):
         assert manager.infos()[0].metrics["loss"] == 1.0
@@ -325,7 +325,7 @@ def test_what_is_looked_at_while_a_step_is_replaced_is_not_remembered(tmp_path, 
     with CheckpointManager(tmp_path / "home", mirror=away) as manager:
         manager.save(1, PARAMS, metrics={"loss": 1.0})
         manager.wait()
-        monkeypatch.setattr(writing.Store, "write", look_then_write)
+        monkeypatch.setattr(Committer, "commit", look_then_write)
         told = manager.save(1, PARAMS, metrics={"loss": 2.0}, on_exists="replace").result()
         assert told.metrics["loss"] == manager.info(1).metrics["loss"] == 2.0
     assert CheckpointManager(away, read_only=True).info(1).metrics["loss"] == 2.0
@@ -390,7 +390,7 @@ def test_a_failed_save_raises_at_the_next_call_and_takes_nothing_with_it(run, mo
 
 def test_an_old_result_does_not_hide_the_failure_of_a_later_save(tmp_path, monkeypatch):
     manager = CheckpointManager(tmp_path)
-    monkeypatch.setattr(writing.Store, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(Committer, "commit", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     first = manager.save(1, PARAMS)
     with pytest.raises(ckptmgr.SaveError, match="step 1"):
         manager.wait()

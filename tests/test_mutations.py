@@ -1,6 +1,7 @@
 """The tests of the guarantees can fail: each guarantee is broken on purpose, and its test must say so."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,10 @@ def test_every_sentence_and_every_mutation_is_listed():
         assert f"| {mutation.what} | `{mutation.test}` |" in page
 
 
+def _bound_memory():
+    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # a device without an end is read, say
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("mutation", MUTATIONS[:: counted(25, full=1)], ids=lambda mutation: mutation.what)
 def test_a_broken_guarantee_is_noticed(mutation, tmp_path):
@@ -48,5 +53,6 @@ def test_a_broken_guarantee_is_noticed(mutation, tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
+        preexec_fn=_bound_memory,
     )
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]

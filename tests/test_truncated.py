@@ -17,22 +17,24 @@ import numpy as np
 import ckptmgr
 
 run, found = ckptmgr.CheckpointManager(sys.argv[1], read_only=True), set()
+meant = {step: np.random.default_rng(step).integers(2**31, size=2_000_000, dtype=np.int32) for step in (1, 2)}
 ends = time.monotonic() + float(sys.argv[2])
 print("reading", flush=True)
 while time.monotonic() < ends:
     back = run.restore(layout=ckptmgr.HOST)
-    assert all((leaf == back.step).all() for leaf in back.params.values()), back.step
+    assert all((leaf == meant[back.step]).all() for leaf in back.params.values()), back.step
     found.add(back.step)
 print(sorted(found), flush=True)
 """
 
 
-@pytest.mark.parametrize("how", [{}, {"compression": "zstd"}][: counted(1, full=2)], ids=str)
+@pytest.mark.parametrize("how", [{}, {"compression": "zstd"}], ids=str)  # read by us, and by TensorStore
 def test_a_file_that_is_cut_short_again_and_again_while_it_is_read_ends_no_process(how, tmp_path):
     rng = np.random.default_rng(0)
     with ckptmgr.CheckpointManager(tmp_path / "run", **how) as manager:
         for step in (1, 2):
-            manager.save(step, {f"w{i}": np.full(2_000_000, step, np.int32) for i in range(3)})
+            values = np.random.default_rng(step).integers(2**31, size=2_000_000, dtype=np.int32)
+            manager.save(step, {f"w{i}": values for i in range(3)})
     large = max((tmp_path / "run" / "2" / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)
     good = large.read_bytes()
     command = [sys.executable, "-c", READER, tmp_path / "run", str(counted(1.5, full=20))]

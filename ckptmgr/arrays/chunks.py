@@ -83,9 +83,11 @@ def whole(shape: Sequence[int]) -> tuple[int, ...]:
 
 def runs(sizes: Sequence[int], bound: int | None) -> list[range]:
     """Neighbours that stay within a bound together; one that is larger is alone."""
+    if bound is None or sum(sizes) <= bound:
+        return [range(len(sizes))]
     starts, held = [0], 0
     for place, size in enumerate(sizes):
-        if bound is not None and held and held + size > bound:
+        if held and held + size > bound:
             starts.append(place)
             held = 0
         held += size

@@ -9,6 +9,7 @@ https://google.github.io/tensorstore/kvstore/ocdbt/index.html describes the node
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 import math
 import os
@@ -69,10 +70,16 @@ def nbytes(source: Extent | bytes) -> int:
 def _extent(location: str) -> Extent:
     """From `value:BASE:FILE:OFFSET:LENGTH`, as TensorStore spells it."""
     _, base, file, offset, length = location.split(":")
-    name = urllib.parse.unquote(base + file)
+    return Extent(_inside(base + file), int(offset), int(length))
+
+
+@functools.lru_cache(maxsize=256)
+def _inside(quoted: str) -> str:
+    """The name of a file of the database: there are few, each with many values."""
+    name = urllib.parse.unquote(quoted)
     if not schema.stays_inside(name):
         raise ValueError(f"the database leads to {name!r}, outside of the checkpoint")
-    return Extent(name, int(offset), int(length))
+    return name
 
 
 # ---------------------------------------------------------------- reading

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees.structure import dtype_name, is_key, numpy_dtype
 
 Part = tuple[Index, Values]
+Take = Callable[[Any, bool], list[Part]]
+"""Gives the pieces of a leaf that this process writes; told whether each process has a leaf of its own."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +31,18 @@ class Plan:
     shardings: tuple[Any, ...]
     starts: tuple[int, ...]
     """The leaves whose copy to the host has to be started: those on an accelerator."""
+    takes: tuple[Take | None, ...] = ()
+    """How each leaf comes to the host; None for most: one piece, which `np.asarray` gives."""
+
+    @functools.cached_property
+    def sizes(self) -> Sequence[int]:
+        """The bytes of each leaf."""
+        return [each.nbytes for each in self.stored]
+
+    @functools.cached_property
+    def encoded_sizes(self) -> Sequence[int]:
+        """The bytes of each leaf that is encoded here; 0 for one that TensorStore encodes."""
+        return [each.nbytes if each.is_direct() else 0 for each in self.stored]
 
     @functools.cached_property
     def prefixes(self) -> Sequence[str]:
@@ -104,7 +118,8 @@ def _plan(tree: TreeSpec, leaves: Sequence[Any], chunk_bytes: int) -> Plan:
     starts = tuple(
         place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not _in_host_memory(leaf)
     )
-    return Plan(dataclasses.replace(tree, leaves=cut), stored, shardings, starts)
+    takes = tuple(map(_take, arrays, leaves))
+    return Plan(dataclasses.replace(tree, leaves=cut), stored, shardings, starts, takes)
 
 
 def _in_host_memory(array: jax.Array) -> bool:
@@ -146,25 +161,54 @@ def collect(plan: Plan, leaves: Sequence[Any], places: range, *, is_own: bool = 
     by JAX instead of overwritten. Of numpy arrays those of process 0 are written, unless each process has
     its own.
     """
-    with _asked_for():
-        return [_parts(leaves[place], plan.shardings[place], is_own) for place in places]
+    takes = plan.takes
+    with _asked_for():  # a loop without calls: there are thousands of leaves, and the caller waits
+        return [
+            take(leaves[place], is_own) if (take := takes[place]) else [((), np.asarray(leaves[place]))]
+            for place in places
+        ]
 
 
-def _parts(leaf: Any, sharding: Any, is_own: bool) -> list[Part]:
+def _take(array: Any, leaf: Any) -> Take | None:
+    """How a leaf comes to the host, whose words `array` holds if it is a key."""
+    sharding = getattr(array, "sharding", None)
     if sharding is None:
-        is_wanted = is_own or jax.process_index() == 0
-        return [((), _as_bytes(np.array(leaf, order="C")))] if is_wanted else []
+        return _take_numpy if jax.process_index() == 0 else _take_own_numpy
     if jax.process_index() not in _processes(sharding):
-        return []
-    array = _plain(leaf)
+        return _take_nothing
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
-        return [((), _as_bytes(np.asarray(array)))]
-    return [(shard.index, _as_bytes(np.asarray(shard.data))) for shard in _written_here(array)]
+        return _take_key if array is not leaf else _take_bytes if array.dtype in _BYTES_ALONE else None
+    pieces = [(n, shard.index) for n, shard in enumerate(array.addressable_shards) if shard.replica_id == 0]
+    return functools.partial(_take_pieces if array is leaf else _take_pieces_of_key, pieces)
 
 
-def _written_here(array: jax.Array) -> list[Any]:
-    """The pieces of an array that this process writes: the holder of its first replica writes a piece."""
-    return [shard for shard in array.addressable_shards if shard.replica_id == 0]
+def _take_numpy(leaf: Any, is_own: bool) -> list[Part]:
+    return [((), _as_bytes(np.array(leaf, order="C")))]
+
+
+def _take_own_numpy(leaf: Any, is_own: bool) -> list[Part]:
+    return _take_numpy(leaf, is_own) if is_own else []
+
+
+def _take_nothing(leaf: Any, is_own: bool) -> list[Part]:
+    return []
+
+
+def _take_bytes(leaf: Any, is_own: bool) -> list[Part]:
+    return [((), _as_bytes(np.asarray(leaf)))]
+
+
+def _take_key(leaf: Any, is_own: bool) -> list[Part]:
+    return [((), np.asarray(jax.random.key_data(leaf)))]
+
+
+def _take_pieces(pieces: Sequence[tuple[int, Index]], leaf: Any, is_own: bool) -> list[Part]:
+    """Of several replicas of a piece the first is written: by the process that holds it."""
+    return [(index, _as_bytes(np.asarray(leaf.addressable_data(n)))) for n, index in pieces]
+
+
+def _take_pieces_of_key(pieces: Sequence[tuple[int, Index]], leaf: Any, is_own: bool) -> list[Part]:
+    return _take_pieces(pieces, jax.random.key_data(leaf), is_own)
 
 
 _BYTES_ALONE = frozenset(map(numpy_dtype, BYTES_ALONE))

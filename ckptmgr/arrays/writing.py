@@ -26,7 +26,8 @@ from ckptmgr.arrays.to_host import Part, Plan
 from ckptmgr.processes.background import Moment
 
 PART = "ocdbt.process_"  # Orbax's name for what one of several processes wrote
-_ENCODED_BYTES = 4 << 20  # smaller ones take less memory, and time for each commit
+_ENCODED_BYTES = 32 << 20  # of small arrays in one transaction; each commit flushes files and rewrites nodes
+_FILE_BYTES = 6 << 20  # of small arrays: less than what the manifest has a checksum for
 _INLINE_BYTES = 4096  # larger than any zarr.json, so that each lies in a checksummed node
 
 
@@ -39,7 +40,7 @@ class Snapshot:
         """Whether each process may have its own: then it is copied in all."""
         self._leaves = leaves
         self._left_out: frozenset[int] = frozenset()
-        self._waves = chunks.runs([each.nbytes for each in plan.stored], max_bytes)
+        self._waves = chunks.runs(plan.sizes, max_bytes)
         self.copied: list[tuple[int, list[Part]]] = []
         """The copies that wait to be written: the place of each leaf, and its parts."""
         self.complete = Moment()
@@ -83,6 +84,8 @@ class Snapshot:
         self.copied = self._without(self.copied)
 
     def _without(self, copied: list[tuple[int, list[Part]]]) -> list[tuple[int, list[Part]]]:
+        if not self._left_out:
+            return copied
         return [(place, [] if place in self._left_out else parts) for place, parts in copied]
 
     def release(self) -> None:
@@ -114,11 +117,18 @@ def merge(directory: epath.Path) -> None:
     transaction.commit_async().result()
 
 
+def write(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
+    """Writes this process's part of an item."""
+    write_wave(directory, snapshot, compression)
+    while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
+        snapshot.collect()
+        write_wave(directory, snapshot, compression)
+
+
 def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
     """Writes what has been copied, and lets go of it."""
     plan, copied, snapshot.copied = snapshot.plan, snapshot.copied, []
-    stored = [plan.stored[place] for place, _ in copied]
-    encoded = [each.nbytes if each.is_direct() else 0 for each in stored]  # held until the commit
+    encoded = [plan.encoded_sizes[place] for place, _ in copied]  # held until the commit
     for some in chunks.runs(encoded, _ENCODED_BYTES) if copied else ():
         _write(directory, plan, [copied[i] for i in some], compression)
 
@@ -129,6 +139,8 @@ def _write(
     """Writes these leaves in one transaction."""
     transaction, context = ts.Transaction(atomic=True), ts.Context()
     spec = {**database.open_spec(directory), "config": {"max_inline_value_bytes": _INLINE_BYTES}}
+    if compression is None and all(plan.encoded_sizes[place] == plan.sizes[place] for place, _ in copied):
+        spec["target_data_file_size"] = _FILE_BYTES
     store = ts.KvStore.open(spec, context=context).result().with_transaction(transaction)
     with _ENCODING:
         for key, data in _encoded(plan, copied) if compression is None else ():

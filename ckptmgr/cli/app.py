@@ -23,8 +23,8 @@ from ckptmgr.cli import facts, report, tables
 from ckptmgr.cli.working import working
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError
 from ckptmgr.manager import CheckpointManager
-from ckptmgr.run import bucket
-from ckptmgr.run.local import BRANCH, KEPT, remove
+from ckptmgr.run.catalog import open_catalog
+from ckptmgr.run.directory import BRANCH, KEPT
 from ckptmgr.trees.layouts import HOST
 
 app = typer.Typer(
@@ -223,9 +223,10 @@ def gc(
     found = [each | {"goes": asked_for.get(each["why"], True)} for each in facts.leftovers(manager.directory)]
     if yes:
         with _writer(run):  # which says if another process writes, and tidies as it opens
-            for path, why in bucket.open_catalog(manager.directory).leftovers():
+            found_anew = open_catalog(manager.directory)
+            for path, why in found_anew.leftovers():
                 if asked_for.get(why):
-                    remove(path)
+                    found_anew.remove(path)
     _show({"run": run, "leftovers": found, "removed": yes}, as_json, tables.leftovers)
 
 

@@ -20,8 +20,9 @@ from ckptmgr.format import manifest as manifests
 from ckptmgr.format import paths
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.results import CheckpointInfo, VerifyReport
-from ckptmgr.run import bucket, journal
+from ckptmgr.run import journal
 from ckptmgr.run import rewinding as rewinds
+from ckptmgr.run.catalog import open_catalog
 from ckptmgr.run.history import History
 from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees import structure
@@ -87,12 +88,12 @@ def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = N
 
 def history(directory: epath.Path, keep: Sequence[policy.KeepPolicy]) -> History:
     """What retention goes by."""
-    return History(bucket.open_catalog(directory), keep)
+    return History(open_catalog(directory), keep)
 
 
 def left_alone(directory: epath.Path) -> Facts:
     """What lies in a run and is neither a checkpoint nor ours: how much, and the first names."""
-    found = bucket.open_catalog(directory).strangers()
+    found = open_catalog(directory).strangers()
     return {"count": len(found), "names": [_printable(name) for name in found[:_MOST_NAMES]]}
 
 
@@ -190,7 +191,7 @@ def _kind(leaf: LeafSpec) -> str:
 
 def _values(manager: CheckpointManager, step: int) -> dict[str, Any]:
     """Every leaf on the host by its path, as the manifest spells it."""
-    manifest = bucket.open_catalog(manager.directory).manifest(step)
+    manifest = open_catalog(manager.directory).manifest(step)
     found = manager.restore(step, layout=HOST)
     trees = {"params": found.params, "opt_state": found.opt_state, **found.extras}
     return {
@@ -237,7 +238,7 @@ def _number(value: float | str) -> float:
 
 def leftovers(directory: epath.Path) -> list[Facts]:
     """What interrupted processes have left in a run, with its size."""
-    catalog = bucket.open_catalog(directory)
+    catalog = open_catalog(directory)
     return [{"path": str(path), "why": why, "nbytes": _size(path)} for path, why in catalog.leftovers()]
 
 
@@ -260,7 +261,7 @@ def free_bytes(directory: epath.Path) -> int | None:
 def rewinding(directory: epath.Path, mirror: str | None, step: int) -> Facts:
     """What a rewind would set aside and bring back, in a run or in its mirror."""
     places = [directory] + ([paths.resolve(mirror, "--mirror")] if mirror is not None else [])
-    plans = rewinds.plan([bucket.open_catalog(place) for place in places], step)
+    plans = rewinds.plan([open_catalog(place) for place in places], step)
     return {
         "set_aside": sorted({each for plan in plans for each in plan.set_aside}),
         "returned": sorted({each for plan in plans for each in plan.returned}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
 from collections.abc import Iterable
@@ -25,6 +26,24 @@ def write(path: epath.Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace(path: epath.Path, data: bytes) -> None:
+    """A small file on a disk that is there whole or not at all, also after a power cut."""
+    new = path.with_name(f"{path.name}.new")
+    write(new, data)
+    os.replace(new, path)
+    sync([path.parent])
+
+
+def exchange(one: epath.Path, other: epath.Path) -> bool:
+    """Swaps two names at once (renameat2 with RENAME_EXCHANGE, Linux); False where that cannot be."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def sync(directories: Iterable[epath.Path]) -> None:

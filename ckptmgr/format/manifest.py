@@ -65,9 +65,19 @@ class Item:
         """The folder of the item in the step."""
         return self.folder or name
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return sum(leaf_nbytes(leaf) for leaf in self.tree.leaves)
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The item as JSON. It is long, and the same for each step of one structure: so it is made once."""
+        return _dumps(_item_to_json(self))
+
+    @functools.cached_property
+    def needs_format_2(self) -> bool:
+        is_new = self.kind == "unread" or bool(self.folder) or self.processes > 1
+        return is_new or any(leaf.kind == "str" for leaf in self.tree.leaves)
 
 
 def json_file(item: str) -> str:
@@ -146,25 +156,23 @@ def versions() -> Mapping[str, str]:
 
 
 def encode(manifest: Manifest) -> bytes:
-    body = {
-        "format": FORMAT if any(map(_needs_format_2, manifest.items.values())) else 1,
+    head = {
+        "format": FORMAT if any(item.needs_format_2 for item in manifest.items.values()) else 1,
         "step": manifest.step,
         "time": manifest.time,
         "metrics": manifest.metrics,
         "metadata": manifest.metadata,
         "versions": manifest.versions,
-        "items": {name: _item_to_json(item) for name, item in manifest.items.items()},
-        "files": {name: [file.size, file.crc32] for name, file in manifest.files.items()},
     }
-    if not manifest.written_here:
-        body["adopted"] = True
-    text = json.dumps(body, separators=(",", ":")).encode()[:-1]
+    items = ",".join(f"{_dumps(name)}:{item.text}" for name, item in manifest.items.items())
+    files = _dumps({name: [file.size, file.crc32] for name, file in manifest.files.items()})
+    adopted = "" if manifest.written_here else ',"adopted":true'
+    text = f'{_dumps(head)[:-1]},"items":{{{items}}},"files":{files}{adopted}'.encode()
     return text + _seal(text)
 
 
-def _needs_format_2(item: Item) -> bool:
-    is_new = item.kind == "unread" or bool(item.folder) or item.processes > 1
-    return is_new or any(leaf.kind == "str" for leaf in item.tree.leaves)
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _seal(text: bytes) -> bytes:

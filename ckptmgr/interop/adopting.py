@@ -10,8 +10,8 @@ from etils import epath
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.format import files, paths
 from ckptmgr.format import manifest as manifests
-from ckptmgr.run import bucket, verifying
-from ckptmgr.run.local import Catalog
+from ckptmgr.run import verifying
+from ckptmgr.run.catalog import Catalog, open_catalog
 
 
 def adopt(run: str | os.PathLike[str]) -> list[int]:
@@ -20,7 +20,7 @@ def adopt(run: str | os.PathLike[str]) -> list[int]:
     What the arrays were when stock Orbax wrote them cannot be known: from now on every change is seen.
     Raises CorruptCheckpointError for a step that cannot be read; those before it stay adopted.
     """
-    catalog = bucket.open_catalog(paths.resolve(run))
+    catalog = open_catalog(paths.resolve(run))
     return [step for step in catalog.steps() if _adopt(catalog, step)]
 
 

@@ -21,8 +21,8 @@ from ckptmgr.restoring.matching import Request
 from ckptmgr.results import Checkpoint
 from ckptmgr.run import journal
 from ckptmgr.run import values as saved
+from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.history import History
-from ckptmgr.run.local import Catalog
 from ckptmgr.run.mirror import Mirror
 from ckptmgr.specs import StructureDiff
 from ckptmgr.trees import placement as layouts

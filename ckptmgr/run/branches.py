@@ -9,6 +9,7 @@ another one with its number. `time` is when it was set aside, in nanoseconds sin
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -59,6 +60,22 @@ class Move(NamedTuple):
         return all(isinstance(part, str) for part in self) and all(
             _PLACE.fullmatch(place) for place in (self.source, self.target)
         )
+
+
+def encode(moves: Sequence[Move]) -> bytes:
+    """The file that says what a rewind has still to move."""
+    return json.dumps(moves).encode()
+
+
+def decode(data: bytes) -> list[Move]:
+    """The moves that a file says; raises ValueError if no rewind wrote it."""
+    try:
+        moves = [Move(*each) for each in json.loads(data)]
+    except (TypeError, RecursionError) as problem:
+        raise ValueError(str(problem)) from problem
+    if not all(move.is_sound() for move in moves):
+        raise ValueError("it says what no rewind does")
+    return moves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, Newe
 from ckptmgr.format import manifest as manifests
 from ckptmgr.format.manifest import Manifest
 from ckptmgr.results import CheckpointInfo
-from ckptmgr.run.local import Catalog
+from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.manifest_cache import Stamp
 
 _log = logging.getLogger("ckptmgr")

@@ -25,6 +25,7 @@ from ckptmgr.format import names, paths
 from ckptmgr.processes import background
 from ckptmgr.processes.background import Background
 from ckptmgr.run import version_1
+from ckptmgr.run.manifest_cache import Stamp
 
 if sys.platform != "win32":
     import fcntl
@@ -41,9 +42,13 @@ class Shared:
         """Writes the steps, and does what follows from it."""
         self.mirroring = Background()
         """Copies them to the mirrors."""
-        self.damaged: dict[int, Any] = {}
+        self.damaged: dict[int, Stamp] = {}
         self.committed: int | None = None
         """The step that was saved last: what one manager has just saved, no other deletes."""
+        self.newest: int | None = None
+        """The newest step that was seen or saved here; None if nobody has looked yet."""
+        self.taken: frozenset[int] = frozenset()
+        """Numbers above it that were seen to be the names of what is no step."""
         self.owners: set[object] = set()
         self.path = ""
         self.descriptor: int | None = None

@@ -24,7 +24,8 @@ from ckptmgr.format import manifest as manifests
 from ckptmgr.policies import KeepPolicy
 from ckptmgr.processes import background as lifecycle
 from ckptmgr.results import CheckpointInfo
-from ckptmgr.run import branches, history, local, retention, verifying
+from ckptmgr.run import branches, history, retention, verifying
+from ckptmgr.run.catalog import Catalog
 
 _log = logging.getLogger("ckptmgr")
 Found = TypeVar("Found")
@@ -35,8 +36,8 @@ class Mirror:
 
     def __init__(
         self,
-        home: local.Catalog,
-        away: local.Catalog,
+        home: Catalog,
+        away: Catalog,
         keep: Sequence[KeepPolicy],
         timeout_s: float,
         background: lifecycle.Background,
@@ -183,7 +184,7 @@ class Mirror:
         draft = self.catalog.begin(step)
         name = manifests.NAME if (source / manifests.NAME).exists() else names.STEP_METADATA
         if _has_links(draft):
-            local.remove(draft)
+            self.catalog.remove(draft)
         if not _is_equal(source / name, draft / name):
             if draft.exists():
                 draft.rmtree()

@@ -11,7 +11,7 @@ from ckptmgr.errors import SaveError
 from ckptmgr.format import names, paths
 from ckptmgr.processes import job
 from ckptmgr.processes.job import Call, Job
-from ckptmgr.run.local import Catalog
+from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.lock import Writer
 
 _PATIENCE_S = 30.0  # a network's file system may show a new file late

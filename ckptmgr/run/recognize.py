@@ -27,6 +27,8 @@ def is_step(path: str) -> bool:
     """Whether a folder is a checkpoint of the step that it is named after."""
     if _leads_beside(path):
         return False
+    if is_renamed(path):
+        return False
     head = _HEAD.match(begin(f"{path}/{manifests.NAME}", _HEAD_BYTES))
     if head or paths.may_exist(os.path.join(path, manifests.NAME)):
         return head is None or int(head[1]) == own_number(path) or not _is_of_another_step(path, int(head[1]))
@@ -49,6 +51,20 @@ def is_signed(path: str) -> bool:
     return is_signature(begin(os.path.join(path, names.STEP_METADATA), _SMALL_BYTES))
 
 
+def is_renamed(path: str) -> bool:
+    """Whether ckptmgr wrote it, all or a part, under another name: its own are plain numbers, so it is a copy."""
+    if names.STEP.fullmatch(os.path.basename(path)):
+        return False
+    return is_signed(path) or _is_written_here(path)
+
+
+def _is_written_here(path: str) -> bool:
+    """Whether a manifest says that ckptmgr wrote the checkpoint, and not only adopted it."""
+    head = _HEAD.match(begin(f"{path}/{manifests.NAME}", _HEAD_BYTES))
+    found = _read_manifest(path, int(head[1])) if head else None
+    return found is not None and found.written_here
+
+
 def is_signature(metadata: bytes) -> bool:
     return b'"ckptmgr"' in metadata
 
@@ -66,13 +82,17 @@ def _is_of_another_step(path: str, step: int) -> bool:
     marked = marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES))
     if marked in (step, own_number(path)):
         return marked == step  # else its manifest was exchanged
+    return _read_manifest(path, step) is not None
+
+
+def _read_manifest(path: str, step: int) -> manifests.Manifest | None:
+    """The manifest of a step in a folder; None if it is damaged or of another step."""
     file = os.path.join(path, manifests.NAME)
     try:
         with open(file, "rb", opener=_open) as opened:
-            manifests.decode(opened.read(), step=step, path=file)
+            return manifests.decode(opened.read(), step=step, path=file)
     except (OSError, CheckpointError):
-        return False
-    return True
+        return None
 
 
 def own_number(path: str) -> int | None:
@@ -92,15 +112,18 @@ def _has_lost_its_manifest(path: str) -> bool:
 
     If not, it is a copy that is half made, or was made under another name.
     """
+    return _is_marked_as_itself(path)
+
+
+def _is_marked_as_itself(path: str) -> bool:
+    """Whether Orbax's marker names the folder in which it lies."""
     said = begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES)
     return said.rpartition(b"/")[2].strip() == os.fsencode(os.path.basename(path))
 
 
 def _has_items(path: str) -> bool:
     """Whether Orbax has finished something in a folder in which its file beside the items is missing."""
-    if marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES)) == own_number(path):
-        return True
-    if _has_tree(path):
+    if _is_marked_as_itself(path) or _has_tree(path):
         return True
     try:
         with os.scandir(path) as entries:

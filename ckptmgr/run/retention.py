@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.history import History
-from ckptmgr.run.local import Catalog
 
 _log = logging.getLogger("ckptmgr")
 

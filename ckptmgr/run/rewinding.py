@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckptmgr.run.branches import Plan
-from ckptmgr.run.local import Catalog
+from ckptmgr.run.catalog import Catalog
 
 
 def plan(catalogs: Sequence[Catalog], step: int) -> list[Plan]:

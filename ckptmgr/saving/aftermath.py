@@ -1,11 +1,11 @@
-"""After a commit: callbacks, mirror, retention. Also what a rewind changes in them."""
+"""After a commit: callbacks, mirror, retention. Also what a deletion, a pin and a rewind change in them."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
 
@@ -15,10 +15,10 @@ from ckptmgr.format import names, paths
 from ckptmgr.options import Options
 from ckptmgr.processes.job import Job
 from ckptmgr.results import CheckpointInfo, Save
-from ckptmgr.run import branches, bucket, retention, rewinding
+from ckptmgr.run import branches, retention, rewinding
+from ckptmgr.run.catalog import Catalog, open_catalog
 from ckptmgr.run.history import History
 from ckptmgr.run.journal import Journal, last_saved
-from ckptmgr.run.local import Catalog
 from ckptmgr.run.lock import Shared, Writer
 from ckptmgr.run.mirror import Mirror
 
@@ -80,7 +80,7 @@ class Aftermath:
     def _open_mirror(self) -> Mirror | None:
         if self._options.mirror is None:
             return None
-        found = bucket.open_catalog(self._options.mirror)
+        found = open_catalog(self._options.mirror)
         options = self._options
         return Mirror(self._home, found, options.mirror_keep, options.timeout_s, self._shared.mirroring)
 
@@ -91,6 +91,9 @@ class Aftermath:
             self._tell(info)
             self.update_mirror(info.step)
             self._retain()
+
+    def record_failure(self, step: int, failure: SaveError) -> None:
+        self._journal.record("failed", step, why=str(failure.__cause__))
 
     def _keep_for_now(self, step: int) -> None:
         """Retention counts steps by their numbers; what was just saved is kept although later ones are there."""
@@ -115,13 +118,42 @@ class Aftermath:
                 step, later[-1], later[-1], step, len(later),
             )  # fmt: skip
 
+    # ------------------------------------------------------------ what is asked for
+
+    def delete(self, step: int) -> None:
+        """Deletes a step, pinned or not."""
+        if self._job.leads:
+            self._shared.hold()
+            with self._shared.retaining:
+                self._home.delete(step)
+            self._journal.record("deleted", step, why="asked for")
+
+    def mark(self, step: int, mark: Callable[[int], None]) -> None:
+        """Pins a step, or gives it back to retention."""
+        if self._job.leads:
+            self._shared.hold()
+            with self._shared.retaining:
+                mark(step)
+            self.update_mirror()
+
     # ------------------------------------------------------------ going on from another step
 
     def rewind(self, step: int) -> list[int]:
-        """Sets aside what is later than a step, here and in the mirror; gives the steps that are others now.
+        """Sets aside what is later than a step, here and in the mirror; gives the steps that are others now."""
+        self._shared.hold()
+        try:
+            return self._go_back(step)
+        except CheckpointError:
+            raise
+        except Exception as problem:  # of a disk, or of a client
+            raise SaveError(
+                f"the rewind to step {step} has failed: {problem}. Call it again once this is mended; the "
+                "next start also finishes what was begun",
+                step=step,
+            ) from problem
 
-        The mirror comes first: if it cannot be reached, nothing is changed here.
-        """
+    def _go_back(self, step: int) -> list[int]:
+        """The mirror comes first: if it cannot be reached, nothing is changed here."""
         mirror = self.mirror
         if mirror is None:
             with self._shared.retaining:

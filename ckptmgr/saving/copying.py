@@ -33,7 +33,11 @@ class Copied:
     """Those of which each has."""
 
     @property
-    def _snapshots(self) -> dict[str, writing.Snapshot]:
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def snapshots(self) -> dict[str, writing.Snapshot]:
         return {name: each for name, each in sorted(self.contents.items()) if isinstance(each, writing.Snapshot)}
 
     def spec(self) -> job.Spec:
@@ -42,7 +46,7 @@ class Copied:
             f"{name}\t{item.kind}{f' with {item.compression}' if item.compression else ''}"
             for name, item in sorted(self.manifest.items.items())
         ]
-        plans = {name: snapshot.plan for name, snapshot in self._snapshots.items()}
+        plans = {name: snapshot.plan for name, snapshot in self.snapshots.items()}
 
         def lines() -> list[str]:
             leaves = [f"{name}{line}" for name, plan in plans.items() for line in plan.lines]
@@ -64,7 +68,7 @@ class Copied:
         """Leaves to others what they write."""
         self.own.update(name for name, each in zip(self.may_differ, differs, strict=True) if each)
         by_leaf = iter(owners)
-        for name, snapshot in self._snapshots.items():
+        for name, snapshot in self.snapshots.items():
             settled = [next(by_leaf) for _ in snapshot.plan.owners]
             if name not in self.own:
                 snapshot.leave_out(_of_others(snapshot.plan.owners, settled))
@@ -72,30 +76,30 @@ class Copied:
     def wait(self, wait_for: Callable[[Moment, float], bool], timeout_s: float) -> bool:
         """Waits until every leaf is copied: under `max_host_bytes` what is written makes room for the next."""
         ends = time.monotonic() + timeout_s
-        return all(wait_for(each.complete, ends - time.monotonic()) for each in self._snapshots.values())
+        return all(wait_for(each.complete, ends - time.monotonic()) for each in self.snapshots.values())
 
     def release(self) -> None:
         """Lets go of the leaves, also of those that were not copied because the save has failed."""
-        for snapshot in self._snapshots.values():
+        for snapshot in self.snapshots.values():
             snapshot.release()
 
     def completed_at(self) -> float:
         """When every leaf had been copied, on the clock of `time.perf_counter`."""
-        return max((snapshot.completed_at for snapshot in self._snapshots.values()), default=0.0)
+        return max((snapshot.completed_at for snapshot in self.snapshots.values()), default=0.0)
 
     def abandon(self) -> None:
         """Nothing of this is saved unless every leaf has been copied by now."""
-        for snapshot in self._snapshots.values():
+        for snapshot in self.snapshots.values():
             snapshot.abandon()
 
     def build_manifest(self, files: Mapping[str, manifests.File]) -> bytes:
         """The manifest, once the files are written and the metrics have arrived."""
         metrics = self.contents[manifests.METRICS]()
-        each = {
-            name: dataclasses.replace(item, processes=jax.process_count() if name in self.own else 1)
-            for name, item in self.manifest.items.items()
-        }
-        return manifests.encode(dataclasses.replace(self.manifest, items=each, files=files, metrics=metrics))
+        each = self.manifest.items
+        own = {name: dataclasses.replace(each[name], processes=jax.process_count()) for name in self.own}
+        return manifests.encode(
+            dataclasses.replace(self.manifest, items={**each, **own}, files=files, metrics=metrics)
+        )
 
 
 def _of_others(owners: Sequence[int], settled: Sequence[int]) -> list[int]:
@@ -114,6 +118,7 @@ class Copier:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._planner = to_host.Planner(options.chunk_bytes)
+        self._described: dict[str, manifests.Item] = {}
 
     def copy(self, step: int, saved_at: float, composed: Composed) -> Copied:
         """Copies every item to the host before any writer starts: a writer would slow the copies down."""
@@ -124,7 +129,7 @@ class Copier:
         for snapshot in snapshots.values():
             snapshot.collect()
         values = {name: item for name, item in composed.items() if isinstance(item, items.Value)}
-        described = {name: self._of_arrays(snapshot) for name, snapshot in snapshots.items()}
+        described = {name: self._describe(name, snapshot) for name, snapshot in snapshots.items()}
         described |= {name: manifests.Item(v.kind, file=manifests.json_file(name)) for name, v in values.items()}
         manifest = manifests.Manifest(
             step=step,
@@ -145,5 +150,9 @@ class Copier:
         share = None if bound is None or is_own else bound // of  # what processes compare is copied whole
         return writing.Snapshot(plan, tree.leaves, share, is_own=is_own)
 
-    def _of_arrays(self, snapshot: writing.Snapshot) -> manifests.Item:
-        return manifests.Item("arrays", snapshot.plan.tree, compression=self._options.compression)
+    def _describe(self, name: str, snapshot: writing.Snapshot) -> manifests.Item:
+        known = self._described.get(name)
+        if known is None or known.tree is not snapshot.plan.tree:
+            known = manifests.Item("arrays", snapshot.plan.tree, compression=self._options.compression)
+            self._described[name] = known
+        return known

@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import itertools
 import json
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +24,7 @@ from ckptmgr.format.names import UNFINISHED
 from ckptmgr.specs import TreeSpec
 from ckptmgr.trees import structure
 from ckptmgr.trees.iterators import is_global, is_iterator
-from ckptmgr.trees.structure import is_key, is_weak
+from ckptmgr.trees.structure import is_key
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FILES = frozenset({
@@ -80,11 +82,12 @@ class Composer:
 
     def tree(self, item: str, tree: Any) -> Tree:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
-        key = (treedef, list(map(_signature, leaves)))
+        key = (treedef, _signature(leaves))
         known = self._known.get(item)
-        if known is None or not _is_alike(known[0], key):
-            known = self._known[item] = (key, structure.describe(tree, item=item))
-        return Tree(known[1], leaves)
+        is_alike = known is not None and _is_alike(known[0], key)
+        spec = known[1] if known and is_alike else structure.describe(tree, item=item)
+        self._known[item] = (key, spec)  # the newest key: its objects are most likely those of the next step
+        return Tree(spec, leaves)
 
     def _extra(self, name: str, value: Any) -> Tree | Value:
         _check_name(name)
@@ -115,15 +118,32 @@ def _check_name(name: Any) -> None:
         )
 
 
-def _signature(leaf: Any) -> Any:
-    """Equal for leaves that are stored alike; a deleted array never matches."""
-    if isinstance(leaf, jax.Array):
-        return leaf.shape, leaf.dtype, leaf.sharding, is_weak(leaf), leaf.is_deleted()
-    if isinstance(leaf, np.ndarray):
-        return type(leaf), leaf.shape, leaf.dtype
-    if isinstance(leaf, int) and not isinstance(leaf, bool):
-        return int, -(2**63) <= leaf < 2**63
-    return type(leaf)
+def _signature(leaves: Sequence[Any]) -> list[Any]:
+    """Equal for leaves that are stored alike; deleted arrays never match.
+
+    A caller waits for this at each save. So leaves of one type are asked together, and what they say is compared
+    as lists: both without Python for each leaf, and an object that is the same as before is not looked into.
+    """
+    kinds = list(map(type, leaves))
+    found: list[Any] = [kinds]
+    for kind in dict.fromkeys(kinds):
+        some = list(itertools.compress(leaves, map(operator.is_, kinds, itertools.repeat(kind))))
+        if issubclass(kind, jax.core.Tracer):
+            found.append(object())  # matches nothing; `describe` refuses it
+        elif issubclass(kind, jax.Array):
+            facts = _KEY_FACTS if is_key(some[0]) else _AVAL
+            found += [list(map(facts, some)), list(map(_SHARDING, some)), any(map(_IS_DELETED, some)) and object()]
+        elif issubclass(kind, np.ndarray):
+            found.append(list(map(_SHAPE_AND_DTYPE, some)))
+        elif kind is int:
+            found.append((min(some) >= -(2**63), max(some) < 2**63))
+    return found
+
+
+_AVAL, _SHARDING = operator.attrgetter("aval"), operator.attrgetter("sharding")
+"""The first is shape, dtype and weak type in one object, which arrays share."""
+_IS_DELETED, _SHAPE_AND_DTYPE = operator.methodcaller("is_deleted"), operator.attrgetter("shape", "dtype")
+_KEY_FACTS = _SHAPE_AND_DTYPE  # each array of keys makes its aval anew
 
 
 def _to_base64(value: bytes) -> str:

@@ -17,12 +17,12 @@ _log = logging.getLogger("ckptmgr")
 class Pending:
     """The saves of one manager. They are written in turn with those of the others of the run.
 
-    `timeout_s` bounds every wait for one, and `job` knows which processes it waits for.
+    `timeout_s` bounds every wait for one. `job` is the line of calls about them, and knows who is missing.
     """
 
     def __init__(self, timeout_s: float, job: Job, shared: Shared) -> None:
         self._timeout_s = timeout_s
-        self._job = job
+        self.job = job
         self._shared = shared
         self._background = shared.background
         self._saves: list[Save] = []
@@ -74,9 +74,9 @@ class Pending:
         try:
             self._background.wait(self._timeout_s if timeout_s is None else timeout_s)
         except CheckpointTimeoutError as late:
-            if not self._job.waits_for:
+            if not self.job.waits_for:
                 raise
-            told = f"{late}; {self._job.waits_for} did not come"
+            told = f"{late}; {self.job.waits_for} did not come"
             raise CheckpointTimeoutError(told, waiting_for=late.waiting_for) from None
 
     def wait(self) -> None:

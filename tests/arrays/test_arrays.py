@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ckptmgr import CheckpointManager
+from ckptmgr.arrays import chunks
 from ckptmgr.arrays.chunks import chunk_shape
 from ckptmgr.testing import assert_trees_equal
 
@@ -195,3 +196,15 @@ def test_leaves_larger_than_the_bound_are_copied_one_by_one(make_mesh, tmp_path)
     params = {f"w{n}": jnp.full((64, 64), float(n)) for n in range(5)}
     params["spread"] = jax.device_put(jnp.ones((64, 8)), NamedSharding(mesh, PartitionSpec("data")))
     assert_trees_equal(through_disk(tmp_path, params, max_host_bytes=1), params)
+
+
+def test_no_bit_of_a_chunk_can_change_unnoticed():
+    values = np.arange(7, dtype=np.int16)
+    stored = chunks.Stored(values.shape, "int16", values.shape)
+    ((_, good),) = chunks.encoded(values, (), stored.chunks)
+    assert np.array_equal(chunks.decode(good, stored), values)
+    for bit in range(8 * len(good)):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError, match="checksum"):
+            chunks.decode(bytes(bad), stored)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,15 @@ from ckptmgr import CheckpointManager
 
 NUMBERS = st.sampled_from([10**400, -(10**400), 2**63, 1e308, -1, 0, True])
 VALUES = JSON | NUMBERS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    """pytest keeps each line of the log until a test ends, and with it an error and its arrays."""
+    log = logging.getLogger("ckptmgr")
+    log.setLevel(logging.CRITICAL)
+    yield
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from absl import logging as absl_logging
 
 from ckptmgr import CheckpointManager, SaveError
-from ckptmgr.run.local import Catalog
+from ckptmgr.run.catalog import Catalog
 
 
 def test_everything_is_flushed_before_the_step_has_its_name(tmp_path, monkeypatch):

@@ -15,6 +15,9 @@ FOUND = {  # what each has found once
     "a FIFO with the number of a step: every listing stood still": "put:63",
     "a FIFO in the place of a manifest: restore stood still": "save:638 spoil:900",
     "after an interrupt in close the process could not open its own run": "interrupt:682",
+    "deleting a step deleted a half copy of it that is named 007": "save:560 copy:758 remove:587 delete:283",
+    "a copy of the only step, named -1, was read and deleted in its place": "save:933 copy:114 interrupt:921",
+    "no step was saved beside a copy that is named -1": "save:476 copy:77 delete:795 save:579",
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import faults
 import jax.numpy as jnp
 import pytest
 from etils import epath
@@ -24,7 +25,7 @@ def test_it_tells_what_was_saved_deleted_passed_over_restored_and_failed(tmp_pat
         (tmp_path / "3" / "manifest.json").write_bytes(b"")
         assert manager.restore().step == 2
         with monkeypatch.context() as patch:
-            patch.setattr("ckptmgr.arrays.writing.describe", lambda *_: 1 / 0)
+            faults.install("fail description 1", patch.setattr)
             with pytest.raises(ckptmgr.SaveError):
                 manager.save(4, params).result()
         manager.delete(2)

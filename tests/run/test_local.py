@@ -12,7 +12,8 @@ from etils import epath
 import ckptmgr
 from ckptmgr import CheckpointManager
 from ckptmgr.format import names, paths
-from ckptmgr.run import journal, local
+from ckptmgr.run import journal
+from ckptmgr.run.catalog import open_catalog
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_a_process_of_version_1_that_writes_is_not_disturbed(run):
 
 
 def test_deleting_takes_the_step_away_before_its_files(run, monkeypatch, caplog):
-    listing = local.Catalog(epath.Path(run), None)
+    listing = open_catalog(epath.Path(run))
     monkeypatch.setattr(type(listing.path(5)), "rmtree", lambda self: (_ for _ in ()).throw(OSError("busy")))
     listing.delete(5)
     assert listing.steps() == [10]

@@ -16,7 +16,8 @@ from etils import epath
 
 from ckptmgr import CheckpointManager, best, every_seconds, every_steps, latest
 from ckptmgr.format import manifest
-from ckptmgr.run import history, local, retention
+from ckptmgr.run import history, retention
+from ckptmgr.run.catalog import Catalog, open_catalog
 
 PARAMS = {"w": jnp.ones((4, 4))}
 
@@ -131,12 +132,12 @@ def test_a_decision_is_looked_at_again_before_each_deletion(tmp_path, what, when
                 subprocess.run([sys.executable, "-S", "-c", program.format(run=str(tmp_path))], check=True)
             )
 
-    decide, delete = history.History.decide_deletions, local.Catalog.delete
+    decide, delete = history.History.decide_deletions, Catalog.delete
     if when == "decided":
         monkeypatch.setattr(history.History, "decide_deletions", lambda self: (decide(self), act())[0])
         expected = at_once
     else:
-        monkeypatch.setattr(local.Catalog, "delete", lambda self, step: (act(), delete(self, step)))
+        monkeypatch.setattr(Catalog, "delete", lambda self, step: (act(), delete(self, step)))
         expected = [step for step in at_once if step != 1]  # its deletion had begun
     manager = saved(tmp_path, 4, keep=1)
     assert acted
@@ -179,7 +180,7 @@ def test_what_is_told_of_a_step_is_what_retention_does_with_it(tmp_path, one_ste
             (tmp_path / str(step) / "PINNED").touch()
         if draw.random() < 0.2:
             draw.choice(list(HARMS.values()))(next((tmp_path / str(step)).rglob("d/*")))
-    found = local.Catalog(epath.Path(tmp_path))
+    found = open_catalog(epath.Path(tmp_path))
     told = history.History(found, draw.sample(POLICIES, draw.randint(1, 3)))
     committed = draw.choice([None, *steps])
     told.committed = lambda: committed

@@ -145,6 +145,38 @@ def test_an_empty_folder_that_has_the_number_makes_room(run):
     assert manager.steps() == [5, 10, 15, 16]
 
 
+# ---------------------------------------------------------------- a step under another name
+
+
+def parts(step):
+    """Of the files of a step: all, all but one, and one alone."""
+    files = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
+    return [files, *(files - {each} for each in sorted(files)), *({each} for each in sorted(files))]
+
+
+@pytest.mark.parametrize("name", ["-5", "005", "old-5", "step_5", "x5", "5 copy 5"])
+def test_a_copy_of_a_step_under_another_name_is_no_step_also_if_no_other_is_left(run, name):
+    for step in (10, 15):
+        shutil.rmtree(run / str(step))
+    whole = (run / "5").rename(run.parent / "whole")
+    for part in parts(whole):
+        for file in part:
+            (run / name / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(whole / file, run / name / file)
+        assert CheckpointManager(run, read_only=True).steps() == [], sorted(part)
+        shutil.rmtree(run / name)
+    shutil.copytree(whole, run / name)
+    before = strangers.seen(run, [name])
+    with CheckpointManager(run, keep=1) as manager:
+        with pytest.raises(ckptmgr.CheckpointNotFoundError):
+            manager.delete(5)
+        with pytest.raises(ckptmgr.CheckpointNotFoundError, match=f"{name} is a checkpoint under another name"):
+            manager.restore(params=TEMPLATE)
+        save(manager, 20, 21)
+    assert strangers.seen(run, [name]) == before
+    check(CheckpointManager(run, read_only=True), 21)
+
+
 # ---------------------------------------------------------------- a mirror on a disk
 
 
@@ -323,6 +355,23 @@ def test_strangers_in_a_bucket_are_not_there_for_us_and_stay(bucket):
         manager.wait()
         assert manager.steps() == [20, 30]
     assert strangers.objects(client, run, "20", "30") == before
+
+
+@marked
+@pytest.mark.parametrize("bucket", PLACES[:: counted(2, full=1)], indirect=True)
+def test_copies_of_a_step_in_a_bucket_are_no_steps_also_if_no_other_is_left(bucket):
+    with CheckpointManager(bucket) as manager:
+        save(manager, 5)
+        manager.wait()
+        client, run = client_of(bucket)
+        for name in ("-5", "005", "old-5"):
+            client.copy(f"{run}/5", f"{run}/{name}", recursive=True)
+        before = strangers.objects(client, run, "5")
+        manager.delete(5)
+        assert CheckpointManager(bucket, read_only=True).steps() == []
+        save(manager, 20)
+    assert strangers.objects(client, run, "20") == before
+    check(CheckpointManager(bucket, read_only=True), 20)
 
 
 @marked

@@ -1,0 +1,167 @@
+"""The second act of a save, on the thread behind it: write, seal, publish.
+
+A step is written into a draft. The draft is compared with what was meant to be saved, and gets its manifest. Every
+file and every name in it is flushed, then the draft gets the name of the step: that is the commit.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+from collections.abc import Mapping
+
+import jax
+from etils import epath
+
+from ckptmgr.arrays import writing
+from ckptmgr.errors import CheckpointExistsError, SaveError
+from ckptmgr.format import files, names, paths
+from ckptmgr.format import manifest as manifests
+from ckptmgr.orbax import item_files
+from ckptmgr.orbax import writing as orbax
+from ckptmgr.processes.job import Job
+from ckptmgr.run.catalog import Catalog
+from ckptmgr.saving import sealing
+from ckptmgr.saving.copying import Copied
+from ckptmgr.saving.stages import Stages
+
+
+class Committer:
+    """Makes a durable step of what was copied.
+
+    Of several processes only process 0 calls Orbax, and seals. The others write their arrays beside those of
+    process 0.
+    """
+
+    def __init__(self, run: Catalog, *, compression: str | None, job: Job) -> None:
+        self._run = run
+        self._compression = compression
+        self._job = job
+
+    def commit(self, copied: Copied, *, replaces: bool = False) -> None:
+        """Returns once the step is durable; raises what stopped it, and leaves nothing of it."""
+        stages = Stages(copied.step, self._job)
+        try:
+            with self._job.working(), stages.told():
+                if self._job.leads:
+                    self._lead(copied, stages, replaces)
+                else:
+                    self._follow(copied, stages)
+                stages.reach("commit")
+        except BaseException:
+            if self._job.leads:
+                self._run.discard(copied.step)
+            raise
+        finally:
+            copied.release()
+
+    def _lead(self, copied: Copied, stages: Stages, replaces: bool) -> None:
+        self._look(copied.step, replaces)
+        draft = self._begin(copied.step)
+        orbax.write(
+            draft,
+            copied.contents,
+            self._compression,
+            made=lambda: stages.reach("directories"),
+            written=lambda: stages.reach("arrays"),
+        )
+        self._seal(copied, draft)
+        self._publish(copied.step, draft, replaces)
+
+    def _look(self, step: int, replaces: bool) -> None:
+        """Raises if the place of the step is taken: the caller of `save` has not looked, or something has come."""
+        self._run.check_free(step)
+        if not replaces and step not in self._run.damaged and self._run.holds(step):
+            raise CheckpointExistsError(
+                f"another checkpoint came to {self._run.path(step)} meanwhile, and is kept", step=step
+            )
+
+    def _begin(self, step: int) -> epath.Path:
+        self._run.discard(step)
+        return self._run.begin(step)
+
+    def _follow(self, copied: Copied, stages: Stages) -> None:
+        """What a process that does not lead does: it writes its arrays once process 0 has made the directories."""
+        draft, here = self._run.draft(copied.step), jax.process_index()
+        stages.reach("directories")
+        for name in copied.own - copied.snapshots.keys():
+            place = draft / name / manifests.own_place(here, manifests.json_file(name))
+            files.write(place, json.dumps(copied.contents[name]()).encode())
+
+        def write(name: str) -> None:
+            part = manifests.own_place(here) if name in copied.own else writing.own_part()
+            writing.write(draft / name / part, copied.snapshots[name], self._compression)
+
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            for _ in threads.map(write, copied.snapshots):
+                pass
+        stages.reach("arrays")
+
+    # ------------------------------------------------------------ sealing
+
+    def _seal(self, copied: Copied, draft: epath.Path) -> None:
+        """Writes the manifest, if everything is there that was meant to be, and makes the draft durable."""
+        if paths.is_local(draft):
+            files.write(draft / names.COMMITTED, self._marker(copied.step))
+        files.flush(draft / names.STEP_METADATA)
+        folders, sizes = files.walk(draft)
+        found = manifests.record_files(draft, sizes, manifests.checks_itself)
+        sealing.check(copied.step, draft, self._meant(copied, draft), found)
+        files.write(draft / manifests.NAME, copied.build_manifest(found))
+        self._run.keep_pin(copied.step)
+        files.sync(folders)
+
+    def _publish(self, step: int, draft: epath.Path, replaces: bool) -> None:
+        """Gives the draft the name of the step, durably."""
+        if not paths.is_local(draft):  # nothing can be renamed there: the last file says that the step is whole
+            files.write(draft / names.COMMITTED, self._marker(step))
+        replaced = self._run.publish(step, replaces=replaces)
+        files.sync([self._run.directory])
+        if replaced is not None:
+            self._run.remove(replaced)
+
+    def _marker(self, step: int) -> bytes:
+        return f"Checkpoint commit was successful to {self._run.directory / str(step)}".encode()
+
+    def _meant(self, copied: Copied, draft: epath.Path) -> sealing.Meant:
+        """What the step is to hold."""
+        plans = {name: snapshot.plan for name, snapshot in copied.snapshots.items()}
+        others = range(1, jax.process_count())
+        told = {
+            f"{name}/{manifests.own_place(each, manifests.json_file(name))}"
+            for name in copied.own - plans.keys()
+            for each in others
+        }
+        parts = {
+            f"{name}/{manifests.own_place(each)}": plans[name]
+            for name in copied.own & plans.keys()
+            for each in others
+        }
+        return sealing.Meant(self._texts(copied, draft), frozenset(told), parts | plans, self._compression)
+
+    def _texts(self, copied: Copied, draft: epath.Path) -> Mapping[str, bytes]:
+        """The files beside the arrays, and what each holds."""
+        texts = {
+            f"{name}/{manifests.json_file(name)}": json.dumps(copied.contents[name]()).encode()
+            for name in copied.contents.keys() - copied.snapshots.keys()
+        }
+        for item, snapshot in copied.snapshots.items():
+            texts |= {f"{item}/{name}": data for name, data in item_files.files(snapshot.plan).items()}
+        texts[names.STEP_METADATA] = _metadata(copied.step, draft, set(copied.contents))
+        if paths.is_local(draft):
+            texts[names.COMMITTED] = self._marker(copied.step)
+        return texts
+
+
+def _metadata(step: int, draft: epath.Path, items: set[str]) -> bytes:
+    """What Orbax wrote about the step, if it is about this one."""
+    try:
+        data = paths.read_bytes(draft / names.STEP_METADATA)
+        found = json.loads(data)
+        if found["custom_metadata"] == names.SIGNATURE and items <= found["item_handlers"].keys():
+            return data
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise SaveError(
+        f"{draft / names.STEP_METADATA} is not what Orbax wrote: step {step} is not committed", step=step
+    )

@@ -1,0 +1,211 @@
+"""The first act of a save, on the caller's thread: decide, copy, hand over.
+
+A step above every step that is known here needs no look at the directory. The second act (`committing`) looks all
+the same whether its place is free; what fails there is raised at the next call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ckptmgr import policies
+from ckptmgr.clock import Clock
+from ckptmgr.errors import CheckpointExistsError, SaveError
+from ckptmgr.options import Options
+from ckptmgr.processes import background
+from ckptmgr.processes.job import Call, Job
+from ckptmgr.processes.signals import Preemption
+from ckptmgr.results import CheckpointInfo, SaveResult
+from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.history import History
+from ckptmgr.run.lock import Shared, Writer
+from ckptmgr.saving import copying, items
+from ckptmgr.saving.aftermath import Aftermath
+from ckptmgr.saving.committing import Committer
+from ckptmgr.saving.queue import Pending
+
+_log = logging.getLogger("ckptmgr")
+
+
+class Saver:
+    """Saves for one manager. `writer` is None where the manager is read-only."""
+
+    def __init__(
+        self,
+        options: Options,
+        clock: Clock,
+        catalog: Catalog,
+        history: History,
+        job: Job,
+        shared: Shared,
+        writer: Writer | None,
+        pending: Pending,
+        aftermath: Aftermath,
+    ) -> None:
+        self._options, self._clock = options, clock
+        self._catalog, self._history = catalog, history
+        self._job, self._shared, self._writer = job, shared, writer
+        self._pending, self._aftermath = pending, aftermath
+        self._committer = Committer(catalog, compression=options.compression, job=pending.job)
+        self._composer = items.Composer()
+        self._copier = copying.Copier(options)
+        self._last: CheckpointInfo | None = None
+        self.preemption = Preemption()
+        self.is_open = writer is not None
+
+    # ------------------------------------------------------------ may this call write?
+
+    def turn(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """Held by a call that writes, of any manager of the run here; a callback of a save has its turn."""
+        if self._shared.process != os.getpid():
+            raise SaveError(
+                f"step {step}: this manager belongs to process {self._shared.process}, and this process is a fork "
+                "of it, where it only reads. Save, delete and pin in the process that opened the run",
+                step=step,
+            )
+        return contextlib.nullcontext() if self._pending.is_current() else self._shared.turn
+
+    def require_open(self, step: int, what: str = "saved") -> None:
+        """Raises what a save before has failed with, or that this manager does not write."""
+        if self._job.count == 1:  # processes raise it together, in the next call that they make together
+            self._pending.raise_failure()
+        if not self.is_open:
+            raise SaveError(f"step {step} cannot be {what}: this manager is read-only or closed", step=step)
+
+    # ------------------------------------------------------------ deciding
+
+    def should_save(self, step: int) -> bool:
+        """Whether a call would save now: by `save_every`, or because the run is to stop."""
+        if all(isinstance(each, policies.every_steps | policies.at_steps) for each in self._options.save_every):
+            due = self._is_due(step, None)  # so a step that is declined makes no request to a bucket
+        else:  # clocks differ
+            call = Call("the decision about a save", step)
+            due = self._job.decide(call, lambda: self._is_due(step, self._last_save()))
+        return self.preemption.is_due(step, due)
+
+    def _is_due(self, step: int, last: policies.Record | None) -> bool:
+        return policies.is_due(self._options.save_every, step, now=self._clock.now(), last=last)
+
+    def _last_save(self) -> policies.Record | None:
+        """The last save that was accepted here, else the newest on disk; its time is as `now` counts it."""
+        if self._last is None and (newest := self._history.newest()) is not None:
+            self._last = dataclasses.replace(newest, time=self._clock.since(newest.time))
+        return self._last
+
+    def has_gone_back(self) -> None:
+        """After a rewind the policies of `save_every` go by what is listed now."""
+        self._last = None
+        self._shared.newest = None
+
+    def _refuse(self, step: int, force: bool, on_exists: str) -> str | None:
+        """Why this step is not to be saved; None if it is."""
+        if on_exists not in ("error", "skip", "replace"):
+            raise ValueError(f'on_exists takes "error", "skip" or "replace", not {on_exists!r}')
+        due = self.preemption.is_due(step, True) if force else self.should_save(step)
+        if not due:
+            return "not due by save_every"
+        return self._job.decide(Call("the start of the save", step), lambda: self._exists(step, on_exists))
+
+    def _exists(self, step: int, on_exists: str) -> str | None:
+        """Why this step is not to be saved although it is due."""
+        if self._is_new(step) and not (on_exists == "skip" and self._catalog.holds(step)):
+            return None
+        steps = self._catalog.steps()
+        self._shared.newest = max([*steps, self._pending.step or 0])
+        self._shared.taken = frozenset(self._catalog.taken().difference(steps))
+        exists = step == self._pending.step or step in set(steps) - self._catalog.damaged
+        if exists and on_exists == "replace" and not self._catalog.can_replace:
+            raise ValueError(
+                f'on_exists="replace" takes a rename, which {self._catalog.directory} has not; '
+                f"delete({step}) first"
+            )
+        if not exists or on_exists == "replace":
+            return None
+        if on_exists == "skip":
+            return f"step {step} exists"
+        raise CheckpointExistsError(
+            f'step {step} is already in {self._catalog.directory}; on_exists="replace" replaces it, '
+            '"skip" keeps it',
+            step=step,
+        )
+
+    def _is_new(self, step: int) -> bool:
+        """Whether the step is above every step that this process has seen or saved, and nothing had its name."""
+        newest = self._shared.newest
+        return newest is not None and step > newest and step not in self._shared.taken
+
+    # ------------------------------------------------------------ copying and handing over
+
+    def save(
+        self, step: int, params: Any, opt_state: Any, extras: Mapping[str, Any] | None,
+        metrics: Mapping[str, Any] | None, *, force: bool, on_exists: str,
+    ) -> SaveResult:  # fmt: skip
+        """As `CheckpointManager.save`. When it returns, everything is copied, and the second act goes on."""
+        called = time.perf_counter()
+        with self.turn(step):
+            self.require_open(step)
+            refusal = self._refuse(step, force, on_exists)
+            if refusal:
+                return SaveResult(step, refusal)
+            if params is None and opt_state is None:
+                raise ValueError("save needs params, or an opt_state that holds them")
+
+            def copy() -> copying.Copied:
+                self._prepare(step)
+                composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
+                self._pending.wait()
+                self.require_open(step)  # a callback may have closed the manager meanwhile
+                copied = self._copier.copy(step, self._clock.wall(), composed)
+                self._make_room(step)
+                return copied
+
+            copied = self._job.together(Call("the save", step), copy, copying.Copied.spec)
+            reason = "forced" if force else "preempted" if self.preemption.reached else "due"
+            return self._hand_over(copied, reason, called, replaces=on_exists == "replace")
+
+    def _prepare(self, step: int) -> None:
+        self._shared.hold()
+        if not self._is_new(step):
+            self._catalog.check_free(step)
+
+    def _make_room(self, step: int) -> None:
+        """Renames a damaged step so that its number can be saved again."""
+        if step in self._catalog.damaged and self._job.leads:
+            _log.warning("step %d is damaged and set aside as %s", step, self._catalog.set_aside(step))
+        self._catalog.forget(step)
+
+    def _hand_over(self, copied: copying.Copied, reason: str, called: float, *, replaces: bool) -> SaveResult:
+        """Starts the second act: the step is committed beside the caller, then what follows from it is done."""
+        step, handed_over = copied.step, time.perf_counter()
+
+        def commit() -> CheckpointInfo:
+            if self._writer is None or not self._writer.is_held():
+                raise SaveError("a callback has closed the manager", step=step)
+            self._committer.commit(copied, replaces=replaces)
+            blocked_s = max(handed_over, copied.completed_at()) - called
+            info = self._history.glance(self._catalog.manifest(step, fresh=True))  # not that of a step it replaced
+            return dataclasses.replace(info, blocked_s=blocked_s, durable_s=time.perf_counter() - called)
+
+        def failed(failure: SaveError) -> None:
+            self._last = None
+            self._aftermath.record_failure(step, failure)
+
+        self._last, before = CheckpointInfo(step=step, time=self._clock.now()), self._last
+        self._shared.newest = max(step, self._shared.newest or 0)
+        try:
+            save = self._pending.follow(step, commit, failed, self._aftermath.follow, copied.release)
+            if not copied.wait(save.wait_for, self._options.timeout_s):
+                self._pending.join(0)  # says what takes so long
+        except BaseException:
+            copied.abandon()
+            self._last = before
+            raise
+        if not (self._options.asynchronous and background.CAN_OUTLIVE_MAIN):
+            self._pending.wait()
+        return SaveResult(step, reason, save)

@@ -1,0 +1,48 @@
+"""Where the processes of a job wait for each other while a step is written: what fails in one fails in all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from ckptmgr.errors import CheckpointError
+from ckptmgr.processes.job import Call, Job
+
+
+class Stages:
+    """The stages of one save, in their order.
+
+    "directories": process 0 has made them. "arrays": all have written theirs. "commit": the step has its name.
+    """
+
+    def __init__(self, step: int, job: Job) -> None:
+        self._step, self._job = step, job
+        self._ahead = ["directories", "arrays", "commit"]
+
+    def reach(self, stage: str) -> None:
+        """Passes a stage, once; raises what has failed in another process."""
+        if stage in self._ahead:
+            self._pass(None)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """What fails inside is told to the others at the next stage; what came from them is known to all."""
+        try:
+            yield
+        except Exception as problem:
+            if self._ahead:
+                with contextlib.suppress(CheckpointError):
+                    self._pass(problem)
+            raise
+
+    def _pass(self, problem: Exception | None) -> None:
+        stage = self._ahead.pop(0)
+        call = Call(f"the {stage}", self._step)
+        try:
+            if stage == "arrays":
+                self._job.share(call, problem)
+            else:
+                self._job.tell(call, problem)
+        except Exception:
+            self._ahead.clear()
+            raise
