@@ -15,11 +15,21 @@ from ckptmgr.errors import (
 )
 from ckptmgr.hyperparams import get_hyperparams, set_hyperparams
 from ckptmgr.manager import CheckpointManager
-from ckptmgr.policies import at_steps, best, every_seconds, every_steps, latest
-from ckptmgr.results import Checkpoint, CheckpointInfo, SaveResult, VerifyReport
-from ckptmgr.trees.differences import LeafDiff, StructureDiff
-from ckptmgr.trees.placement import HOST
-from ckptmgr.trees.structure import LeafSpec
+from ckptmgr.policies import (
+    Keep,
+    KeepPolicy,
+    Record,
+    SaveEvery,
+    SavePolicy,
+    at_steps,
+    best,
+    every_seconds,
+    every_steps,
+    latest,
+)
+from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
+from ckptmgr.specs import LeafDiff, LeafSpec, Optimizer, PyTree, StructureDiff
+from ckptmgr.trees.layouts import HOST, Layout
 
 __all__ = [
     "HOST",
@@ -31,11 +41,20 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointTimeoutError",
     "CorruptCheckpointError",
+    "Damage",
+    "Keep",
+    "KeepPolicy",
+    "Layout",
     "LayoutError",
     "LeafDiff",
     "LeafSpec",
     "NewerFormatError",
+    "Optimizer",
+    "PyTree",
+    "Record",
     "SaveError",
+    "SaveEvery",
+    "SavePolicy",
     "SaveResult",
     "StructureDiff",
     "StructureMismatchError",

@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ckptmgr.trees.differences import StructureDiff
+from ckptmgr.specs import StructureDiff
 
 
 class CheckpointError(Exception):

@@ -22,12 +22,13 @@ from ckptmgr.processes import background, job, signals
 from ckptmgr.processes.job import Call
 from ckptmgr.restoring import matching
 from ckptmgr.restoring import restorer as restoring
-from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
+from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, OptState, Params, SaveResult, VerifyReport
 from ckptmgr.run import history, journal, lock, opening, verifying
 from ckptmgr.run.catalog import open_catalog
 from ckptmgr.saving import aftermath, queue, saver
-from ckptmgr.trees import differences
-from ckptmgr.trees import placement as layouts
+from ckptmgr.specs import Optimizer, PyTree, StructureDiff, fit_line
+from ckptmgr.trees import placement
+from ckptmgr.trees.layouts import Layout
 
 _log = logging.getLogger("ckptmgr")
 
@@ -67,8 +68,8 @@ class CheckpointManager:
         self,
         directory: str | os.PathLike[str],
         *,
-        save_every: int | policies.SavePolicy | Sequence[policies.SavePolicy | int] | None = None,
-        keep: int | policies.KeepPolicy | Sequence[policies.KeepPolicy | int] | None = None,
+        save_every: policies.SaveEvery | None = None,
+        keep: policies.Keep | None = None,
         asynchronous: bool = True,
         compression: Literal["zstd"] | None = None,
         chunk_bytes: int = 64 * 2**20,
@@ -76,7 +77,7 @@ class CheckpointManager:
         on_commit: Callable[[CheckpointInfo], object] | Sequence[Callable[[CheckpointInfo], object]] | None = None,
         read_only: bool = False,
         mirror: str | os.PathLike[str] | None = None,
-        mirror_keep: int | policies.KeepPolicy | Sequence[policies.KeepPolicy | int] | None = None,
+        mirror_keep: policies.Keep | None = None,
         metadata: Mapping[str, Any] | None = None,
         timeout_s: float = 1200.0,
         clock: Callable[[], float] = time.time,
@@ -120,6 +121,10 @@ class CheckpointManager:
             signals.drain_on_sigterm()
             self._aftermath.update_mirror()  # what an earlier process has not copied
 
+    def __repr__(self) -> str:
+        state = "open for writing" if self._saver.is_open else "read-only or closed"
+        return fit_line("CheckpointManager", repr(str(self._directory)), state)
+
     @property
     def directory(self) -> epath.Path:
         """Where the checkpoints are, absolute."""
@@ -134,8 +139,8 @@ class CheckpointManager:
     def save(
         self,
         step: int,
-        params: Any,
-        opt_state: Any = None,
+        params: PyTree,
+        opt_state: PyTree = None,
         *,
         extras: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
@@ -236,16 +241,16 @@ class CheckpointManager:
         self,
         step: int | Literal["best"] | None = None,
         *,
-        params: Any = None,
-        opt_state: Any = None,
-        optimizer: Any = None,
+        params: Params | None = None,
+        opt_state: OptState | None = None,
+        optimizer: Optimizer | None = None,
         extras: Mapping[str, Any] | None = None,
-        layout: Any = None,
+        layout: Layout = None,
         cast: bool | Collection[str] = False,
         partial: bool | Collection[str] = False,
         rename: Mapping[str, str] | None = None,
         broadcast: bool = False,
-    ) -> Checkpoint:
+    ) -> Checkpoint[Params, OptState]:
         """Restores a step into the structure of the templates; what has no template is not read.
 
         Args:
@@ -290,16 +295,16 @@ class CheckpointManager:
         self,
         *,
         step: int = 0,
-        params: Any = None,
-        opt_state: Any = None,
-        optimizer: Any = None,
+        params: Params | None = None,
+        opt_state: OptState | None = None,
+        optimizer: Optimizer | None = None,
         extras: Mapping[str, Any] | None = None,
-        layout: Any = None,
+        layout: Layout = None,
         cast: bool | Collection[str] = False,
         partial: bool | Collection[str] = False,
         rename: Mapping[str, str] | None = None,
         broadcast: bool = False,
-    ) -> Checkpoint:
+    ) -> Checkpoint[Params, OptState]:
         """Resumes from the newest good step, or starts: the values given come back if nothing is saved yet.
 
         Takes what `restore` takes; `step` is that of the start, and `optimizer` also gives the opt_state of the
@@ -314,22 +319,18 @@ class CheckpointManager:
         restorer = self._restorer.among(request)
         if restorer.has_steps():
             return restorer.newest(request)
-        return Checkpoint(
-            step=step,
-            params=params,
-            opt_state=restoring.first_state(optimizer, params) if optimizer is not None else opt_state,
-            extras=dict(extras or {}),
-            resumed=False,
-        )
+        start: Any = params
+        state: Any = restoring.first_state(optimizer, params) if optimizer is not None else opt_state
+        return Checkpoint(step=step, params=start, opt_state=state, extras=dict(extras or {}), resumed=False)
 
     def _request(
-        self, *, extras: Mapping[str, Any] | None, layout: Any, rename: Mapping[str, str] | None,
+        self, *, extras: Mapping[str, Any] | None, layout: Layout, rename: Mapping[str, str] | None,
         broadcast: bool, **templates: Any,
     ) -> matching.Request:  # fmt: skip
         """Checks what is asked for before anything is looked up."""
         return matching.Request(
             extras=extras or {},
-            layout=layouts.check(layout),
+            layout=placement.check(layout),
             rename=rename or {},
             broadcast=broadcast and jax.process_count() > 1,
             **templates,
@@ -376,7 +377,7 @@ class CheckpointManager:
         """What is known of every readable step, in order, from one look at all."""
         return self._history.all()
 
-    def diff(self, step: int, *, params: Any = None, opt_state: Any = None) -> differences.StructureDiff:
+    def diff(self, step: int, *, params: PyTree = None, opt_state: PyTree = None) -> StructureDiff:
         """How the templates differ from a step; falsy if they do not."""
         step = policies.step_number(step)
         self._catalog.require(step)

@@ -16,62 +16,8 @@ from ckptmgr.format import paths
 from ckptmgr.orbax.policies import adapt_keep, adapt_save
 from ckptmgr.results import CheckpointInfo
 
+Check = Callable[[str, Any], Any]
 Adapt = Callable[[Any], Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """See `CheckpointManager`; here every value has been checked and every policy is a tuple."""
-
-    save_every: tuple[policies.SavePolicy, ...] = (policies.every_steps(1),)
-    keep: tuple[policies.KeepPolicy, ...] = ()
-    asynchronous: bool = True
-    compression: Literal["zstd"] | None = None
-    chunk_bytes: int = 64 * 2**20
-    max_host_bytes: int | None = None
-    on_commit: tuple[Callable[[CheckpointInfo], object], ...] = ()
-    read_only: bool = False
-    mirror: epath.Path | None = None
-    mirror_keep: tuple[policies.KeepPolicy, ...] = ()
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    timeout_s: float = 1200.0
-    clock: Callable[[], float] = time.time
-
-
-def check(given: Mapping[str, Any]) -> Options:
-    """Checks what the caller gave; None stands for "not given" and takes the default."""
-    given = {name: value for name, value in given.items() if value is not None}
-    if given.get("read_only"):
-        _refuse_beside_read_only(given)
-    if "mirror_keep" in given and "mirror" not in given:
-        raise ValueError("mirror_keep= says what a mirror keeps; name one with mirror=")
-    checks: dict[str, Callable[[Any], Any]] = {
-        "save_every": lambda value: _policies(
-            "save_every", value, policies.every_steps, policies.SavePolicy, adapt_save
-        ),
-        "keep": lambda value: _policies("keep", value, policies.latest, policies.KeepPolicy, adapt_keep),
-        "mirror": lambda value: paths.resolve(value, "mirror"),
-        "mirror_keep": lambda value: _policies(
-            "mirror_keep", value, policies.latest, policies.KeepPolicy, adapt_keep
-        ),
-        "asynchronous": lambda value: _flag("asynchronous", value),
-        "read_only": lambda value: _flag("read_only", value),
-        "compression": _compression,
-        "chunk_bytes": lambda value: _bytes("chunk_bytes", value),
-        "max_host_bytes": lambda value: _bytes("max_host_bytes", value),
-        "on_commit": _callbacks,
-        "metadata": _metadata,
-        "timeout_s": _timeout,
-        "clock": _clock,
-    }
-    return Options(**{name: checks[name](value) for name, value in given.items()})
-
-
-def _refuse_beside_read_only(given: Mapping[str, Any]) -> None:
-    writing = ("save_every", "keep", "compression", "max_host_bytes", "on_commit", "metadata", "mirror_keep")
-    for name in writing:
-        if name in given:
-            raise ValueError(f"read_only=True contradicts {name}=: it never writes or deletes; drop one")
 
 
 def _policies(name: str, value: Any, number: Callable[[int], Any], kind: Any, adapt: Adapt) -> Any:
@@ -99,9 +45,9 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _compression(value: Any) -> Any:
+def _compression(name: str, value: Any) -> Any:
     if value != "zstd":
-        raise ValueError(f'compression takes None or "zstd", not {value!r}')
+        raise ValueError(f'{name} takes None or "zstd", not {value!r}')
     return value
 
 
@@ -111,30 +57,83 @@ def _bytes(name: str, value: Any) -> int:
     return value
 
 
-def _callbacks(value: Any) -> tuple[Any, ...]:
+def _callbacks(name: str, value: Any) -> tuple[Any, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     for each in values:
         if not callable(each):
-            raise TypeError(f"on_commit takes a callable, or several, not {each!r}")
+            raise TypeError(f"{name} takes a callable, or several, not {each!r}")
     return values
 
 
-def _metadata(value: Any) -> Mapping[str, Any]:
+def _metadata(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"metadata takes a mapping, not {value!r}")
+        raise TypeError(f"{name} takes a mapping, not {value!r}")
     try:
         return dict(json.loads(json.dumps(dict(value))))
     except (TypeError, ValueError) as problem:
-        raise TypeError(f"metadata must be JSON-able: {problem}") from None
+        raise TypeError(f"{name} must be JSON-able: {problem}") from None
 
 
-def _clock(value: Any) -> Callable[[], float]:
+def _clock(name: str, value: Any) -> Callable[[], float]:
     if not callable(value):
-        raise TypeError(f"clock takes a function that gives seconds since the epoch, not {value!r}")
+        raise TypeError(f"{name} takes a function that gives seconds since the epoch, not {value!r}")
     return value  # type: ignore[no-any-return]
 
 
-def _timeout(value: Any) -> float:
+def _timeout(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"timeout_s takes a positive number of seconds, not {value!r}")
+        raise ValueError(f"{name} takes a positive number of seconds, not {value!r}")
     return float(value)
+
+
+def _mirror(name: str, value: Any) -> epath.Path:
+    return paths.resolve(value, name)
+
+
+def _save_every(name: str, value: Any) -> Any:
+    return _policies(name, value, policies.every_steps, policies.SavePolicy, adapt_save)
+
+
+def _keep(name: str, value: Any) -> Any:
+    return _policies(name, value, policies.latest, policies.KeepPolicy, adapt_keep)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _option(check: Check, *, writes: bool = False, **default: Any) -> Any:
+    """An option with its default. One that `writes` contradicts read_only=True."""
+    return dataclasses.field(**default, metadata={"check": check, "writes": writes})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """See `CheckpointManager`; here every value has been checked and every policy is a tuple."""
+
+    save_every: tuple[policies.SavePolicy, ...] = _option(
+        _save_every, default=(policies.every_steps(1),), writes=True
+    )
+    keep: tuple[policies.KeepPolicy, ...] = _option(_keep, default=(), writes=True)
+    asynchronous: bool = _option(_flag, default=True)
+    compression: Literal["zstd"] | None = _option(_compression, default=None, writes=True)
+    chunk_bytes: int = _option(_bytes, default=64 * 2**20)
+    max_host_bytes: int | None = _option(_bytes, default=None, writes=True)
+    on_commit: tuple[Callable[[CheckpointInfo], object], ...] = _option(_callbacks, default=(), writes=True)
+    read_only: bool = _option(_flag, default=False)
+    mirror: epath.Path | None = _option(_mirror, default=None)  # noqa: RUF009
+    mirror_keep: tuple[policies.KeepPolicy, ...] = _option(_keep, default=(), writes=True)
+    metadata: Mapping[str, Any] = _option(_metadata, default_factory=dict, writes=True)
+    timeout_s: float = _option(_timeout, default=1200.0)
+    clock: Callable[[], float] = _option(_clock, default=time.time)  # noqa: RUF009
+
+
+def check(given: Mapping[str, Any]) -> Options:
+    """Checks what the caller gave; None stands for "not given" and takes the default."""
+    given = {name: value for name, value in given.items() if value is not None}
+    table = {field.name: field.metadata for field in dataclasses.fields(Options)}
+    for name in table if given.get("read_only") else ():
+        if table[name]["writes"] and name in given:
+            raise ValueError(f"read_only=True contradicts {name}=: it never writes or deletes; drop one")
+    if "mirror_keep" in given and "mirror" not in given:
+        raise ValueError("mirror_keep= says what a mirror keeps; name one with mirror=")
+    return Options(**{name: table[name]["check"](name, value) for name, value in given.items()})

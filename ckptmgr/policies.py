@@ -15,9 +15,10 @@ import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from ckptmgr.errors import SaveError
+from ckptmgr.specs import fit_line
 
 _MOST_STEPS = 1_000_000
 """More than these a policy does not choose: what it returns may have no end."""
@@ -46,6 +47,24 @@ class KeepPolicy(Protocol):
     """Decides which checkpoints retention leaves alone; `history` is in order of steps."""
 
     def keep(self, history: Sequence[Record]) -> set[int]: ...
+
+
+class OrbaxSavePolicy(Protocol):
+    """A `SaveDecisionPolicy` of Orbax."""
+
+    def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool: ...
+
+
+class OrbaxKeepPolicy(Protocol):
+    """A `PreservationPolicy` of Orbax."""
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]: ...
+
+
+SaveEvery: TypeAlias = int | SavePolicy | OrbaxSavePolicy | Sequence[int | SavePolicy | OrbaxSavePolicy]
+"""What `save_every` takes: a number of steps, a policy, or several."""
+Keep: TypeAlias = int | KeepPolicy | OrbaxKeepPolicy | Sequence[int | KeepPolicy | OrbaxKeepPolicy]
+"""What `keep` and `mirror_keep` take: how many of the newest steps, a policy, or several."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,9 @@ class at_steps:  # noqa: N801
         if not steps:
             raise ValueError("at_steps takes one or more step numbers")
         object.__setattr__(self, "steps", frozenset(step_number(step, "a step of at_steps") for step in steps))
+
+    def __repr__(self) -> str:
+        return fit_line("at_steps", *map(str, sorted(self.steps)))
 
     def should_save(self, step: int, *, now: float, last: Record | None) -> bool:
         return step in self.steps

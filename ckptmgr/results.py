@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, NamedTuple
+
+import jax
+from typing_extensions import TypeVar
 
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
 from ckptmgr.processes.background import Moment
-from ckptmgr.trees.structure import LeafSpec
+from ckptmgr.specs import LeafSpec, fit_line
+
+Params = TypeVar("Params", default=Any)
+"""The type of a template of the params, and so of the params that are restored into it."""
+OptState = TypeVar("OptState", default=Any)
+_Params = TypeVar("_Params", default=Any, covariant=True)
+_OptState = TypeVar("_OptState", default=Any, covariant=True)
+
+
+_NONE: Any = None
 
 
 def _empty() -> Any:
     return dataclasses.field(default_factory=dict)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxdict = _SHORT.maxtuple = 3
+_SHORT.maxstring = 40
+_SHOWN = ("metrics", "distrusted", "pinned", "kept")
+"""What the repr of a CheckpointInfo shows if there is any of it."""
+
+
+def _names(names: Iterable[object]) -> str:
+    return _SHORT.repr(tuple(names))
+
+
+def _counted(tree: Any) -> str:
+    count = len(jax.tree.leaves(tree))
+    return "None" if tree is None else f"<{count} {'leaf' if count == 1 else 'leaves'}>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +74,23 @@ class CheckpointInfo:
     kept: tuple[str, ...] = ()
     """Why retention keeps it, empty if it would go; filled in by `CheckpointManager.info`."""
 
+    def __repr__(self) -> str:
+        count = sum(map(len, self.leaves.values()))
+        parts = [f"step={self.step}", f"items={_names(self.items)}", f"leaves={count}", f"nbytes={self.nbytes}"]
+        parts += [f"{name}={_SHORT.repr(given)}" for name in _SHOWN if (given := getattr(self, name))]
+        return fit_line("CheckpointInfo", *parts)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A restored checkpoint, or the values a run starts from when there is none."""
+class Checkpoint(Generic[_Params, _OptState]):
+    """A restored checkpoint, or the values a run starts from when there is none.
+
+    For a type checker `params` and `opt_state` have the types of their templates, and are `Any` without one.
+    """
 
     step: int
-    params: Any = None
-    opt_state: Any = None
+    params: _Params = _NONE
+    opt_state: _OptState = _NONE
     extras: Mapping[str, Any] = _empty()
     metrics: Mapping[str, float] = _empty()
     info: CheckpointInfo | None = None
@@ -64,6 +102,13 @@ class Checkpoint:
     """With `partial`: leaves that the checkpoint lacks; they have the template's own value, or the optimizer's."""
     unused: tuple[str, ...] = ()
     """With `partial`: leaves of the checkpoint that the template lacks; they were not read."""
+
+    def __repr__(self) -> str:
+        parts = [f"step={self.step}"]
+        parts += [f"{name}={_counted(getattr(self, name))}" for name in ("params", "opt_state")]
+        parts += [f"{name}={_names(given)}" for name in ("extras", "skipped") if (given := getattr(self, name))]
+        parts += [f"{name}={len(paths)}" for name in ("missing", "unused") if (paths := getattr(self, name))]
+        return fit_line("Checkpoint", *parts, f"resumed={self.resumed}")
 
 
 class Damage(NamedTuple):
@@ -88,6 +133,11 @@ class VerifyReport:
 
     def __bool__(self) -> bool:
         return not self.damages
+
+    def __repr__(self) -> str:
+        parts = [f"step={self.step}", f"damages={_names(where for where, _ in self.damages)}"]
+        parts += [f"{name}={getattr(self, name)}" for name in ("files", "leaves", "nbytes")]
+        return fit_line("VerifyReport", *parts)
 
     def __str__(self) -> str:
         counted = f"step {self.step}: {self.files} files, {self.leaves} leaves, {self.nbytes} bytes of arrays"
@@ -124,7 +174,7 @@ class SaveResult:
 
     def __repr__(self) -> str:
         state = "not saved" if self._save is None else "durable" if self.done() else "being written"
-        return f"SaveResult(step={self.step}, {state}: {self.reason})"
+        return fit_line("SaveResult", f"step={self.step}", f"{state}: {self.reason}")
 
     def done(self) -> bool:
         """Whether nothing is being written any more for this step: it is durable, or failed."""

@@ -269,7 +269,7 @@ MUTATIONS = [
     ),
     Mutation(
         "10a", "opt_state without a place of its own goes to the default device",
-        "trees/placement.py",
+        "trees/following.py",
         "if own is None:\n        return followed\n", "if own is None:\n        return HERE\n",
         "tests/test_exactness.py::test_bits_types_and_places_are_those_of_the_run",
     ),
@@ -500,7 +500,7 @@ MUTATIONS = [
     ),
     Mutation(
         "16", "nothing is said of what a mesh cannot carry",
-        "trees/placement.py", "    if lost:\n", "    if False:\n",
+        "trees/meshes.py", "    if lost:\n", "    if False:\n",
         "tests/trees/test_placement.py::test_what_a_mesh_lacks_or_does_not_divide_is_replicated_and_said_once",
     ),
 ]  # fmt: skip

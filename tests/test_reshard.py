@@ -31,7 +31,7 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 sys.path.insert(0, sys.argv[5])
 import jax, numpy as np, optax, ckptmgr, test_reshard
 from jax.sharding import AxisType, NamedSharding
-from ckptmgr.trees.placement import carry
+from ckptmgr.trees.meshes import carry
 assert jax.device_count() == devices
 kinds = {"axis_types": (AxisType.Auto,) * len(axes)} if sys.argv[6] == "auto" else {}
 mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), **kinds)

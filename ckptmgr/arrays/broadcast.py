@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ckptmgr.arrays import chunks, reading, to_devices
 from ckptmgr.arrays.chunks import Index, Values
-from ckptmgr.trees.placement import Target
+from ckptmgr.trees.layouts import Target
 from ckptmgr.trees.structure import numpy_dtype
 
 _BLOCK_BYTES = 64 << 20  # what one program sends to a device

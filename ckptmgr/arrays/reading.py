@@ -14,7 +14,8 @@ from etils import epath
 from ckptmgr.arrays import chunks, database, extents
 from ckptmgr.arrays.chunks import BYTES_ALONE, Index, Stored, Values
 from ckptmgr.format import paths
-from ckptmgr.trees.structure import LeafSpec, numpy_dtype
+from ckptmgr.specs import LeafSpec
+from ckptmgr.trees.structure import numpy_dtype
 
 _SPEC = re.compile(r" \[[\w ]+='")  # what TensorStore adds to a message: it may be long
 _AHEAD_BYTES = 64 << 20  # of a restore

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ckptmgr.arrays.chunks import Index, Values
-from ckptmgr.trees.placement import HERE, Target
+from ckptmgr.trees.layouts import HERE, Target
 from ckptmgr.trees.structure import dtype_name, numpy_dtype, weaken
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from ckptmgr.arrays import chunks
 from ckptmgr.arrays.chunks import BYTES_ALONE, Index, Stored, Values, chunk_shape, whole
 from ckptmgr.processes import job
-from ckptmgr.trees.structure import LeafSpec, TreeSpec, dtype_name, is_key, numpy_dtype
+from ckptmgr.specs import LeafSpec, TreeSpec
+from ckptmgr.trees.structure import dtype_name, is_key, numpy_dtype
 
 Part = tuple[Index, Values]
 Take = Callable[[Any, bool], list[Part]]

@@ -25,7 +25,7 @@ from ckptmgr.errors import CheckpointError, CheckpointNotFoundError
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.run.catalog import open_catalog
 from ckptmgr.run.directory import BRANCH, KEPT
-from ckptmgr.trees.placement import HOST
+from ckptmgr.trees.layouts import HOST
 
 app = typer.Typer(
     name="ckptmgr",

@@ -24,8 +24,9 @@ from ckptmgr.run import journal
 from ckptmgr.run import rewinding as rewinds
 from ckptmgr.run.catalog import open_catalog
 from ckptmgr.run.history import History
+from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees import structure
-from ckptmgr.trees.placement import HOST
+from ckptmgr.trees.layouts import HOST
 
 Facts = dict[str, Any]
 _MOST_NAMES, _LONGEST_NAME = 10, 60
@@ -142,7 +143,7 @@ def checkpoint(manager: CheckpointManager, step: int) -> Facts:
     }
 
 
-def _leaf(leaf: structure.LeafSpec) -> Facts:
+def _leaf(leaf: LeafSpec) -> Facts:
     return {
         "path": leaf.path,
         "shape": list(leaf.shape),
@@ -179,12 +180,12 @@ def difference(one: tuple[CheckpointManager, int], other: tuple[CheckpointManage
     return found
 
 
-def _by_path(manager: CheckpointManager, step: int) -> dict[str, structure.LeafSpec]:
+def _by_path(manager: CheckpointManager, step: int) -> dict[str, LeafSpec]:
     leaves = manager.info(step).leaves
     return {f"{item}{leaf.path}": leaf for item, found in leaves.items() for leaf in found}
 
 
-def _kind(leaf: structure.LeafSpec) -> str:
+def _kind(leaf: LeafSpec) -> str:
     return str(leaf)
 
 
@@ -201,7 +202,7 @@ def _values(manager: CheckpointManager, step: int) -> dict[str, Any]:
     }
 
 
-def _in_order(tree: structure.TreeSpec, values: Any) -> Iterator[tuple[int, Any]]:
+def _in_order(tree: TreeSpec, values: Any) -> Iterator[tuple[int, Any]]:
     places = structure.rebuild(tree.outline, list(range(len(tree.leaves))))
     return zip(jax.tree.leaves(places), jax.tree.leaves(values), strict=True)
 

@@ -22,7 +22,8 @@ from etils import epath
 
 from ckptmgr.errors import CorruptCheckpointError, NewerFormatError
 from ckptmgr.format import paths, schema
-from ckptmgr.trees.structure import LeafSpec, TreeSpec, numpy_dtype
+from ckptmgr.specs import LeafSpec, TreeSpec
+from ckptmgr.trees.structure import numpy_dtype
 
 NAME = "manifest.json"
 PARAMS, OPT_STATE, STEP, METRICS = "params", "opt_state", "step", "metrics"

@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ckptmgr.arrays.to_host import Plan
-from ckptmgr.trees.structure import Keys, LeafSpec, Outline, TreeSpec
+from ckptmgr.specs import Keys, LeafSpec, Outline, TreeSpec
 
 TREE, SHARDINGS, ARRAYS, TEXTS = "_METADATA", "_sharding", "array_metadatas", "_strings.json"
 _SEQUENCE, _DICT = 1, 2

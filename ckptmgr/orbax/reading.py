@@ -22,7 +22,7 @@ from ckptmgr.format import manifest as manifests
 from ckptmgr.format.manifest import METRICS, STEP, Item
 from ckptmgr.format.names import COMMITTED, STEP_METADATA, UNFINISHED
 from ckptmgr.orbax import item_files
-from ckptmgr.trees.structure import TreeSpec
+from ckptmgr.specs import TreeSpec
 
 _log = logging.getLogger("ckptmgr")
 _JSON_FILES = ("metadata", METRICS, "data.json")

@@ -9,7 +9,7 @@ import jax
 from ckptmgr.errors import LayoutError
 from ckptmgr.format.manifest import Item
 from ckptmgr.trees import iterators
-from ckptmgr.trees.placement import HOST
+from ckptmgr.trees.layouts import HOST
 
 
 def source(name: str, item: Item, template: Any, layout: Any) -> int | None:

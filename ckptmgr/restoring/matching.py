@@ -20,9 +20,9 @@ import numpy as np
 from ckptmgr.errors import UnsupportedLeafError
 from ckptmgr.format.manifest import METRICS, OPT_STATE, PARAMS, RESERVED, STEP, Item, Manifest
 from ckptmgr.restoring import extras
+from ckptmgr.specs import LeafDiff, LeafSpec, Row, StructureDiff, TreeSpec
 from ckptmgr.trees import differences, iterators, structure
-from ckptmgr.trees.differences import LeafDiff, StructureDiff
-from ckptmgr.trees.structure import LeafSpec, Row, TreeSpec, numpy_dtype
+from ckptmgr.trees.structure import numpy_dtype
 
 _log = logging.getLogger("ckptmgr")
 

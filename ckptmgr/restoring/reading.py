@@ -16,7 +16,7 @@ from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.format import manifest as manifests
 from ckptmgr.restoring import matching
 from ckptmgr.run import values
-from ckptmgr.trees.placement import Target
+from ckptmgr.trees.layouts import Target
 
 _COPIED_BYTES = 2 << 20  # JAX copies small leaves once more: not all of them at a time
 

@@ -25,8 +25,9 @@ from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.history import History
 from ckptmgr.run.manifest_cache import Stamp
 from ckptmgr.run.mirror import Mirror
+from ckptmgr.specs import StructureDiff
 from ckptmgr.trees import placement as layouts
-from ckptmgr.trees.differences import StructureDiff
+from ckptmgr.trees.layouts import HOST
 from ckptmgr.trees.structure import abstract
 
 _log = logging.getLogger("ckptmgr")
@@ -244,7 +245,7 @@ class Restorer:
 def _with_new_state(request: Request, values: Mapping[str, Any]) -> Any:
     """The opt_state, where the checkpoint lacks a leaf with that of a new state of these params."""
     new = first_state(request.optimizer, values[manifests.PARAMS])
-    new = jax.device_get(new) if request.layout is layouts.HOST else new
+    new = jax.device_get(new) if request.layout is HOST else new
     return jax.tree.map(
         lambda kept, made: made if isinstance(kept, jax.ShapeDtypeStruct) else kept,
         values[manifests.OPT_STATE],

@@ -14,7 +14,7 @@ from ckptmgr.format import files, paths
 from ckptmgr.format import manifest as manifests
 from ckptmgr.results import Damage, VerifyReport
 from ckptmgr.run import values
-from ckptmgr.trees.structure import LeafSpec
+from ckptmgr.specs import LeafSpec
 
 Progress = Callable[[int, int], object]
 _BATCH_BYTES = 256 << 20  # what is held in memory at a time

@@ -21,9 +21,10 @@ import numpy as np
 
 from ckptmgr.format.manifest import METRICS, OPT_STATE, PARAMS, RESERVED, STEP
 from ckptmgr.format.names import UNFINISHED
+from ckptmgr.specs import TreeSpec
 from ckptmgr.trees import structure
 from ckptmgr.trees.iterators import is_global, is_iterator
-from ckptmgr.trees.structure import TreeSpec, is_key
+from ckptmgr.trees.structure import is_key
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FILES = frozenset({

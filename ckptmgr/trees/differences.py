@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import cast
@@ -10,97 +9,8 @@ from typing import cast
 import jax.numpy as jnp
 
 from ckptmgr.errors import StructureMismatchError
-from ckptmgr.trees.structure import LeafSpec, TreeSpec, collisions, containers, numpy_dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafDiff:
-    """One leaf that differs: what the checkpoint has and what the template has, None for nothing."""
-
-    path: str
-    saved: LeafSpec | None
-    template: LeafSpec | None
-    problem: str
-    """"missing" (from the checkpoint), "unexpected" (by the template), "shape", "dtype", "key" or "text" (one side
-    has typed PRNG keys or a str, and the other does not: neither is cast), or "value" (the template has an array,
-    and the checkpoint a JSON value or bytes)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StructureDiff:
-    """Every difference between a checkpoint and a template; falsy when there is none."""
-
-    leaves: tuple[LeafDiff, ...] = ()
-    containers: tuple[tuple[str, str, str], ...] = ()
-    """Path, type in the checkpoint and type in the template of nodes of different types."""
-
-    def __bool__(self) -> bool:
-        return bool(self.leaves)
-
-    def of(self, problem: str) -> tuple[LeafDiff, ...]:
-        """Leaves with this problem."""
-        return tuple(leaf for leaf in self.leaves if leaf.problem == problem)
-
-    @property
-    def missing(self) -> tuple[LeafDiff, ...]:
-        """Leaves that the checkpoint lacks."""
-        return self.of("missing")
-
-    @property
-    def unexpected(self) -> tuple[LeafDiff, ...]:
-        """Leaves that the template lacks."""
-        return self.of("unexpected")
-
-    @property
-    def shape(self) -> tuple[LeafDiff, ...]:
-        """Leaves of another shape."""
-        return self.of("shape")
-
-    @property
-    def dtype(self) -> tuple[LeafDiff, ...]:
-        """Leaves of another dtype."""
-        return self.of("dtype")
-
-    def __add__(self, other: StructureDiff) -> StructureDiff:
-        return StructureDiff(self.leaves + other.leaves, self.containers + other.containers)
-
-    def without(self, *problems: str) -> StructureDiff:
-        """The same without leaves that have one of these problems."""
-        kept = tuple(leaf for leaf in self.leaves if leaf.problem not in problems)
-        return StructureDiff(kept, self.containers)
-
-    def only(self, *problems: str) -> StructureDiff:
-        """Only the leaves that have one of these problems."""
-        return StructureDiff(tuple(leaf for leaf in self.leaves if leaf.problem in problems))
-
-    def __str__(self) -> str:
-        rows = [("leaf", "checkpoint", "template", "")]
-        rows += [(d.path, _show(d.saved), _show(d.template), _ADVICE[d.problem]) for d in self.leaves[:_SHOWN]]
-        rows += [(*container, "node of another type") for container in self.containers[:_SHOWN]]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        if more := max(0, len(self.leaves) - _SHOWN):
-            lines.append(f"... and {more} more leaves, all of them in the error's .diff")
-        return "\n".join(f"  {line.rstrip()}" for line in lines)
-
-
-_SHOWN = 40
-"""How many leaves a message names: of thousands nobody reads more."""
-
-_ADVICE = {
-    "missing": "not in the checkpoint (partial=True keeps the template's own value)",
-    "no value": "not in the checkpoint, and the template is abstract: partial=True needs an array to keep",
-    "unexpected": "not in the template (partial=True ignores it)",
-    "shape": "another shape",
-    "dtype": "another dtype (cast=True converts)",
-    "text": "a str is never cast",
-    "value": "the item is no tree of arrays: give a template without arrays, or None, to get its value",
-    "key": "PRNG keys are never cast; see jax.random.key_data and jax.random.wrap_key_data",
-}
-
-
-def _show(spec: LeafSpec | None) -> str:
-    return "-" if spec is None else str(spec)
+from ckptmgr.specs import LeafDiff, LeafSpec, StructureDiff, TreeSpec
+from ckptmgr.trees.structure import collisions, containers, numpy_dtype
 
 
 def compare(saved: TreeSpec, template: TreeSpec, item: str) -> StructureDiff:

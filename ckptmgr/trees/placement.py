@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ckptmgr.errors import LayoutError
-from ckptmgr.trees.structure import Keys, Row, abstract
+from ckptmgr.specs import Row
+from ckptmgr.trees.following import follow, replicated, same
+from ckptmgr.trees.layouts import HERE, HOST, Host, Layout, LayoutFunction, Place, Target, Wanted
+from ckptmgr.trees.meshes import Meshes, carried
+from ckptmgr.trees.structure import abstract
 
 _log = logging.getLogger("ckptmgr")
-
-
-class _Host:
-    def __repr__(self) -> str:
-        return "ckptmgr.HOST"
-
-
-HOST: Final = _Host()
-"""As a layout: numpy arrays, on no device."""
-
-HERE: Final = "the default device"
-"""Where `jnp.asarray` would put it: on the default device, and free to be moved by a jitted function."""
-
-Layout = Any
-Place = Any
-"""A Sharding, HERE or HOST."""
-
-
-class Target(NamedTuple):
-    """Where one leaf goes, and as what."""
-
-    place: Place
-    kind: str
-    """A `LeafSpec.kind`."""
-    dtype: str
-    weak: bool = False
-    impl: str | None = None
-
-
-class Wanted(Protocol):
-    """An item that is to be restored: its tree, with a row for each leaf."""
-
-    @property
-    def item(self) -> str: ...
-    @property
-    def tree(self) -> Any: ...
-    @property
-    def rows(self) -> Sequence[Row]: ...
 
 
 def check(layout: Layout) -> Layout:
@@ -68,7 +32,7 @@ def check(layout: Layout) -> Layout:
     return layout
 
 
-def _is_function(layout: Layout) -> bool:
+def _is_function(layout: Layout) -> TypeGuard[LayoutFunction]:
     """Whether a layout is to be called; a tree of shardings may have a `__call__` too, as Equinox's modules do."""
     return callable(layout) and not any(map(_is_placement, jax.tree.leaves(layout)))
 
@@ -145,34 +109,34 @@ def _places(layout: Layout, wanted: Sequence[Wanted], params: Wanted) -> list[li
     if layout is None:
         return _places_of_templates(wanted, params)
     if isinstance(layout, Mesh):
-        return _carried(layout, wanted)
-    meshes = _Meshes([*wanted, params])
-    if isinstance(layout, Sharding | jax.Device | _Host):
+        return carried(layout, wanted)
+    meshes = Meshes([*wanted, params])
+    if isinstance(layout, Sharding | jax.Device | Host):
         place = _place("every leaf", layout, meshes)
         return [[place] * len(each.rows) for each in wanted]
     chosen = _by_function(layout, params, meshes) if _is_function(layout) else _by_tree(layout, params, meshes)
-    return [chosen if each.item == params.item else _follow(each, params, chosen) for each in wanted]
+    return [chosen if each.item == params.item else follow(each, params, chosen) for each in wanted]
 
 
 def _places_of_templates(wanted: Sequence[Wanted], params: Wanted) -> list[list[Place]]:
     """Where each template's leaf is. A leaf that has no place of its own follows the parameter that it mirrors."""
-    meshes = _Meshes([*wanted, params])
+    meshes = Meshes([*wanted, params])
     chosen = [_own(row, meshes) or HERE for row in params.rows]
     return [
         chosen if each.item == params.item else _own_or_follow(each, params, chosen, meshes) for each in wanted
     ]
 
 
-def _own_or_follow(wanted: Wanted, params: Wanted, places: Sequence[Place], meshes: _Meshes) -> list[Place]:
-    rest = _replicated(places) if wanted.item == "opt_state" else HERE
-    followed = _follow(wanted, params, places, rest)
+def _own_or_follow(wanted: Wanted, params: Wanted, places: Sequence[Place], meshes: Meshes) -> list[Place]:
+    rest = replicated(places) if wanted.item == "opt_state" else HERE
+    followed = follow(wanted, params, places, rest)
     return [
-        _same(_own(row, meshes, place), place, row.wants.shape)
+        same(_own(row, meshes, place), place, row.wants.shape)
         for row, place in zip(wanted.rows, followed, strict=True)
     ]
 
 
-def _own(row: Row, meshes: _Meshes, followed: Place = None) -> Place | None:
+def _own(row: Row, meshes: Meshes, followed: Place = None) -> Place | None:
     """Where the template's leaf is; None for an abstract leaf that does not say.
 
     Of several meshes that an abstract leaf may mean, it is the one of the leaf that it follows.
@@ -183,102 +147,7 @@ def _own(row: Row, meshes: _Meshes, followed: Place = None) -> Place | None:
     return meshes.concrete(sharding, row.wants.path, followed) if isinstance(sharding, Sharding) else None
 
 
-def _same(own: Place | None, followed: Place, shape: tuple[int, ...]) -> Place:
-    """A leaf's own place, spelled as that of the leaf that it follows if both are the same place: P("x", None) and
-    P("x") are equal for JAX's programs, and not for `==`."""
-    if own is None:
-        return followed
-    both = isinstance(own, Sharding) and isinstance(followed, Sharding)
-    return followed if both and own.is_equivalent_to(followed, len(shape)) else own
-
-
-class _Meshes:
-    """Finds the devices of a sharding that names only the axes of its mesh, as those of `jax.eval_shape` do."""
-
-    def __init__(self, wanted: Iterable[Wanted]) -> None:
-        self._wanted = tuple(wanted)
-
-    @functools.cached_property
-    def _known(self) -> list[Mesh]:
-        """The mesh of `jax.set_mesh`, then those that the templates' arrays are on."""
-        shardings = (getattr(row.given, "sharding", None) for each in self._wanted for row in each.rows)
-        named = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
-        return [mesh for mesh in (jax.sharding.get_mesh(), *dict.fromkeys(named)) if isinstance(mesh, Mesh)]
-
-    def concrete(self, sharding: Sharding, leaf: str, followed: Place = None) -> Sharding | None:
-        """The same on devices; None if it names no axis of any mesh."""
-        mesh = getattr(sharding, "mesh", None)
-        if not isinstance(sharding, NamedSharding) or not isinstance(mesh, AbstractMesh):
-            return sharding
-        if mesh.empty:
-            return None
-        kind = sharding.memory_kind or getattr(followed, "memory_kind", None)
-        return NamedSharding(self._find(mesh, leaf, followed), sharding.spec, memory_kind=kind)
-
-    def _find(self, abstract: AbstractMesh, leaf: str, followed: Place) -> Mesh:
-        for mesh in (getattr(followed, "mesh", None), *self._known):
-            if not isinstance(mesh, Mesh):
-                continue
-            if (mesh.axis_names, mesh.axis_sizes) == (abstract.axis_names, abstract.axis_sizes):
-                return mesh
-        if abstract.size != jax.device_count():
-            raise LayoutError(
-                f"the template's {leaf} is on a mesh of {abstract.size} devices that are not named, and there are "
-                f"{jax.device_count()}: give layout=, or restore inside `with jax.set_mesh(mesh)`",
-                leaf=leaf,
-            )
-        made = jax.make_mesh(abstract.axis_sizes, abstract.axis_names, axis_types=abstract.axis_types)
-        _log.warning(
-            "the template names a mesh %s and no devices: restored onto jax.make_mesh of all of them. To choose, "
-            "give layout=, or restore inside `with jax.set_mesh(mesh)`", dict(abstract.shape)
-        )  # fmt: skip
-        self._known.append(made)
-        return made
-
-
-def _carried(mesh: Mesh, wanted: Sequence[Wanted]) -> list[list[Place]]:
-    """The saved PartitionSpecs on another mesh; what it cannot carry is replicated, and said once."""
-    lost: list[str] = []
-
-    def place(item: str, row: Row) -> Place:
-        saved = row.saved or row.wants
-        spec = carry(row.wants.shape, saved.partition or (), mesh)
-        if row.saved and any(_names(saved.partition or ())) and _names(spec) != _names(saved.partition or ()):
-            lost.append(f"{item}{row.wants.path} of shape {row.wants.shape}: {saved.partition} becomes {spec}")
-        return NamedSharding(mesh, spec)
-
-    places = [[place(each.item, row) for row in each.rows] for each in wanted]
-    if lost:
-        _log.warning(
-            "%d leaves are replicated along axes that %s lacks or that do not divide them; the first: %s",
-            len(lost), dict(mesh.shape), lost[0],
-        )  # fmt: skip
-    return places
-
-
-def carry(shape: Sequence[int], partition: Iterable[Any], mesh: Mesh) -> PartitionSpec:
-    """A PartitionSpec for another mesh: without axes the mesh lacks, or that do not divide their dimension."""
-    kept = []
-    for size, names in zip(shape, _names(partition), strict=False):
-        known = tuple(name for name in names if name in mesh.shape)
-        divides = size % math.prod(mesh.shape[name] for name in known) == 0
-        kept.append((known[0] if len(known) == 1 else known) if known and divides else None)
-    while kept and kept[-1] is None:
-        kept.pop()
-    return PartitionSpec(*kept)
-
-
-def _names(partition: Iterable[Any]) -> list[tuple[str, ...]]:
-    """The mesh axes of each dimension, without those of trailing ones that are not sharded."""
-    found = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in partition]
-    while found and not found[-1]:
-        found.pop()
-    return found
-
-
-def _by_function(
-    layout: Callable[[str, jax.ShapeDtypeStruct], Any], params: Wanted, meshes: _Meshes
-) -> list[Place]:
+def _by_function(layout: LayoutFunction, params: Wanted, meshes: Meshes) -> list[Place]:
     def place(row: Row) -> Place:
         leaf = row.wants if row.wants.kind == "jax" else row.saved
         answer = None
@@ -289,7 +158,7 @@ def _by_function(
     return [place(row) for row in params.rows]
 
 
-def _by_tree(layout: Any, params: Wanted, meshes: _Meshes) -> list[Place]:
+def _by_tree(layout: Any, params: Wanted, meshes: Meshes) -> list[Place]:
     """A pytree like the params, or a prefix of one; None where the template's leaf is."""
     answers: list[Any] = []
 
@@ -303,7 +172,7 @@ def _by_tree(layout: Any, params: Wanted, meshes: _Meshes) -> list[Place]:
     return [_answered(params, row, answer, meshes) for row, answer in zip(params.rows, answers, strict=True)]
 
 
-def _answered(params: Wanted, row: Row, answer: Any, meshes: _Meshes) -> Place:
+def _answered(params: Wanted, row: Row, answer: Any, meshes: Meshes) -> Place:
     """The place that a tree or a function gives for a parameter; None leaves it where the template's leaf is."""
     if answer is None:
         return _own(row, meshes) or HERE
@@ -311,10 +180,10 @@ def _answered(params: Wanted, row: Row, answer: Any, meshes: _Meshes) -> Place:
 
 
 def _is_placement(node: Any) -> bool:
-    return node is None or isinstance(node, Sharding | PartitionSpec | jax.Device | _Host)
+    return node is None or isinstance(node, Sharding | PartitionSpec | jax.Device | Host)
 
 
-def _place(leaf: str, answer: Any, meshes: _Meshes) -> Place:
+def _place(leaf: str, answer: Any, meshes: Meshes) -> Place:
     if isinstance(answer, PartitionSpec):
         mesh = jax.sharding.get_mesh()
         if mesh.empty:
@@ -334,49 +203,6 @@ def _place(leaf: str, answer: Any, meshes: _Meshes) -> Place:
     if isinstance(answer, jax.Device):
         return SingleDeviceSharding(answer)
     return meshes.concrete(answer, leaf) or HERE if isinstance(answer, Sharding) else answer
-
-
-# ---------------------------------------------------------------- what follows the params
-
-
-def _follow(wanted: Wanted, params: Wanted, places: Sequence[Place], rest: Place | None = None) -> list[Place]:
-    """Leaves that mirror a parameter (Adam's mu and nu) go where it goes, others to `rest` (default: replicated).
-
-    A leaf mirrors the parameter that has its shape and whose whole path its own path ends with. Where there is
-    none, the end of that path is enough: with optax.lookahead `.fast_state[0].mu['w']` mirrors `.fast['w']`.
-    """
-    rest = _replicated(places) if rest is None else rest
-    whole, partly = _endings(params, places)
-
-    def place(row: Row) -> Place:
-        own = [(row.wants.keys[first:], row.wants.shape) for first in range(len(row.wants.keys) + 1)]
-        return next((known[ending] for known in (whole, partly) for ending in own if ending in known), rest)
-
-    return [place(row) for row in wanted.rows]
-
-
-_Ending = tuple[Keys, tuple[int, ...]]
-
-
-def _endings(params: Wanted, places: Sequence[Place]) -> tuple[dict[_Ending, Place], dict[_Ending, Place]]:
-    """The places of the parameters by path and shape: by whole paths, and by ends that lead to one place only."""
-    whole: dict[_Ending, Place] = {}
-    partly: dict[_Ending, list[Place]] = {}
-    for row, place in zip(params.rows, places, strict=True):
-        keys, shape = row.wants.keys, row.wants.shape
-        whole[keys, shape] = place
-        for first in range(1, len(keys)):
-            partly.setdefault((keys[first:], shape), []).append(place)
-    agreed = {ending: found[0] for ending, found in partly.items() if all(each == found[0] for each in found)}
-    return whole, agreed
-
-
-def _replicated(places: Iterable[Place]) -> Place:
-    """All of an array on every device of the mesh that the params are on."""
-    for place in places:
-        if isinstance(place, NamedSharding):
-            return NamedSharding(place.mesh, PartitionSpec(), memory_kind=place.memory_kind)
-    return next(iter(places), HERE)
 
 
 def spans_processes(place: Any) -> bool:

@@ -2,19 +2,13 @@
 
 A tree is described by a `TreeSpec`: one `LeafSpec` for each leaf, in JAX's own order, and an
 `outline` of the containers as plain JSON, from which `rebuild` makes nested plain containers again.
-
-Two spellings of a leaf's place are used. `path` is `jax.tree_util.keystr`'s and is what people read;
-`keys` are the names Orbax gives the steps of the path, and are what a template is matched by: they
-are the same for a NamedTuple and for the dict that stock Orbax returns in its stead.
-An int among them is a place in a sequence.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,66 +17,11 @@ import numpy as np
 from jax.extend.core.primitives import convert_element_type_p
 
 from ckptmgr.errors import UnsupportedLeafError
-
-Keys = tuple[str | int, ...]
-Outline = Any
-"""JSON: a leaf's index, null for None, or an object that names a container and holds its children."""
+from ckptmgr.specs import Keys, LeafSpec, Outline, TreeSpec
 
 _SCALARS: dict[type, str] = {bool: "bool", int: "int", float: "float", complex: "complex"}
 _ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 _STORABLE_KINDS = "biufcV"  # numpy's letters; V also covers the types of ml_dtypes
-
-
-class LeafSpec(NamedTuple):
-    """What one leaf is, without its values. (A tuple: there are thousands, and they must be cheap.)"""
-
-    path: str
-    keys: Keys
-    kind: str
-    """"jax", "numpy", "key" (typed PRNG keys), "scalar" (numpy), or "int", "float", "bool", "complex", "str".
-
-    Only stock Orbax writes a str into a tree; ckptmgr reads it.
-    """
-    shape: tuple[int, ...]
-    dtype: str
-    weak: bool = False
-    partition: tuple[Any, ...] | None = None
-    """The PartitionSpec it was saved under; None for a leaf on one device or on the host."""
-    impl: str | None = None
-    """The random number generator of typed PRNG keys."""
-    chunks: tuple[int, ...] | None = None
-    """The chunks it is cut into on disk; None if it is whole."""
-
-    @property
-    def name(self) -> str:
-        """The name of the array on disk, as Orbax spells it."""
-        return ".".join(map(str, self.keys))
-
-    def __str__(self) -> str:
-        if self.kind in (*_SCALARS.values(), "str"):
-            return f"Python {self.kind}"
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TreeSpec:
-    """The leaves of a tree in JAX's order, and its containers."""
-
-    leaves: tuple[LeafSpec, ...]
-    outline: Outline
-    empty: tuple[tuple[Keys, str], ...] = ()
-    """The keys of every node that holds nothing (None, (), optax.EmptyState()), and what it is."""
-
-    def by_keys(self) -> dict[Keys, LeafSpec]:
-        return {leaf.keys: leaf for leaf in self.leaves}
-
-
-class Row(NamedTuple):
-    """A leaf of a result: `saved` is read, and made what `wants` says; without `saved` it is `given`."""
-
-    saved: LeafSpec | None
-    wants: LeafSpec
-    given: Any = None
 
 
 # ---------------------------------------------------------------- describing a tree

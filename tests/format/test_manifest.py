@@ -23,6 +23,7 @@ from rich.console import Console
 from ckptmgr import CheckpointManager, CorruptCheckpointError, NewerFormatError
 from ckptmgr.cli import facts, tables
 from ckptmgr.format import manifest
+from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees import structure
 
 
@@ -90,12 +91,12 @@ def test_a_manifest_of_another_step_is_refused():
 
 def test_what_older_versions_can_read_keeps_their_format():
     assert body_of(sample())["format"] == 1
-    text = structure.LeafSpec("['a']", ("a",), "str", (), "object")
+    text = LeafSpec("['a']", ("a",), "str", (), "object")
     newer = [
         manifest.Item("unread", why="nobody knows"),
         manifest.Item("json", file="metadata", folder="elsewhere"),
         manifest.Item("json", file="metadata", processes=2),
-        manifest.Item("arrays", structure.TreeSpec((text,), {"dict": {"a": 0}})),
+        manifest.Item("arrays", TreeSpec((text,), {"dict": {"a": 0}})),
     ]
     for item in newer:
         written = dataclasses.replace(sample(), items={"extra": item})
@@ -149,7 +150,7 @@ def small():
     spread = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, PartitionSpec("data", None)))
     spec = structure.describe({"w": spread, "k": {3: (jax.random.key(0), None)}}, item="params")
     shapes = [leaf.shape + (2,) * (leaf.kind == "key") for leaf in spec.leaves]
-    cut = structure.TreeSpec(
+    cut = TreeSpec(
         tuple(leaf._replace(chunks=shape) for leaf, shape in zip(spec.leaves, shapes, strict=True)), spec.outline
     )
     items = {
