@@ -17,8 +17,9 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -28,6 +29,7 @@ ROWS = 8
 LOOKS_PER_S = 100
 IDLE = ("_worker", "select", "wait", "_wait_for_tstate_lock")
 COMPARED = {"orbax": peers.Orbax, "ckptmgr": peers.Ckptmgr}
+ENOUGH = {"tiny": 60, "many": 30, "big": 5}  # repetitions that take some seconds
 _PY_SPY = Path(sysconfig.get_path("scripts")) / "py-spy"  # of this environment, activated or not
 
 
@@ -37,7 +39,32 @@ def main(name: str = "many", repeats: str = "10") -> None:
     )
     for peer, kind in COMPARED.items():
         with tempfile.TemporaryDirectory() as directory:
-            show(kind.title, *look(["--watched", peer, name, repeats, directory], Path(directory, "seen.txt")))
+            shown = show(*look(["--watched", peer, name, repeats, directory], Path(directory, "seen.txt")))
+        for what, lines in shown.items():
+            print("", f"{kind.title}, {what}: {lines[0]}", *lines[1:], sep="\n")
+
+
+def of_missed(budgets: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """For each save and restore that misses a budget: where its time goes, or why that is not known."""
+    missed = sorted({tuple(row["profiled"]) for row in budgets if row["met"] is False and row["profiled"]})
+    found: dict[str, list[str]] = {}
+    for name in {name: None for name, _ in missed}:
+        try:
+            shown = _profile(name)
+        except (OSError, WatchError) as problem:
+            shown = {what: [f"not known: {problem}"] for what in ("save", "restore")}
+        found |= {f"{name}, {what}": shown[what] for each, what in missed if each == name}
+    return found
+
+
+def _profile(name: str) -> dict[str, list[str]]:
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = ["--watched", "ckptmgr", name, str(ENOUGH[name]), directory]
+        return show(*look(arguments, Path(directory, "seen.txt")))
+
+
+class WatchError(RuntimeError):
+    """The process that was to be watched failed."""
 
 
 def look(arguments: list[str], seen: Path) -> tuple[dict[str, list[float]], list[str]]:
@@ -56,11 +83,13 @@ def look(arguments: list[str], seen: Path) -> tuple[dict[str, list[float]], list
     done = subprocess.run([_PY_SPY, "record", *options, "--", *watched], stdout=subprocess.PIPE, text=True)
     answer = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
     if answer is None:
-        raise SystemExit("the process that was to be watched failed")
+        raise WatchError("the process that was to be watched failed")
     return json.loads(answer), seen.read_text().splitlines()
 
 
-def show(title: str, seconds: dict[str, list[float]], stacks: list[str]) -> None:
+def show(seconds: dict[str, list[float]], stacks: list[str]) -> dict[str, list[str]]:
+    """For a save and a restore: the median of its seconds, and the lines that were seen most often."""
+    shown = {}
     for what, took in seconds.items():
         lines: collections.Counter[str] = collections.Counter()
         for stack in stacks:
@@ -70,9 +99,11 @@ def show(title: str, seconds: dict[str, list[float]], stacks: list[str]) -> None
             is_idle = innermost.partition(" ")[0].endswith(IDLE)
             if not is_idle and (in_background or re.search(rf"\b{what} \([^;]*profiling\.py", frames)):
                 lines[innermost] += int(count)
-        print(f"\n{title}, {what}: {sorted(took)[len(took) // 2]:.3f} s (median)")
-        for line, count in lines.most_common(ROWS):
-            print(f"  {count / LOOKS_PER_S / sum(took):6.1%}  {spell(line)}")
+        shares = [
+            f"  {count / LOOKS_PER_S / sum(took):6.1%}  {spell(line)}" for line, count in lines.most_common(ROWS)
+        ]
+        shown[what] = [f"{sorted(took)[len(took) // 2]:.3f} s (median)", *shares]
+    return shown
 
 
 def spell(frame: str) -> str:
