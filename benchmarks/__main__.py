@@ -99,7 +99,7 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     if options.series is None:
         options.series = plan.JUDGED_SERIES if options.budgets else plan.SERIES
     options.plots = options.plots and not options.budgets
-    options.sizes = plan.sizes(quick=options.quick, repeats=options.repeats)
+    options.sizes = plan.sizes(quick=options.quick, repeats=options.repeats, budgets=options.budgets)
     if options.plots and machine.is_missing("matplotlib"):
         parser.error("the plots need matplotlib: pip install 'ckptmgr[bench]', or give --no-plots")
     return options

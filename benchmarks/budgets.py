@@ -150,9 +150,9 @@ def _many_saves(results: Results) -> list[Budget]:
     early, late = found["early"], found["late"]
     where = f"a run of {found['count']} saves"
     grown = (late["anonymous_bytes"] - early["anonymous_bytes"]) / found["nbytes"]
-    words = {"threads": "threads", "open_files": "open files", "files": "files on disk"}
+    counts = {"threads": ("threads", 1.1), "open_files": ("open files", 1), "files": ("files on disk", 1)}
     return [
         Budget(where, "memory that it grew by / bytes of one save", 0.2, grown),
-        *(Budget(where, f"{word}, at the end / early", 1, late[name] / early[name])
-          for name, word in words.items()),
+        *(Budget(where, f"{words}, at the end / early", limit, late[name] / early[name])
+          for name, (words, limit) in counts.items()),  # pools of threads fill slowly
     ]  # fmt: skip

@@ -47,9 +47,9 @@ QUICK = Sizes(
 )  # fmt: skip
 
 
-def sizes(*, quick: bool, repeats: int | None) -> Sizes:
+def sizes(*, quick: bool, repeats: int | None, budgets: bool = False) -> Sizes:
     """`repeats` is for workloads and series alike, the turns of training excepted."""
-    chosen = QUICK if quick else Sizes()
+    chosen = QUICK if quick else Sizes(small_repeats=9, training_turns=14) if budgets else Sizes()
     if repeats is None:
         return chosen
     return dataclasses.replace(chosen, repeats=repeats, small_repeats=repeats, series_repeats=repeats)
