@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import budgets, fresh, machine, plan, report, workloads
+from benchmarks import before, budgets, fresh, machine, plan, profiling, report, workloads
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,10 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="ckptmgr-benchmark-", dir=options.dir) as directory:
         for results in _measure(options, Path(directory)):
             results = occasion | results | {"budgets": budgets.check(results)}
-            text = report.text(results)
-            (options.out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-            (options.out / "results.txt").write_text(text + "\n")
-    print(text)
+            _write(results, options.out)
+    results["profiles"] = profiling.of_missed(results["budgets"])
+    _write(results, options.out)
+    print(report.text(results))
     if options.plots:
         from benchmarks import plots
 
@@ -36,23 +37,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if _all_verified(results) else 1
 
 
+def _write(results: Mapping[str, Any], directory: Path) -> None:
+    (directory / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    (directory / "results.txt").write_text(report.text(results) + "\n")
+    (directory / "budgets.md").write_text(report.markdown(results["budgets"]))
+
+
 def _measure(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, Any]]:
     """What is known after each part of the run: one that is stopped has not run for nothing."""
     facts = machine.facts(directory) | {"devices": fresh.call(machine.devices)}
-    run = plan.Run(options.sizes, directory, options.quick)
-    results: dict[str, Any] = {
-        "quick": options.quick, "repeats": options.sizes.repeats,
-        "series_repeats": options.sizes.series_repeats, "machine": facts, "versions": machine.versions(),
-        "workloads": {}, "series": {}, "not_installed": run.not_installed, "skipped": run.skipped,
-    }  # fmt: skip
-    for name in options.workloads:
-        if found := run.workload(name):
-            report.add_ratios(found)
-            results["workloads"][name] = found
-        yield results
-    for name in options.series:
-        results["series"][name] = run.series(name)
-        yield results
+    with contextlib.closing(plan.Run(options, directory)) as run:
+        results: dict[str, Any] = {
+            "quick": options.quick, "repeats": options.sizes.repeats, "small_repeats": options.sizes.small_repeats,
+            "series_repeats": options.sizes.series_repeats, "before": run.before,
+            "machine": facts, "versions": machine.versions(),
+            "workloads": {}, "series": {}, "not_installed": run.not_installed, "skipped": run.skipped,
+        }  # fmt: skip
+        for name in options.workloads:
+            if found := run.workload(name):
+                report.add_ratios(found)
+                results["workloads"][name] = found
+            yield results
+        for name in options.series:
+            results["series"][name] = run.series(name)
+            yield results
 
 
 def _all_verified(results: Mapping[str, Any]) -> bool:
@@ -74,13 +82,24 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     series = ",".join(plan.SERIES)
     parser.add_argument("--out", type=Path, default=Path("docs/performance"), help="where results and plots go")
     parser.add_argument("--dir", type=Path, help="data is written to a temporary directory in it, then removed")
-    parser.add_argument("--workloads", type=_some_of(known), default=known, help=f"of {known}; default: all")
-    parser.add_argument("--series", type=_some_of(series), default=series, help=f"of {series}; default: all")
-    parser.add_argument("--repeats", type=_positive, help="of each measurement; default: 5, of a series 3")
+    parser.add_argument("--workloads", type=_some_of(known), help=f"of {known}; default: all")
+    parser.add_argument("--series", type=_some_of(series), help=f"of {series}; default: all")
+    parser.add_argument(
+        "--budgets", action="store_true", help="only what the budgets need: no plots, less than 8 minutes"
+    )
+    parser.add_argument("--before", metavar="COMMIT", default=before.COMMIT,
+                        help="compares with ckptmgr at this commit, too; default: %(default)s")  # fmt: skip
+    parser.add_argument("--repeats", type=_positive, help="of each measurement; default: 5, of small workloads "
+                        "15, of a series 3")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="runs everything on next to nothing, judges no times")
     parser.add_argument("--no-plots", dest="plots", action="store_false")
     options = parser.parse_args(given)
-    options.sizes = plan.sizes(quick=options.quick, repeats=options.repeats)
+    if options.workloads is None:
+        options.workloads = plan.JUDGED_WORKLOADS if options.budgets else known.split(",")
+    if options.series is None:
+        options.series = plan.JUDGED_SERIES if options.budgets else plan.SERIES
+    options.plots = options.plots and not options.budgets
+    options.sizes = plan.sizes(quick=options.quick, repeats=options.repeats, budgets=options.budgets)
     if options.plots and machine.is_missing("matplotlib"):
         parser.error("the plots need matplotlib: pip install 'ckptmgr[bench]', or give --no-plots")
     return options

@@ -20,6 +20,8 @@ class Budget:
     limit: float
     measured: float
     uncertainty: float = 0.0
+    profiled: tuple[str, str] | None = None
+    """The workload, and what to look at there, "save" or "restore", if the budget is missed."""
 
     def row(self, judged: bool) -> dict[str, Any]:
         """With the verdict; None if the limit lies within the uncertainty, or if nothing is judged.
@@ -32,32 +34,33 @@ class Budget:
 
 def check(results: Results) -> list[dict[str, Any]]:
     """Every budget that this run has the figures for."""
-    found = _times(results) + _memory(results) + _training(results) + _opening(results) + _shards(results)
-    return [budget.row(judged=not results["quick"]) for budget in found]
+    makers = (_times, _memory, _training, _opening, _shards, _many_saves)
+    return [budget.row(judged=not results["quick"]) for make in makers for budget in make(results)]
 
 
 # ---------------------------------------------------------------- times
 
 _DISK_DECIDES = "big"  # there the quietest of the repetitions counts; elsewhere the median
 
-# workload, figure, what it is compared with, limit
+# workload, figure, what it is compared with, limit; pickle without fsync is no save that is durable
 _TIMES = [
-    ("many", "durable_s", "orbax", 1 / 6),
-    ("many", "durable_s", "torch-dcp", 1),
-    ("many", "blocked_s", "orbax", 1 / 6),
-    ("many", "blocked_s", "pickle-fsync", 1),
-    ("many", "restore_s", "orbax", 1 / 6),
+    ("tiny", "blocked_s", "pickle-fsync", 1),
+    ("tiny", "durable_s", "orbax", 1),
+    ("tiny", "restore_s", "pickle-fsync", 4),
+    ("tiny", "restore_s", "orbax", 1 / 5),
+    ("many", "blocked_s", "pickle-fsync", 0.35),
+    ("many", "blocked_s", "orbax", 1 / 20),
+    ("many", "durable_s", "pickle-fsync", 1.5),
+    ("many", "restore_s", "pickle-fsync", 1.6),
+    ("many", "restore_s", "orbax", 1 / 12),
+    ("big", "blocked_s", "orbax", 1 / 4),
     ("big", "durable_s", "raw", 1.2),
     ("big", "durable_s", "pickle-fsync", 1),
     ("big", "durable_s", "orbax", 1),
     ("big", "durable_s", "safetensors", 1),
     ("big", "durable_s", "torch-dcp", 1),
-    ("big", "blocked_s", "orbax", 1),
     ("big", "restore_s", "raw", 1),
-    ("big", "restore_s", "orbax", 0.7),
-    ("tiny", "durable_s", "orbax", 1),
-    ("tiny", "blocked_s", "orbax", 1),
-    ("tiny", "restore_s", "orbax", 1 / 2),
+    ("big", "restore_s", "orbax", 0.4),
 ]
 _WORDS = {"durable_s": "save until durable", "blocked_s": "blocked in save", "restore_s": "restore"}
 
@@ -72,7 +75,8 @@ def _times(results: Results) -> list[Budget]:
         kind = "min" if quietest else "median"
         ours, theirs = found["peers"]["ckptmgr"][figure][kind], _base(found, figure, against)[kind]
         what = f"{_WORDS[figure]} / {_spell(figure, against)}{', quietest of each' if quietest else ''}"
-        budgets.append(Budget(found["title"], what, limit, ours / theirs))
+        profiled = workload, "restore" if figure == "restore_s" else "save"
+        budgets.append(Budget(found["title"], what, limit, ours / theirs, profiled=profiled))
     return budgets
 
 
@@ -85,6 +89,8 @@ def _base(found: Results, figure: str, against: str) -> Mapping[str, float]:
 def _spell(figure: str, against: str) -> str:
     if against == "raw":
         return "a raw read()" if figure == "restore_s" else "a raw write with fsync"
+    if against == "pickle-fsync" and figure == "blocked_s":
+        return "the whole save of pickle + fsync"
     return peers.ALL[against].title
 
 
@@ -92,7 +98,7 @@ def _spell(figure: str, against: str) -> str:
 
 
 def _memory(results: Results) -> list[Budget]:
-    """Not of the 4 leaves: what a save takes there is a thread's stack."""
+    """Not of the 7 leaves: what a save takes there is a thread's stack."""
     limits = {"save_peak_bytes": ("memory of a save / bytes saved", 1.1),
               "restore_peak_bytes": ("memory of a restore / bytes restored", 1.2)}  # fmt: skip
     return [
@@ -134,4 +140,19 @@ def _shards(results: Results) -> list[Budget]:
                peer[axis]["ratio"])
         for axis, (words, limit) in axes.items()
         if peer[axis]["supported"]
+    ]  # fmt: skip
+
+
+def _many_saves(results: Results) -> list[Budget]:
+    found = results["series"].get("saves")
+    if found is None:
+        return []
+    early, late = found["early"], found["late"]
+    where = f"a run of {found['count']} saves"
+    grown = (late["anonymous_bytes"] - early["anonymous_bytes"]) / found["nbytes"]
+    counts = {"threads": ("threads", 1.1), "open_files": ("open files", 1), "files": ("files on disk", 1)}
+    return [
+        Budget(where, "memory that it grew by / bytes of one save", 0.2, grown),
+        *(Budget(where, f"{words}, at the end / early", limit, late[name] / early[name])
+          for name, (words, limit) in counts.items()),  # pools of threads fill slowly
     ]  # fmt: skip

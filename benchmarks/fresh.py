@@ -32,7 +32,7 @@ class Running:
     ) -> None:
         self._what = f"{function.__module__}.{function.__name__}"
         self.answer, theirs = _context.Pipe(duplex=False)
-        self._process = _context.Process(target=_run, args=(theirs, _environment(devices), quiet, function, args))
+        self._process = _context.Process(target=_run, args=(theirs, environment(devices), quiet, function, args))
         self._process.start()
         theirs.close()  # so that the answer ends when the process does
 
@@ -90,7 +90,7 @@ def call_group(function: Callable[..., Any], argss: Sequence[Sequence[Any]], *, 
             running.stop(0)
 
 
-def _environment(devices: int) -> Mapping[str, str]:
+def environment(devices: int) -> Mapping[str, str]:
     """The number of CPU devices, whatever the caller's own environment asks for."""
     flags = re.sub(rf"{_DEVICES}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     return {"XLA_FLAGS": f"{flags} {_DEVICES}={devices}".strip(), "TF_CPP_MIN_LOG_LEVEL": "3"}

@@ -13,29 +13,36 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import peers, workloads
+from benchmarks import before, peers, workloads
 from benchmarks.workloads import State, Workload
 
 TIMES = ("blocked_s", "durable_s", "restore_s")
 
 
-def times(workload: Workload, names: Sequence[str], repeats: int, directory: Path) -> dict[str, Any]:
+def times(
+    workload: Workload, names: Sequence[str], repeats: int, directory: Path, server: str | None = None
+) -> dict[str, Any]:
     """Times, bytes, files and verdicts of each peer, and the ceilings of the same run.
 
-    Peers take turns (A, B, C, then B, C, A), so that what else the machine does falls on all of them. A
-    first round that is not counted warms up, and is compared bit for bit. What the peers saved stays in
-    `directory`, a folder for each.
+    Peers take turns (A, B, C, then B, C, A), so that what else the machine does falls on all of them. The
+    first round is compared bit for bit, and is given apart: it makes plans and threads that a steady save
+    has. What the peers saved stays in `directory`, a folder for each. "before" needs the address of its `server`.
     """
     state, template = workloads.build(workload), workloads.template(workload)
-    running = {name: peers.ALL[name](directory / name) for name in names}
-    verified = {name: round_trip(peer, state, template, same)["verified"] for name, peer in running.items()}
+    running: dict[str, _Here | _Elsewhere] = {
+        name: _Elsewhere(workload, name, directory / name, server)
+        if name == "before" and server is not None
+        else _Here(name, directory / name, state, template)
+        for name in names
+    }
+    first = {name: peer.turn(same) for name, peer in running.items()}
     ceilings(state, directory / "raw")
     rounds: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
     limits = []
     for turn in range(repeats):
         limits.append(ceilings(state, directory / "raw"))
         for name in rotated(names, turn):
-            rounds[name].append(round_trip(running[name], state, template))
+            rounds[name].append(running[name].turn())
     for peer in running.values():
         peer.close()
     return {
@@ -43,10 +50,58 @@ def times(workload: Workload, names: Sequence[str], repeats: int, directory: Pat
         "nbytes": workload.nbytes,
         "ceilings": summaries(limits),
         "peers": {
-            name: {**summaries(rounds[name]), **_on_disk(directory / name), "verified": verified[name]}
+            name: {
+                **summaries(rounds[name]),
+                **_on_disk(directory / name),
+                "verified": first[name].pop("verified"),
+                "first": first[name],
+            }
             for name in names
         },
     }
+
+
+class _Here:
+    """A peer in this process."""
+
+    def __init__(self, name: str, directory: Path, state: State, template: State) -> None:
+        self._peer, self._state, self._template = peers.ALL[name](directory), state, template
+
+    def turn(self, same: Same | None = None) -> dict[str, Any]:
+        return round_trip(self._peer, self._state, self._template, same)
+
+    def close(self) -> None:
+        self._peer.close()
+
+
+class _Elsewhere:
+    """A peer in a process of another checkout: no other peer runs there."""
+
+    def __init__(self, workload: Workload, name: str, directory: Path, server: str) -> None:
+        self._process = before.Process(server, workload.devices)
+        self._process.call(_begin, workload, name, directory.resolve())
+
+    def turn(self, same: Same | None = None) -> dict[str, Any]:
+        return self._process.call(_turn, same)
+
+    def close(self) -> None:
+        self._process.call(_end)
+        self._process.close()
+
+
+_there: list[_Here] = []  # in a process of another checkout: its one peer
+
+
+def _begin(workload: Workload, name: str, directory: Path) -> None:
+    _there.append(_Here(name, directory, workloads.build(workload), workloads.template(workload)))
+
+
+def _turn(same: Same | None) -> dict[str, Any]:
+    return _there[0].turn(same)
+
+
+def _end() -> None:
+    _there.pop().close()
 
 
 Same = Callable[[State, State, State], bool]

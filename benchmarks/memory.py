@@ -43,7 +43,7 @@ class Peak:
     nbytes = 0
 
     def __enter__(self) -> Self:
-        _give_back()
+        give_back()
         self._sampler = subprocess.Popen(
             [sys.executable, "-S", "-c", _SAMPLER, str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -61,7 +61,13 @@ class Peak:
         self.nbytes = int(grown_kb) * 1024
 
 
-def _give_back() -> None:
+def anonymous_bytes() -> int:
+    """What this process holds now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
+def give_back() -> None:
     """Returns free memory to the system: what is used again would not be seen to be used."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only

@@ -71,6 +71,11 @@ class Ckptmgr(Peer):
         self._manager.close()
 
 
+class Before(Ckptmgr):
+    title = "ckptmgr before"
+    note = "the version before this one (--before), in a process of its own, otherwise as ckptmgr"
+
+
 class Orbax(Peer):
     title = "stock Orbax"
     note = "CheckpointManager(max_to_keep=1), asynchronous, Composite of two StandardSave"
@@ -178,7 +183,7 @@ class TorchDcp(Peer):
 
 
 ALL: dict[str, type[Peer]] = {
-    "ckptmgr": Ckptmgr, "orbax": Orbax, "pickle-fsync": PickleFsync, "pickle": Pickle,
+    "ckptmgr": Ckptmgr, "before": Before, "orbax": Orbax, "pickle-fsync": PickleFsync, "pickle": Pickle,
     "safetensors": Safetensors, "torch-dcp": TorchDcp,
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from benchmarks.measure import TIMES
 # colour, hatching of bars, marker of lines
 _STYLES = {
     "ckptmgr": ("#D55E00", "", "o"),
+    "before": ("#E69F00", "--", "X"),
     "orbax": ("#0072B2", "//", "s"),
     "pickle-fsync": ("#009E73", "..", "^"),
     "pickle": ("#F0E442", "xx", "v"),
@@ -104,7 +105,7 @@ def _bars(
     panel.grid(axis="x", visible=False)
 
 
-_BAR = 0.13
+_BAR = 0.12
 
 
 def _draw_ceilings(panel: Any, workloads: Mapping[str, Any], ceiling: str | None) -> None:

@@ -10,15 +10,16 @@ from benchmarks.measure import TIMES
 from benchmarks.workloads import spell_bytes
 
 Results = Mapping[str, Any]
-BASES = {"pickle-fsync": "pickle + fsync", "orbax": "stock Orbax"}
+BASES = {"pickle-fsync": "pickle + fsync", "orbax": "stock Orbax", "before": "ckptmgr before"}
 
 
 def add_ratios(found: dict[str, Any]) -> None:
-    """Gives each peer of a workload its times over those of pickle and of stock Orbax, medians over medians."""
+    """Gives each peer of a workload its times over those of each base, medians over medians."""
     for figures in found["peers"].values():
         figures["ratios"] = {
             base: {time: figures[time]["median"] / found["peers"][base][time]["median"] for time in TIMES}
             for base in BASES
+            if base in found["peers"]
         }
 
 
@@ -36,12 +37,15 @@ def _parts(results: Results) -> Iterator[list[str]]:
         if series.get(name):
             yield _growth(heading, series[name])
     for name, write in (
-        ("training", _training), ("opening", _opening), ("shards", _shards), ("processes", _processes)
+        ("training", _training), ("saves", _saves), ("opening", _opening), ("shards", _shards),
+        ("processes", _processes),
     ):  # fmt: skip
         if name in series:
             yield write(series[name])
     if results["budgets"]:
         yield _budgets(results["budgets"])
+    for what, lines in results.get("profiles", {}).items():
+        yield [_heading(f"a budget is missed: what remains of {what}"), *lines]
     yield _remarks(results)
 
 
@@ -60,26 +64,29 @@ def _occasion(results: Results) -> list[str]:
 
 def _workload(found: Results) -> list[str]:
     times = [
-        [_title(name), *(_spread(figures[time]) for time in TIMES), "yes" if figures["verified"] else "NO"]
+        [_title(name), *(_spread(figures[time]) for time in TIMES), _slashed(figures["first"]),
+         "yes" if figures["verified"] else "NO"]
         for name, figures in found["peers"].items()
-    ]
-    header = ["seconds: median (min - max)", "blocked in save", "until durable", "restore", "bits verified"]
+    ]  # fmt: skip
+    header = ["seconds: median (min - max)", "blocked in save", "until durable", "restore",
+              "first save and restore", "bits verified"]  # fmt: skip
     return [_heading(found["title"]), *_table(header, times), _ceilings(found["ceilings"]), "", *_space(found)]
 
 
 def _space(found: Results) -> list[str]:
-    header = ["", "x pickle + fsync", "x stock Orbax", "on disk", "files", "memory: save", "restore"]
+    bases = {base: f"x {words}" for base, words in BASES.items() if base in found["peers"]}
+    header = ["", *bases.values(), "on disk", "files", "memory: save", "restore"]
     rows = [
         [
             _title(name),
-            *(" / ".join(_short(figures["ratios"][base][time]) for time in TIMES) for base in BASES),
+            *(_slashed(figures["ratios"][base]) for base in bases),
             spell_bytes(figures["disk_bytes"]),
             str(figures["files"]),
-            *(spell_bytes(figures[peak]) for peak in ("save_peak_bytes", "restore_peak_bytes")),
+            *(_bytes_or_dash(figures.get(peak)) for peak in ("save_peak_bytes", "restore_peak_bytes")),
         ]
         for name, figures in found["peers"].items()
     ]
-    remark = "ratios are blocked / durable / restore; memory is the peak above the job's own"
+    remark = "ratios and first times are blocked / durable / restore; memory is the peak above the job's own"
     arrays = f"as many JAX arrays, and nothing else, take {spell_bytes(found['ceilings']['arrays_peak_bytes'])}"
     return [*_table(header, rows), remark, arrays]
 
@@ -110,6 +117,19 @@ def _training(found: Results) -> list[str]:
     ]
     heading = f"training that saves {spell_bytes(found['nbytes'])} every {found['save_every']} steps"
     return [_heading(heading), *_table(["", "steps/s", "slower: mean, standard error"], rows)]
+
+
+def _saves(found: Results) -> list[str]:
+    rows = [
+        [
+            words,
+            spell_bytes(held["anonymous_bytes"]),
+            *(f"{held[what]:.0f}" for what in ("threads", "open_files", "files")),
+        ]
+        for words, held in (("early", found["early"]), ("at the end", found["late"]))
+    ]
+    heading = f"a run of {found['count']} saves of {spell_bytes(found['nbytes'])}: what it holds after a save"
+    return [_heading(heading), *_table(["", "memory", "threads", "open files", "files on disk"], rows)]
 
 
 def _opening(found: Results) -> list[str]:
@@ -147,12 +167,21 @@ def _processes(found: Results) -> list[str]:
 
 
 def _budgets(budgets: Sequence[Results]) -> list[str]:
-    verdict = {True: "met", False: "MISSED", None: "not judged"}
-    rows = [
-        [row["where"], row["what"], _short(row["limit"]), _short(row["measured"]), verdict[row["met"]]]
-        for row in budgets
+    return [
+        _heading("budgets"),
+        *_table(["", "", "at most", "measured", ""], [_verdict(row) for row in budgets], left=2),
     ]
-    return [_heading("budgets"), *_table(["", "", "at most", "measured", ""], rows, left=2)]
+
+
+def _verdict(row: Results) -> list[str]:
+    words = {True: "met", False: "missed", None: "not judged"}
+    return [row["where"], row["what"], _short(row["limit"]), _short(row["measured"]), words[row["met"]]]
+
+
+def markdown(budgets: Sequence[Results]) -> str:
+    """The budgets as the table of docs/performance.md."""
+    head = "| workload | budget | at most | measured | |\n|---|---|---|---|---|\n"
+    return head + "".join(f"| {' | '.join(_verdict(row))} |\n" for row in budgets)
 
 
 def _remarks(results: Results) -> list[str]:
@@ -182,6 +211,14 @@ def _short(value: float) -> str:
 
 def _spread(found: Mapping[str, float]) -> str:
     return f"{_short(found['median'])} ({_short(found['min'])} - {_short(found['max'])})"
+
+
+def _slashed(times: Mapping[str, float]) -> str:
+    return " / ".join(_short(times[time]) for time in TIMES)
+
+
+def _bytes_or_dash(count: float | None) -> str:
+    return "-" if count is None else spell_bytes(count)
 
 
 def _percent(found: Mapping[str, float] | None) -> str:

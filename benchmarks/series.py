@@ -1,4 +1,4 @@
-"""What a save and a restore do not show: training that saves, and the directory of a long run."""
+"""What one save and one restore do not show: training that saves, many saves, the directory of a long run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import optax
 
-from benchmarks import measure, peers, workloads
-from benchmarks.workloads import State
+from benchmarks import measure, memory, peers, workloads
+from benchmarks.workloads import State, Workload
 
 # ---------------------------------------------------------------- training that saves every N steps
 
@@ -94,6 +94,42 @@ def _training_loop(width: int, rows: int) -> tuple[_Step, State, Any]:
 
     start = State(params, optimizer.init(params))
     return jax.jit(step, donate_argnums=0), jax.block_until_ready(start), batch
+
+
+# ---------------------------------------------------------------- many saves
+
+
+def saves(count: int, workload: Workload, directory: Path) -> dict[str, Any]:
+    """What a run holds after its first saves and after its last: medians over a fifth of them each.
+
+    The first fifth is left out: the first saves make what all of them use.
+    """
+    peer, state = peers.ALL["ckptmgr"](directory), workloads.build(workload)
+    held = []
+    for _ in range(count):
+        peer.save(workloads.copy(state))
+        peer.wait()
+        held.append(_held(directory))
+    peer.close()
+    fifth = count // 5
+    return {
+        "count": count, "nbytes": workload.nbytes, "all": held,
+        "early": _median(held[fifth : 2 * fifth]), "late": _median(held[-fifth:]),
+    }  # fmt: skip
+
+
+def _held(directory: Path) -> dict[str, int]:
+    memory.give_back()
+    return {
+        "anonymous_bytes": memory.anonymous_bytes(),
+        "threads": len(os.listdir("/proc/self/task")),
+        "open_files": len(os.listdir("/proc/self/fd")),
+        "files": sum(path.is_file() for path in directory.rglob("*")),
+    }
+
+
+def _median(held: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    return {name: statistics.median(each[name] for each in held) for name in held[0]}
 
 
 # ---------------------------------------------------------------- a directory of many steps

@@ -89,7 +89,7 @@ def all_workloads(quick: bool) -> dict[str, Workload]:
     big = layers(16, 16, 64) if quick else layers(16, 1024, 4096)
     model = gpt2(2, 32, 256, 64) if quick else gpt2(12, 768, 50257, 1024)
     found = [
-        Workload("tiny", "", {"w": (3, 1)}),
+        Workload("tiny", "", layers(1, 3, 1)),
         Workload("many", "", many),
         Workload("big", "", big),
         Workload("gpt2", "GPT-2 and Adam", model),

@@ -5,6 +5,8 @@ import math
 import mmap
 import operator
 import os
+import pydoc
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +16,20 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import budgets, fresh, machine, measure, memory, peers, workloads
+from benchmarks import (
+    before,
+    budgets,
+    fresh,
+    house,
+    machine,
+    measure,
+    memory,
+    peers,
+    plan,
+    profiling,
+    report,
+    workloads,
+)
 
 ROOT = Path(__file__).parents[1]
 PEERS = {"ckptmgr", "orbax", "pickle", "pickle-fsync", "safetensors"}  # torch only where it is installed
@@ -40,19 +55,34 @@ def numbers(found):
     return [found] if isinstance(found, int | float) and not isinstance(found, bool) else []
 
 
+def git(*words, cwd=ROOT):
+    who = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(
+        ["git", *who, *words], cwd=cwd, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def knows_predecessor():
+    try:
+        return bool(before.full_name(before.COMMIT))
+    except before.UnavailableError:
+        return False  # an sdist, or a clone without history
+
+
 @pytest.mark.xdist_group("benchmarks")
 def test_every_peer_is_measured_on_every_workload_and_restores_the_bits_it_saved(out):
     results = json.loads((out / "results.json").read_text())
+    found = PEERS | ({"before"} if knows_predecessor() else set())
     assert set(results["workloads"]) == {"tiny", "many", "big", "gpt2", "gpt2-sharded"}
     for name, workload in results["workloads"].items():
-        assert set(workload["peers"]) >= PEERS, name
+        assert set(workload["peers"]) >= found, name
         for peer, figures in workload["peers"].items():
             assert figures["verified"] is True, (name, peer)
             assert all(math.isfinite(number) and number >= 0 for number in numbers(figures)), (name, peer)
             assert all(number > 0 for time in measure.TIMES for number in numbers(figures[time])), (name, peer)
             assert figures["disk_bytes"] > 0
             assert figures["files"] > 0
-    assert set(results["series"]) == {"leaves", "bytes", "training", "opening", "shards", "processes"}
+    assert set(results["series"]) == {"leaves", "bytes", "training", "saves", "opening", "shards", "processes"}
     assert all(numbers(series) for series in results["series"].values())
     assert {"cpu", "cores", "file_system", "kernel"} <= set(results["machine"])
     assert all(isinstance(row["measured"], float | int) for row in results["budgets"])
@@ -77,9 +107,10 @@ class FlipsOneBit(peers.PickleFsync):
 
     def restore(self, template):
         state = super().restore(template)
-        values = np.array(state.params["w"])
+        values, *others = jax.tree.leaves(state)
+        values = np.array(values)
         values.view(np.uint8).reshape(-1)[0] ^= 1
-        return state._replace(params={"w": jax.device_put(values, template.params["w"].sharding)})
+        return jax.tree.unflatten(jax.tree.structure(state), [jax.device_put(values), *others])
 
 
 class Moves(peers.PickleFsync):
@@ -110,7 +141,7 @@ def test_what_is_saved_has_the_structure_size_and_place_that_a_restore_asks_for(
 
 def test_the_full_workloads_have_the_sizes_they_are_known_by():
     sizes = {name: (each.leaves, each.nbytes) for name, each in workloads.all_workloads(quick=False).items()}
-    assert sizes["tiny"][0] == 4
+    assert sizes["tiny"][0] == 7
     assert sizes["many"] == (3001, 24_960_004)
     assert sizes["big"] == (97, 806_092_804)
     assert sizes["gpt2"] == sizes["gpt2-sharded"] == (445, 3 * 4 * 124_439_808 + 4)
@@ -146,3 +177,105 @@ def test_a_budget_is_met_missed_or_not_judged():
 
     assert [verdict(0.1), verdict(0.2), verdict(0.2, judged=False)] == [True, False, None]
     assert [verdict(0.1, uncertainty=0.01), verdict(0.1, uncertainty=0.1)] == [True, None]
+
+
+@pytest.mark.xdist_group("benchmarks")
+def test_every_budget_that_can_be_judged_alone_is_in_a_run_of_budgets(out):
+    """`--budgets` leaves out workloads and series, and no budget but those of the larger models' memory."""
+    results = json.loads((out / "results.json").read_text())
+    fewer = results | {
+        "workloads": {name: results["workloads"][name] for name in plan.JUDGED_WORKLOADS},
+        "series": {name: results["series"][name] for name in plan.JUDGED_SERIES},
+    }
+    judged = {(row["where"], row["what"]) for row in budgets.check(fewer)}
+    left_out = {(row["where"], row["what"]) for row in results["budgets"]} - judged
+    assert left_out, "the full run has the memory of GPT-2"
+    assert all("GPT-2" in where and "memory" in what for where, what in left_out)
+
+
+def test_the_report_of_a_missed_budget_ends_with_what_remains(monkeypatch):
+    """py-spy looks at real saves."""
+    monkeypatch.setitem(profiling.ENOUGH, "tiny", 5)
+    row = {"where": "tiny", "what": "blocked", "limit": 1, "measured": 2}
+    rows = [row | {"met": False, "profiled": ["tiny", "save"]}, row | {"met": True, "profiled": ["big", "save"]}]
+    profiles = profiling.of_missed([*rows, row | {"met": False, "profiled": None}])
+    assert list(profiles) == ["tiny, save"]
+    assert "s (median)" in profiles["tiny, save"][0]
+    assert any("%" in line for line in profiles["tiny, save"][1:])
+
+
+def test_the_table_of_the_page_is_that_of_the_results():
+    rows = json.loads((ROOT / "docs/performance/results.json").read_text())["budgets"]
+    assert report.markdown(rows) in (ROOT / "docs/performance.md").read_text()
+
+
+# ---------------------------------------------------------------- the version before
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository with one commit, whose package differs from this one; git is asked for nothing else."""
+    try:
+        git("init", "--quiet", cwd=tmp_path)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    shutil.copytree(ROOT / "ckptmgr", tmp_path / "ckptmgr", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(tmp_path / "ckptmgr/__init__.py", "a") as package:
+        package.write("\nIS_BEFORE = True\n")
+    git("add", ".", cwd=tmp_path)
+    git("commit", "--quiet", "--message", "before", cwd=tmp_path)
+    return tmp_path
+
+
+@pytest.mark.xdist_group("benchmarks")
+def test_the_version_before_is_measured_in_processes_of_its_own(repository, tmp_path):
+    server = before.Server(before.checkout("HEAD", tmp_path / "code", repository))
+    try:
+        assert before.call(server.address, pydoc.locate, "ckptmgr.IS_BEFORE") is True
+        assert before.call(server.address, machine.devices, devices=3).startswith("3 x ")
+        assert len({os.getpid(), *(before.call(server.address, os.getpid) for _ in range(2))}) == 3
+        with pytest.raises(fresh.FailedError, match="ZeroDivisionError"):
+            before.call(server.address, operator.truediv, 1, 0)
+        with pytest.raises(fresh.FailedError, match="its process died"):
+            before.call(server.address, os._exit, 3)
+        tiny = workloads.all_workloads(quick=True)["tiny"]
+        peer = measure.times(tiny, ["ckptmgr", "before"], 2, tmp_path / "data", server.address)["peers"]["before"]
+        assert peer["verified"]
+        assert len(peer["durable_s"]["all"]) == 2
+    finally:
+        server.close()
+
+
+def test_without_the_commit_the_run_says_so(repository, tmp_path):
+    with pytest.raises(before.UnavailableError, match="no-such-commit"):
+        before.checkout("no-such-commit", tmp_path / "code", repository)
+    with pytest.raises(before.UnavailableError, match="not a git repository"):
+        before.full_name("HEAD", Path("/"))
+
+
+def test_without_git_the_run_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(before.UnavailableError, match="git is not installed"):
+        before.full_name("HEAD")
+
+
+def test_the_house_is_measured(tmp_path):
+    """A package with two rooms, a circle that only type checkers see, and a private name of another library."""
+    files = {
+        "__init__.py": "",
+        "low/__init__.py": '"""A room."""\n',
+        "low/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ckptmgr.high import b\n",
+        "high.py": "import orbax\nfrom ckptmgr.low.a import x\n\n# why\nx._own()\norbax._theirs()\n",
+        "cli/app.py": "import ckptmgr.high\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "ckptmgr" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ckptmgr" / name).write_text(text)
+    with open(tmp_path / "ckptmgr/low/a.py", "a") as file:
+        file.write("def _own(self): self._mine = 1\n")
+    assert house.measure(tmp_path) == {
+        "lines of code": 8, "lines of docstrings and comments": 2, "modules": 4, "arrows between modules": 2,
+        "arrows between rooms": 2, "circles": ["ckptmgr.high, ckptmgr.low.a"],
+        "modules that import Orbax": ["ckptmgr.high"],
+        "private names of others": ["ckptmgr/high.py:6 _theirs"],
+    }  # fmt: skip
