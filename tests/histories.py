@@ -646,7 +646,7 @@ class World:
             self.books.release(self.keep, self.flying[0])
 
     def their_step(self):
-        """A step that they do something to: not the one that is being written, nor one that they have put there."""
+        """A step that they do something to: not the one that is being written, nor one that they put there."""
         flying = self.flying and self.flying[0]
         places = {step: self.run / str(step) for step in self.books.may if step != flying}
         there = [step for step, path in places.items() if path.is_dir() and path not in self.theirs]
