@@ -454,7 +454,7 @@ class World:
             (self.manager.pin if pins else self.manager.unpin)(step)
         except ckptmgr.CheckpointNotFoundError as problem:
             self.books.fails(step, problem)
-        except OSError:
+        except ckptmgr.SaveError:
             assert (self.run / str(step)).is_symlink()  # nothing is written through it
         else:
             (self.books.pinned.add if pins else self.books.pinned.discard)(step)

@@ -96,6 +96,11 @@ MUTATIONS = [
         "tests/arrays/test_arrays.py::test_no_bit_of_a_chunk_can_change_unnoticed",
     ),
     Mutation(
+        "2a", "the checksum of a node of the database is not compared",
+        "arrays/nodes.py", "if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], \"little\"):", "if False:",
+        "tests/arrays/test_nodes.py::test_no_bit_of_a_node_can_change_unnoticed",
+    ),
+    Mutation(
         "2a", "the checksum of a file is not compared",
         "format/manifest.py", "if found != file.crc32:", "if False:",
         "tests/test_crash.py::test_damage_in_any_file_of_the_newest_step_gives_the_one_before_with_a_warning",

@@ -120,7 +120,7 @@ def test_the_error_names_the_link_and_says_what_to_do(others, tmp_path, caplog):
         save(tmp_path)
     (run / ".ckptmgr/lock").unlink()
     (run / "1" / "PINNED").symlink_to(others / "file")
-    with pytest.raises(OSError, match=r"PINNED is a symlink"):
+    with pytest.raises(ckptmgr.SaveError, match=r"PINNED is a symlink"):
         pin(tmp_path)
     (run / ".ckptmgr/journal.jsonl").rename(others / "journal")
     (run / ".ckptmgr/journal.jsonl").symlink_to(others / "journal")
@@ -133,7 +133,8 @@ def test_a_step_that_is_a_symlink_is_read_but_not_pinned(others, tmp_path):
     (tmp_path / "run" / "1").rename(others / "1")
     (tmp_path / "run" / "1").symlink_to(others / "1")
     before = content(others)
-    with pytest.raises(OSError, match=r"1 is a symlink; ckptmgr writes only to the directory itself, .*others/1"):
+    refused = r"1 is a symlink; ckptmgr writes only to the directory itself, .*others/1"
+    with pytest.raises(ckptmgr.SaveError, match=refused):
         pin(tmp_path)
     with ckptmgr.CheckpointManager(tmp_path / "run") as manager:
         assert np.array_equal(manager.restore(1, params=PARAMS).params["w"], PARAMS["w"])

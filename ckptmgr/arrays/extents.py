@@ -22,8 +22,9 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from ckptmgr.arrays import chunks
+from ckptmgr.arrays import chunks, nodes
 from ckptmgr.arrays.chunks import Index, Stored, Values
+from ckptmgr.arrays.nodes import Node, Place
 from ckptmgr.format import paths, schema
 from ckptmgr.trees.structure import numpy_dtype
 
@@ -49,37 +50,59 @@ def find(store: Any) -> Found:
     found: Found = {}
     versions = ts.ocdbt.dump(store).result()["versions"]
     root = max(versions, key=lambda version: int(version["generation_number"]))["root"]
-    todo = [(b"", root["location"])] if "location" in root else []
+    todo = [(b"", _place(root["location"]))] if "location" in root else []
     while todo:
-        prefix, location = todo.pop()
-        for entry in ts.ocdbt.dump(store, location).result()["entries"]:
-            key = prefix + entry["key"]
-            if "location" in entry:
-                todo.append((prefix + entry["subtree_common_prefix"], entry["location"]))
-            elif "indirect_value" in entry:
-                found[key.decode()] = _extent(entry["indirect_value"])
-            else:
-                found[key.decode()] = entry["inline_value"]
+        prefix, place = todo.pop()
+        node = nodes.decode(_read_node(store, place), place.base) or _dumped(store, place)
+        todo += [(prefix + below, child) for below, child in node.children]
+        for key, value in zip(node.keys, node.values, strict=True):
+            found[(prefix + key).decode()] = value if isinstance(value, bytes) else _extent(value)
     return found
+
+
+def _read_node(store: Any, place: Place) -> bytes:
+    where = slice(place.offset, place.offset + place.nbytes)
+    answer = store.read(_inside(place.base + place.file), byte_range=where).result()
+    if answer.state != "value":
+        raise ValueError("a node of the database is missing")
+    return bytes(answer.value)
+
+
+def _dumped(store: Any, place: Place) -> Node:
+    """A node that is compressed, as in steps of older versions."""
+    spelled = ":".join(urllib.parse.quote(part, safe="") for part in (place.base, place.file))
+    entries = ts.ocdbt.dump(store, f"btreenode:{spelled}:{place.offset}:{place.nbytes}").result()["entries"]
+    if entries and "location" in entries[0]:
+        below = [(each["subtree_common_prefix"], _place(each["location"])) for each in entries]
+        return Node([], [], below)
+    values = [
+        _place(each["indirect_value"]) if "indirect_value" in each else each["inline_value"] for each in entries
+    ]
+    return Node([each["key"] for each in entries], values, [])
 
 
 def nbytes(source: Extent | bytes) -> int:
     return len(source) if isinstance(source, bytes) else source.nbytes
 
 
-def _extent(location: str) -> Extent:
-    """From `value:BASE:FILE:OFFSET:LENGTH`, as TensorStore spells it."""
+def _place(location: str) -> Place:
+    """From `KIND:BASE:FILE:OFFSET:LENGTH`, as TensorStore spells it."""
     _, base, file, offset, length = location.split(":")
-    return Extent(_inside(base + file), int(offset), int(length))
+    unquoted = urllib.parse.unquote_to_bytes
+    return Place(unquoted(base), unquoted(file), int(offset), int(length))
+
+
+def _extent(place: Place) -> Extent:
+    return Extent(_inside(place.base + place.file), place.offset, place.nbytes)
 
 
 @functools.lru_cache(maxsize=256)
-def _inside(quoted: str) -> str:
+def _inside(name: bytes) -> str:
     """The name of a file of the database: there are few, each with many values."""
-    name = urllib.parse.unquote(quoted)
-    if not schema.stays_inside(name):
-        raise ValueError(f"the database leads to {name!r}, outside of the checkpoint")
-    return name
+    found = name.decode()
+    if not schema.stays_inside(found):
+        raise ValueError(f"the database leads to {found!r}, outside of the checkpoint")
+    return found
 
 
 # ---------------------------------------------------------------- reading

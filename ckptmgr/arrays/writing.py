@@ -27,7 +27,10 @@ from ckptmgr.processes.background import Moment
 
 PART = "ocdbt.process_"  # Orbax's name for what one of several processes wrote
 _ENCODED_BYTES = 4 << 20  # 32 MiB is faster, and holds 1.8 x a step of 25 MB until the commit
-_INLINE_BYTES = 4096  # larger than any zarr.json, so that each lies in a checksummed node
+_CONFIG = {
+    "max_inline_value_bytes": 4096,  # larger than any zarr.json, so that each lies in a checksummed node
+    "compression": None,  # so that `nodes` reads it; no leaf of a model has values among the nodes
+}
 
 
 class Snapshot:
@@ -106,7 +109,8 @@ def merge(directory: epath.Path) -> None:
     if not parts:
         return
     transaction, context = ts.Transaction(atomic=True), ts.Context()
-    whole = ts.KvStore.open(database.open_spec(directory), context=context).result().with_transaction(transaction)
+    spec = {**database.open_spec(directory), "config": _CONFIG}
+    whole = ts.KvStore.open(spec, context=context).result().with_transaction(transaction)
     copies = [
         ts.KvStore.open(database.open_spec(part), context=context).result().experimental_copy_range_to(whole)
         for part in parts
@@ -137,7 +141,7 @@ def _write(
 ) -> None:
     """Writes these leaves in one transaction."""
     transaction, context = ts.Transaction(atomic=True), ts.Context()
-    spec = {**database.open_spec(directory), "config": {"max_inline_value_bytes": _INLINE_BYTES}}
+    spec = {**database.open_spec(directory), "config": _CONFIG}
     store = ts.KvStore.open(spec, context=context).result().with_transaction(transaction)
     with _ENCODING:
         for key, data in _encoded(plan, copied) if compression is None else ():

@@ -137,11 +137,15 @@ class Catalog:
 
     def check_free(self, step: int) -> None:
         """Raises SaveError if a save would mix names of two forms, or replace what is no checkpoint."""
-        self._refuse_names(f"step {step} is not saved", step)
+        self.check_names(step)
         if self.can_replace and step not in self.damaged and self.holds(step):
             with contextlib.suppress(CorruptCheckpointError):
                 self.manifest(step)  # raises NewerFormatError: what a later ckptmgr wrote is not replaced
         self._refuse_somebodys(step)
+
+    def check_names(self, step: int) -> None:
+        """Raises SaveError if the steps that were listed last have names which ckptmgr does not write."""
+        self._refuse_names(f"step {step} is not saved", step)
 
     def _refuse_names(self, what: str, step: int) -> None:
         if self._names:

@@ -171,6 +171,7 @@ class Saver:
 
     def _prepare(self, step: int) -> None:
         self._shared.hold()
+        self._catalog.check_names(step)
         if not self._is_new(step):
             self._catalog.check_free(step)
 

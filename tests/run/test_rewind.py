@@ -11,6 +11,7 @@ from pathlib import Path
 
 import faults
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import trainer
 from conftest import counted, visible
@@ -475,10 +476,10 @@ def test_a_reader_and_a_closed_manager_refuse(tmp_path):
 
 
 def test_steps_with_names_of_others_are_refused_with_the_sentence_of_a_save(tmp_path):
-    with CheckpointManager(tmp_path) as manager:
-        save(manager, 1, 2)
-    for step in ("1", "2"):
-        (tmp_path / step).rename(tmp_path / f"run_{step}")
+    options = ocp.CheckpointManagerOptions(step_prefix="run")
+    with ocp.CheckpointManager(tmp_path, options=options) as stock:
+        for step in (1, 2):
+            stock.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave({"w": np.ones(2)})))
     with CheckpointManager(tmp_path) as manager:
         with pytest.raises(SaveError, match=r"are named as run_\d is, which ckptmgr reads and does not write"):
             manager.rewind(1)
