@@ -97,7 +97,8 @@ MUTATIONS = [
     ),
     Mutation(
         "2a", "the checksum of a node of the database is not compared",
-        "arrays/nodes.py", "if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], \"little\"):", "if False:",
+        "arrays/nodes.py",
+        'if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):', "if False:",
         "tests/arrays/test_nodes.py::test_no_bit_of_a_node_can_change_unnoticed",
     ),
     Mutation(
