@@ -309,7 +309,8 @@ def test_what_two_processes_hold_is_read_once_when_asked(count, axes, devices, t
     }
     readers = 1 if devices == 1 else 2  # of the one chunk of the largest array: those that have a piece of it
     holders = 2 if devices == 1 else 3
-    assert total["together"] < (readers / holders + 0.01) * total["alone"]
+    # The small files of a step, and how often their heads are read, are the last hundredth.
+    assert total["together"] < (readers / holders + 0.02) * total["alone"]
 
 
 def test_damage_that_one_reader_sees_makes_all_walk_back(tmp_path):
