@@ -1,9 +1,8 @@
-"""CheckpointManager: the story of a save, of a restore, and of what is kept."""
+"""CheckpointManager: the public API of a run. The work is done in `saving`, `restoring` and `run`."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import time
@@ -14,54 +13,48 @@ from typing import Any, Literal, Self
 import jax
 from etils import epath
 
-from ckptmgr import clock as clocks
-from ckptmgr import options, policies
-from ckptmgr.errors import CorruptCheckpointError, SaveError
-from ckptmgr.format import paths
-from ckptmgr.processes import background, job, signals
+from ckptmgr import assembly, policies
+from ckptmgr.errors import SaveError
+from ckptmgr.processes import background
 from ckptmgr.processes.job import Call
 from ckptmgr.restoring import matching
 from ckptmgr.restoring import restorer as restoring
-from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, OptState, Params, SaveResult, VerifyReport
-from ckptmgr.run import history, journal, lock, opening, verifying
-from ckptmgr.run.catalog import open_catalog
-from ckptmgr.saving import aftermath, queue, saver
+from ckptmgr.results import Checkpoint, CheckpointInfo, OptState, Params, SaveResult, VerifyReport
+from ckptmgr.run import verifying
 from ckptmgr.specs import Optimizer, PyTree, StructureDiff, fit_line
 from ckptmgr.trees import placement
 from ckptmgr.trees.layouts import Layout
-
-_log = logging.getLogger("ckptmgr")
 
 
 class CheckpointManager:
     """Saves the state of a training run under numbered steps and restores it.
 
     Args:
-      directory: where the run's checkpoints are: a str, a PathLike or an `epath.Path`. A relative path
+      directory: where the checkpoints of the run are: a str, a PathLike or an `epath.Path`. A relative path
         and `~` are resolved here, once.
-      save_every: which calls of `save` save: an int N (every N steps), a policy, or a list of policies
-        any of which fires. Default: every call.
-      keep: what retention leaves alone: an int N (the latest N), a policy, or a list of policies whose
-        choices add up. Default: everything.
+      save_every: which calls of `save` really save: an int N (every N steps), a policy, or a list of policies
+        (a step is saved if one of them wants it). Default: every call.
+      keep: which checkpoints retention keeps: an int N (the latest N), a policy, or a list of policies (a
+        checkpoint is kept if one of them wants it). Default: all.
       asynchronous: True: `save` returns once the values are safely copied; False: once they are durable.
       compression: None or "zstd".
-      chunk_bytes: largest chunk of one array on disk, which bounds what a restore onto another layout
+      chunk_bytes: the largest chunk of one array on disk. It bounds how much a restore onto another layout
         reads.
       max_host_bytes: bound on the host memory held by copies that wait to be written; None: unbounded.
-      on_commit: a callable, or several, given the CheckpointInfo of each checkpoint once it is durable.
-        What one raises is logged and harms nothing.
+      on_commit: a callable, or several. Each is called with the CheckpointInfo of a checkpoint once it is
+        durable. An exception in one is logged and harms nothing.
       read_only: True for evaluators: never writes, deletes or cleans anything.
-      mirror: a second home, also gs:// or s3://: every checkpoint is copied there in the background, and
-        `restore` takes from there what is not here.
-      mirror_keep: what retention leaves alone there, as `keep` says it here. Default: everything.
+      mirror: a second directory, also gs:// or s3://. Every checkpoint is copied there in the background, and
+        `restore` reads from there the steps that `directory` lacks.
+      mirror_keep: which checkpoints retention keeps in the mirror, as `keep` does for `directory`. Default: all.
       metadata: a JSON-able mapping recorded with every checkpoint.
       timeout_s: bound on every wait, in seconds.
-      clock: gives the time in seconds since the epoch. One that goes back, or fails, stops no save.
+      clock: a callable that returns the time in seconds since the epoch. If it goes back, or fails, saves go on.
 
     Raises:
       ValueError, TypeError: an option is wrong; the message names it.
       NotADirectoryError, PermissionError: the directory cannot be used.
-      SaveError: another process writes into the directory.
+      SaveError: another process writes into the directory; the message names it.
     """
 
     def __init__(
@@ -82,44 +75,20 @@ class CheckpointManager:
         timeout_s: float = 1200.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        given = {
-            "save_every": save_every, "keep": keep, "asynchronous": asynchronous,
-            "compression": compression, "chunk_bytes": chunk_bytes, "max_host_bytes": max_host_bytes,
-            "on_commit": on_commit, "read_only": read_only, "mirror": mirror, "mirror_keep": mirror_keep,
-            "metadata": metadata, "timeout_s": timeout_s, "clock": clock,
-        }  # fmt: skip
-        self._options = options.check(given)
-        self._clock = clocks.Clock(self._options.clock)
-        self._directory = paths.resolve(directory)
-        aftermath.check_mirror(self._options.mirror, self._directory)
-        self._catalog = open_catalog(self._directory)
-        self._history = history.History(self._catalog, self._options.keep)
-        self._writer: lock.Writer | None
-        timeout_s = self._options.timeout_s
-        if read_only:  # it may be opened in one process of a job alone
-            self._job = saving = job.Job("", timeout_s, alone=True)
-            self._writer, self._shared = None, lock.Shared()
-        else:
-            name, self._writer = opening.open_run(self._directory, self._catalog, timeout_s)
-            self._job, saving = job.Job(name, timeout_s), job.Job(f"{name}/saving", timeout_s)
-            self._shared = self._writer.shared
-        self._catalog.share_damage(self._shared.damaged)
-        self._pending = queue.Pending(timeout_s, saving, self._shared)
-        writes = not read_only and self._job.leads
-        self._journal = journal.Journal(self._directory, self._clock.wall, writes=writes)
-        self._aftermath = aftermath.Aftermath(
-            self._options, self._catalog, self._history, self._job, self._journal, self._shared, self._writer
-        )
-        self._restorer = restoring.Restorer(
-            self._catalog, self._history, self._aftermath.mirror, self._job, self._journal, timeout_s
-        )
-        self._saver = saver.Saver(
-            self._options, self._clock, self._catalog, self._history, self._job, self._shared, self._writer,
-            self._pending, self._aftermath,
+        parts = assembly.assemble(
+            directory,
+            {
+                "save_every": save_every, "keep": keep, "asynchronous": asynchronous,
+                "compression": compression, "chunk_bytes": chunk_bytes, "max_host_bytes": max_host_bytes,
+                "on_commit": on_commit, "read_only": read_only, "mirror": mirror, "mirror_keep": mirror_keep,
+                "metadata": metadata, "timeout_s": timeout_s, "clock": clock,
+            },
         )  # fmt: skip
-        if not read_only:
-            signals.drain_on_sigterm()
-            self._aftermath.update_mirror()  # what an earlier process has not copied
+        self._options, self._directory = parts.options, parts.directory
+        self._catalog, self._history, self._journal = parts.catalog, parts.history, parts.journal
+        self._job, self._shared, self._writer = parts.job, parts.shared, parts.writer
+        self._pending, self._aftermath = parts.pending, parts.aftermath
+        self._restorer, self._saver = parts.restorer, parts.saver
 
     def __repr__(self) -> str:
         state = "open for writing" if self._saver.is_open else "read-only or closed"
@@ -127,13 +96,13 @@ class CheckpointManager:
 
     @property
     def directory(self) -> epath.Path:
-        """Where the checkpoints are, absolute."""
+        """The directory of the run, as an absolute path."""
         return self._directory
 
     # ------------------------------------------------------------ saving
 
     def should_save(self, step: int) -> bool:
-        """Whether `save(step, ...)` would save now: by `save_every`, or because the run is to stop."""
+        """Whether `save(step, ...)` would save now: by `save_every`, or because a signal told the run to stop."""
         return self._saver.should_save(policies.step_number(step))
 
     def save(
@@ -147,7 +116,7 @@ class CheckpointManager:
         force: bool = False,
         on_exists: Literal["error", "skip", "replace"] = "error",
     ) -> SaveResult:
-        """Saves a step if `save_every` asks for it, or if `force`.
+        """Saves a step if `save_every` wants it, or if `force` is True.
 
         When it returns, the caller may donate, delete or overwrite every array it passed.
 
@@ -156,14 +125,14 @@ class CheckpointManager:
           params: a pytree of arrays and numbers; None if `opt_state` holds the parameters.
           opt_state: a pytree of arrays and numbers.
           extras: by name: a pytree, a JSON-able value, or an object with `get_state` and `set_state`.
-          metrics: one number each; may still be on their way from a device.
-          force: saves whatever `save_every` says.
-          on_exists: what to do if the step is there: "error", "skip" or "replace" (the old one stays
-            until the new one is durable).
+          metrics: by name one number each. They may be jax scalars that are still being computed.
+          force: True: saves whatever `save_every` says.
+          on_exists: what to do if the step is saved already: "error", "skip" or "replace" (the old checkpoint
+            stays until the new one is durable).
 
         Raises:
-          CheckpointExistsError: the step is there and `on_exists` is "error".
-          UnsupportedLeafError: a leaf has no form on disk; nothing was written.
+          CheckpointExistsError: the step is saved already and `on_exists` is "error".
+          UnsupportedLeafError: a leaf cannot be stored; nothing was written.
           SaveError: the save before this one failed, or this one did.
         """
         return self._saver.save(
@@ -175,17 +144,17 @@ class CheckpointManager:
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being written, deleted or copied to the mirror.
 
-        Raises SaveError if a save failed, CheckpointTimeoutError after `timeout_s` (default: the
-        manager's) seconds.
+        Raises SaveError if a save failed, and CheckpointTimeoutError after `timeout_s` seconds (default: the
+        manager's `timeout_s`).
         """
         self._pending.join(timeout_s)
         self._aftermath.wait(timeout_s)
         self._pending.raise_failure()
 
     def close(self) -> None:
-        """Waits for what is being written, then lets go of everything. Raises as `wait` does.
+        """Waits for what is being written, then releases the run. Raises as `wait` does.
 
-        After a CheckpointTimeoutError it is still being written, and `close` may be called again.
+        After a CheckpointTimeoutError the save still goes on, and `close` may be called again.
         """
         if self._shared.process != os.getpid():
             self._saver.is_open = False  # in a forked child: the run is the parent's
@@ -199,7 +168,7 @@ class CheckpointManager:
             self._pending.raise_failure()
 
     def _let_go(self) -> None:
-        """Each line may be done again: an interrupted call of `close` is made once more."""
+        """Every line may run twice: after an interrupt `close` may be called again."""
         self._aftermath.wait()
         self._saver.is_open = False
         if self._writer is not None:
@@ -207,10 +176,10 @@ class CheckpointManager:
 
     @contextlib.contextmanager
     def preemption_guard(self, signals: Sequence[int] = (signal.SIGTERM,)) -> Iterator[None]:
-        """Inside it a signal makes the next `save` happen whatever `save_every` says, and sets `preempted`.
+        """Inside it a signal sets `preempted`, and makes the next `save` happen whatever `save_every` says.
 
-        A second signal ends the process at once. Handlers that were there before are called too, and get
-        their signals back at the end, once what was accepted is durable.
+        A second signal ends the process at once. The handlers from before are called too. They are set again at
+        the end, once every accepted save is durable.
         """
         with self._saver.preemption.guard(signals):
             try:
@@ -220,10 +189,10 @@ class CheckpointManager:
 
     @property
     def preempted(self) -> bool:
-        """Whether a signal has come and training is to stop now.
+        """Whether a signal has come and training must stop now.
 
-        Not yet if the newest step was declined just before the signal: the next call of `save` saves, then
-        it is True. So a loop that saves, then looks, always ends with its last step saved.
+        If the newest step was declined before the signal, it is still False: the next call of `save` saves, and
+        then it is True. So a loop that saves, then looks at `preempted`, ends with its last step saved.
         """
         return self._saver.preemption.reached
 
@@ -251,32 +220,32 @@ class CheckpointManager:
         rename: Mapping[str, str] | None = None,
         broadcast: bool = False,
     ) -> Checkpoint[Params, OptState]:
-        """Restores a step into the structure of the templates; what has no template is not read.
+        """Restores a step into the structure of the templates; items without a template are not read.
 
         Args:
-          step: a number, "best", or None for the newest good one: damaged steps are passed over, loudly.
+          step: a number, "best", or None for the newest good step. Damaged steps are passed over with a warning.
           params, opt_state: templates, concrete or abstract (`jax.eval_shape`).
-          optimizer: an optax optimizer, in the place of an `opt_state` template.
-          extras: by name: a template, or an object whose `set_state` is given what was saved.
+          optimizer: an optax optimizer, instead of a template for `opt_state`.
+          extras: by name: a template, or an object whose `set_state` is called with what was saved.
           layout: None (where the template's leaf is; else the default device), a Sharding, a Device,
-            `ckptmgr.HOST`, a Mesh (the saved PartitionSpecs on it), a pytree of shardings like the params or
-            a prefix of one, or a callable `(path, ShapeDtypeStruct) -> Sharding`. What mirrors a parameter
-            (Adam's moments) follows it, also where an abstract template or an optimizer names no place.
-          cast: allows dtypes to differ, and converts to the template's; True, or the items that may.
+            `ckptmgr.HOST`, a Mesh (the saved PartitionSpecs on it), a pytree of shardings with the structure of
+            params or a prefix of it, or a callable `(path, ShapeDtypeStruct) -> Sharding`. Leaves of opt_state
+            that mirror a parameter (Adam's moments) go where the parameter goes.
+          cast: allows dtypes to differ, and converts to those of the template; True, or the names of items.
           partial: keeps the template's own value for leaves that the checkpoint lacks, and ignores
-            leaves that the template lacks; True, or the items that may. `Checkpoint.missing` and `.unused`
+            leaves that the template lacks; True, or the names of items. `Checkpoint.missing` and `.unused`
             name the leaves.
           rename: {regex of an old path: new path}, as `re.sub` takes them.
-          broadcast: what several processes hold is read by one of them and sent to the others over the
-            devices' own network; for storage that is slower than that. Without it each reads for itself.
+          broadcast: one process reads what several hold, and sends it to the others over the network of the
+            devices. It helps if the storage is slower than that network. Default: each process reads itself.
 
-        Without any template everything comes back, as nested dicts, lists and tuples.
+        Without any template all items come back, as nested dicts, lists and tuples.
 
         Raises:
           CheckpointNotFoundError: there is no checkpoint, or none with this number.
-          CorruptCheckpointError: the step asked for is damaged, or every step is.
-          StructureMismatchError: a template does not fit; nothing was read.
-          LayoutError: a leaf cannot go where `layout` wants it; nothing was read.
+          CorruptCheckpointError: this step is damaged; with step=None every step is.
+          StructureMismatchError: a template does not fit the checkpoint; no array was read.
+          LayoutError: a leaf cannot go where `layout` wants it; no array was read.
           ValueError: a rule of `rename` matches no leaf, or `cast` or `partial` names no item.
         """
         request = self._request(
@@ -305,10 +274,10 @@ class CheckpointManager:
         rename: Mapping[str, str] | None = None,
         broadcast: bool = False,
     ) -> Checkpoint[Params, OptState]:
-        """Resumes from the newest good step, or starts: the values given come back if nothing is saved yet.
+        """Resumes from the newest good step. If nothing is saved yet, returns the values that it was given.
 
-        Takes what `restore` takes; `step` is that of the start, and `optimizer` also gives the opt_state of the
-        start, `optimizer.init(params)`. `Checkpoint.resumed` tells which of the two it was.
+        Takes the arguments of `restore`, except that `step` is the step of a new run. With `optimizer` a new run
+        gets `optimizer.init(params)` as its opt_state. `Checkpoint.resumed` tells whether a step was restored.
         """
         request = self._request(
             params=params, opt_state=opt_state, optimizer=optimizer, extras=extras, layout=layout, cast=cast,
@@ -327,7 +296,7 @@ class CheckpointManager:
         self, *, extras: Mapping[str, Any] | None, layout: Layout, rename: Mapping[str, str] | None,
         broadcast: bool, **templates: Any,
     ) -> matching.Request:  # fmt: skip
-        """Checks what is asked for before anything is looked up."""
+        """Checks the arguments before anything is read."""
         return matching.Request(
             extras=extras or {},
             layout=placement.check(layout),
@@ -349,36 +318,36 @@ class CheckpointManager:
     def watch(
         self, after: int | None = None, *, timeout_s: float | None = None, poll_s: float = 1.0
     ) -> Iterator[int]:
-        """Yields each step that is committed, also by another process, once and in order; for evaluators.
+        """Yields each committed step once and in order, also those of another process; for evaluators.
 
-        A step that is replaced, or saved anew after a rewind, comes again.
+        A step that is replaced, or saved again after a rewind, is yielded again.
 
         Args:
-          after: only steps after this one; None: those that are there already come first.
-          timeout_s: ends when no new step has come for so long; None: never.
-          poll_s: how often to look.
+          after: only steps after this one; None: all, those that exist already first.
+          timeout_s: ends after so many seconds without a new step; None: never.
+          poll_s: seconds between two looks at the directory.
         """
         return self._history.watch(after, timeout_s, poll_s)
 
     def best(self, metric: str | None = None, *, mode: Literal["min", "max"] = "min") -> int | None:
-        """The step with the best value of a metric, of equals the newer; None if no step has it.
+        """The step with the best value of a metric; of equal values the newer step. None if no step has it.
 
-        Without arguments it is the metric of the first `ckptmgr.best` in `keep`.
+        Without arguments the first `ckptmgr.best` in `keep` gives the metric and the mode.
         """
         return self._history.best(metric, mode)
 
     def info(self, step: int) -> CheckpointInfo:
-        """What is known of a step without reading an array."""
+        """What is known of a step; no array is read."""
         step = policies.step_number(step)
         self._pending.settle(step)
         return self._history.info(step)
 
     def infos(self) -> list[CheckpointInfo]:
-        """What is known of every readable step, in order, from one look at all."""
+        """What is known of every readable step, in order."""
         return self._history.all()
 
     def diff(self, step: int, *, params: PyTree = None, opt_state: PyTree = None) -> StructureDiff:
-        """How the templates differ from a step; falsy if they do not."""
+        """How the templates differ from a step; falsy if they do not differ."""
         step = policies.step_number(step)
         self._catalog.require(step)
         return matching.compare(self._catalog.manifest(step), params, opt_state)
@@ -386,58 +355,47 @@ class CheckpointManager:
     def verify(
         self, step: int | None = None, *, on_progress: Callable[[int, int], object] | None = None
     ) -> VerifyReport:
-        """Reads every file and every array of a step (default: the newest), whole but in bounded memory.
+        """Reads every file and every array of a step, in bounded memory, and reports all damage.
 
         Args:
-          step: its number.
-          on_progress: called with the bytes of arrays read so far, and in all.
+          step: the number of the step; default: the newest.
+          on_progress: called with two numbers: the bytes of arrays read so far, and those of all arrays.
         """
         number = self.latest() if step is None else policies.step_number(step)
         if number is None:
             raise self._catalog.nothing_good({})
         self._pending.settle(number)
-        while True:
-            stamp = self._catalog.stamp(number)
-            report = self._verify(number, on_progress)
-            if report or self._catalog.stamp(number) == stamp:
-                return report
-            self._catalog.require(number)  # says that it was deleted; what has replaced it is verified anew
-
-    def _verify(self, step: int, on_progress: Callable[[int, int], object] | None) -> VerifyReport:
-        try:
-            manifest = self._catalog.manifest(step, fresh=True)
-        except CorruptCheckpointError as problem:
-            return VerifyReport(step=step, damages=(Damage(problem.path or "", str(problem)),))
-        return verifying.verify(manifest, self._catalog.path(step), on_progress)
+        return verifying.verify_step(self._catalog, number, on_progress)
 
     def delete(self, step: int) -> None:
         """Deletes a step, pinned or not."""
         step = policies.step_number(step)
         with self._saver.turn(step):
-            self._saver.require_open(step)
+            self._saver.require_open(step, "deleted")
             self._pending.wait()
             self._aftermath.delete(step)
 
     def rewind(self, step: int) -> None:
-        """Lets the run go on from an earlier step: later ones are set aside, and nothing is deleted.
+        """Lets the run go on from an earlier step: later steps are set aside, and nothing is deleted.
 
-        What was set aside is in no listing, and retention leaves it alone. A rewind to one of these steps brings
-        it back with those before it, and sets aside what was saved in its place. If the number is also listed,
-        the listed step is meant. The mirror's steps are set aside too. With several processes all make the call.
+        Steps that were set aside are not listed, and retention does not delete them. A rewind to one of them
+        brings it back, with the steps before it, and sets aside what was saved instead. If a listed step has the
+        same number, the listed step is meant. The same is done in the mirror. All processes of a job must make
+        the call.
 
-        Waits for the save in progress and for the mirror. If the process is killed in it, the next manager that
-        may write finishes it.
+        Waits for the save in progress and for the mirror. If the process is killed during a rewind, the next
+        manager that may write finishes it.
 
         Raises:
           CheckpointNotFoundError: the step is neither listed nor set aside; the message says which are.
-          CorruptCheckpointError: the step is seen to be damaged (its manifest, or the size of a file).
-          SaveError: the manager is read-only or closed, a save has failed, or the mirror cannot be reached.
+          CorruptCheckpointError: the step is damaged (its manifest, or the size of a file).
+          SaveError: the manager is read-only or closed, a save has failed, or the mirror cannot be used.
         """
         step = policies.step_number(step)
         with self._saver.turn(step):
-            self._saver.require_open(step, "gone back to")
+            self._saver.require_open(step, "rewound to")
             if self._pending.is_current() and self._job.count > 1:
-                raise SaveError(f"step {step}: all processes make a rewind, and a callback runs in one", step=step)
+                raise SaveError(f"rewind({step}): all processes must make it; a callback runs in one", step=step)
             call = Call(f"the rewind to step {step}")
             self._job.together(call, self._pending.wait)
 
@@ -450,12 +408,12 @@ class CheckpointManager:
         self._mark(step, self._catalog.pin)
 
     def unpin(self, step: int) -> None:
-        """Gives a step back to retention."""
+        """Lets retention delete a step again."""
         self._mark(step, self._catalog.unpin)
 
     def _mark(self, step: int, mark: Callable[[int], None]) -> None:
         step = policies.step_number(step)
         with self._saver.turn(step):
-            self._saver.require_open(step)
+            self._saver.require_open(step, "pinned or unpinned")
             self._pending.settle(step)
             self._aftermath.mark(step, mark)

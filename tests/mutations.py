@@ -247,7 +247,7 @@ MUTATIONS = [
     ),
     Mutation(
         "8", "a read-only manager cleans up",
-        "manager.py", "        if not read_only:\n", "        self._catalog.tidy()\n        if not read_only:\n",
+        "assembly.py", "    if not options.read_only:\n", "    catalog.tidy()\n    if not options.read_only:\n",
         "tests/test_manager.py::test_closed_and_read_only_managers_do_not_save",
     ),
     Mutation(
@@ -340,7 +340,7 @@ MUTATIONS = [
     ),
     Mutation(
         "11b", "what is being deleted lies beside the steps",
-        "run/local.py", 'self._ours(DELETING) / f"{step}-{time.time_ns()}"',
+        "run/local.py", 'self._own.folder(DELETING) / f"{step}-{time.time_ns()}"',
         'self.path / f".deleted-{step}-{time.time_ns()}"',
         "tests/run/test_whereabouts.py::test_over_the_life_of_a_run_nothing_is_touched_outside_of_steps_and_our_folder",
     ),
@@ -366,8 +366,8 @@ MUTATIONS = [
     ),
     Mutation(
         "11d", "a rewind moves before it says what it moves",
-        "run/catalog.py",
-        "            self._storage.write_plan(branching.encode(plan.moves))\n            self.finish_rewind()\n",
+        "run/moving.py",
+        "            self._storage.write_plan(branching.encode(plan.moves))\n            self.finish()\n",
         "            for at in range(len(plan.moves)):\n                self._storage.move(plan.moves[at:])\n",
         "tests/run/test_rewind.py::test_killed_at_any_moment_it_is_done_or_not_begun",
     ),

@@ -1,9 +1,9 @@
-"""The branches of a run: what moves when it goes on from another of its steps. Decides alone, and touches no file.
+"""The branches of a run: which steps a rewind moves, and where to. Pure decisions: no file is touched.
 
     .ckptmgr/abandoned/<fork>-<time>-<mark>/<step>/
 
-A branch is what a rewind has set aside. It goes on after the step `fork`; `mark` tells that checkpoint from
-another one with its number. `time` is when it was set aside, in nanoseconds since the epoch.
+A branch holds the steps that one rewind has set aside. They follow the step `fork`; `mark` tells that checkpoint
+from others with its number. `time` is when they were set aside, in nanoseconds since the epoch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckptmgr.format.names import ABANDONED
 _NAME = re.compile(r"(?P<fork>0|[1-9][0-9]*)-(?P<time>[0-9]+)-(?P<mark>[0-9a-f]{8})")
 _PLACE = re.compile(rf"(?:{re.escape(ABANDONED)}/{_NAME.pattern}/)?(?:0|[1-9][0-9]*)")
 Mark = Callable[[str], str]
-"""Gives the mark of the checkpoint in a place, which is a path inside of the run."""
+"""Returns the mark of the checkpoint in a place, which is a path inside of the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Branch:
 
 
 def parse(name: str, steps: Iterable[int]) -> Branch | None:
-    """The branch that a folder stands for; None if it is no name of one."""
+    """The branch that is in a folder with this name; None if no branch has such a name."""
     found = _NAME.fullmatch(name)
     if found is None:
         return None
@@ -49,32 +49,32 @@ def parse(name: str, steps: Iterable[int]) -> Branch | None:
 
 
 class Move(NamedTuple):
-    """A checkpoint that gets another place in the run, if it is the one with this mark."""
+    """Moves the checkpoint with this mark to another place in the run."""
 
     source: str
     target: str
     mark: str
 
     def is_sound(self) -> bool:
-        """Whether both are places that a rewind moves between: the file that it is read from may say anything."""
+        """Whether a rewind moves between such places. (The move comes from a file, which may hold anything.)"""
         return all(isinstance(part, str) for part in self) and all(
             _PLACE.fullmatch(place) for place in (self.source, self.target)
         )
 
 
 def encode(moves: Sequence[Move]) -> bytes:
-    """The file that says what a rewind has still to move."""
+    """The content of the file with the moves that a rewind has not made yet."""
     return json.dumps(moves).encode()
 
 
 def decode(data: bytes) -> list[Move]:
-    """The moves that a file says; raises ValueError if no rewind wrote it."""
+    """The moves in such a file; raises ValueError if no rewind wrote it."""
     try:
         moves = [Move(*each) for each in json.loads(data)]
     except (TypeError, RecursionError) as problem:
         raise ValueError(str(problem)) from problem
     if not all(move.is_sound() for move in moves):
-        raise ValueError("it says what no rewind does")
+        raise ValueError("it holds moves that no rewind makes")
     return moves
 
 
@@ -86,7 +86,7 @@ class Plan:
     """The step after which the listed steps are set aside."""
     mark: str
     place: str | None
-    """Where the step is that the run is to go on from; None if it is not in this directory."""
+    """Where the step of the rewind is now; None if it is not in this directory."""
     moves: Sequence[Move]
     set_aside: Sequence[int]
     returned: Sequence[int]
@@ -100,10 +100,9 @@ class _Part(NamedTuple):
 
 
 def plan(step: int, listed: Collection[int], branches: Sequence[Branch], mark: Mark, now: int) -> Plan | None:
-    """What moves so that a run goes on from a step; None if it is neither listed nor in a branch.
+    """What moves so that a run goes on from a step; None if the step is neither listed nor in a branch.
 
-    A listed step is meant before one of its number in a branch, and the branch that was set aside last before the
-    others.
+    If several checkpoints have the number, the listed one is meant, then the one that was set aside last.
     """
     parts, base, base_mark = _way(step, listed, branches, mark)
     if not parts and base not in listed:
@@ -119,7 +118,7 @@ def plan(step: int, listed: Collection[int], branches: Sequence[Branch], mark: M
 
 
 def plan_without(base: int, base_mark: str, listed: Collection[int], mark: Mark, now: int) -> Plan:
-    """The same where the step is not: what is listed after `base` is set aside."""
+    """The plan for a directory without the step: the steps listed after `base` are set aside."""
     moves = _exchange(base, base_mark, listed, {}, now)
     aside = sorted(each for each in listed if each > base)
     return Plan(base, base_mark, None, [Move(*move, mark(move[0])) for move in moves], aside, [])
@@ -128,9 +127,9 @@ def plan_without(base: int, base_mark: str, listed: Collection[int], mark: Mark,
 def _way(
     step: int, listed: Collection[int], branches: Sequence[Branch], mark: Mark
 ) -> tuple[list[_Part], int, str]:
-    """The branches that lead to this step from a listed one, and that one, which may have been deleted since.
+    """The branches from a listed step to this step, and that listed step, which may have been deleted since.
 
-    Each branch goes on from a step with the mark that it recorded.
+    Each branch follows the step whose mark it has recorded.
     """
     parts: list[_Part] = []
     wanted = ""
@@ -142,16 +141,16 @@ def _way(
             break
         found = max(holding, key=lambda branch: (branch.time, branch.fork))
         parts.insert(0, _Part(found, step))
-        step, wanted = found.fork, found.mark  # which is lower than all of its steps, so this ends
+        step, wanted = found.fork, found.mark  # the fork is below all steps of the branch, so this loop ends
     return parts, step, mark(str(step)) if step in listed else wanted
 
 
 def _exchange(
     base: int, base_mark: str, listed: Collection[int], returned: Mapping[int, str], now: int
 ) -> list[tuple[str, str]]:
-    """What is listed after `base` goes into a branch of its own, and `returned` comes back.
+    """The steps listed after `base` go into a new branch, and `returned` come back.
 
-    In such an order that the newest step is always that of the old listing or that of the new one.
+    The order is such that at each moment the newest step is that of the old listing or that of the new one.
     """
     aside = Branch(base, now, base_mark)
     leaving = {each: (str(each), aside.place(each)) for each in listed if each > base}
@@ -162,7 +161,7 @@ def _exchange(
 
 
 def _remains(parts: Sequence[_Part], mark: Mark, now: int) -> list[tuple[str, str]]:
-    """What does not come back of a branch goes on from the last of its steps that does."""
+    """The steps of a branch that do not come back form a new branch after the last step that does."""
     found = []
     for branch, last in parts:
         rest = Branch(last, now, mark(branch.place(last)))

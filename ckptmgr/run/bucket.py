@@ -6,9 +6,9 @@
     <directory>/.ckptmgr/deleting/<step>       a note: the step is being deleted
     <directory>/.ckptmgr/damaged/<step>-*/     a damaged checkpoint whose step was saved again
     <directory>/.ckptmgr/abandoned/<branch>/   what a rewind has set aside: copied, then removed
-    <directory>/.ckptmgr/rewinding             what a rewind has still to move
+    <directory>/.ckptmgr/rewinding             the moves that a rewind has not made yet
 
-Each look is a request or more, so what a request would have to answer for each step is not known here.
+Every look is one request or more. So what would take a request for each step is not looked up.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ class BucketDirectory:
         self.path = path
 
     def prepare(self) -> None:
-        """Does nothing: there are no directories, and whether it can be written to is found out by writing."""
+        """Does nothing: a bucket has no directories, and only a write shows whether it can be written to."""
 
     def upgrade(self) -> None:
-        """Does nothing: version 1 left nothing beside the steps of a bucket that tells whose it is."""
+        """Does nothing: version 1 left no files of its own in a bucket."""
 
     # ------------------------------------------------------------ looking
 
     def entries(self) -> Mapping[str, bool]:
-        """What is a folder is not asked, which would be a request for each."""
+        """Every name may be a folder: finding out would take a request for each."""
         return dict.fromkeys(self._children(self.path), True)
 
     def find_steps(self, entries: Iterable[str]) -> list[str]:
         return list(filter(self._is_step, entries))
 
     def _is_step(self, name: str) -> bool:
-        """Whether a folder has Orbax's marker, and is no copy of a step of ours. (Ours have plain numbers.)"""
+        """Whether a folder has Orbax's marker and is not a copy of a step of ours, which have plain numbers."""
         marker = self._read(f"{name}/{COMMITTED}")
         if marker is None or (marker and not marker.startswith(recognize.MARKED)):
             return False
@@ -71,12 +71,12 @@ class BucketDirectory:
         return is_own if is_signed is None else not is_signed
 
     def _is_signed(self, name: str) -> bool | None:
-        """Whether ckptmgr wrote what lies there; None if nothing tells."""
+        """Whether ckptmgr wrote this step; None if that is not known."""
         metadata = self._read(f"{name}/{names.STEP_METADATA}")
         return None if metadata is None else recognize.is_signature(metadata)
 
     def is_somebodys(self, name: str) -> bool:
-        """What an interrupted save has left is not: there is a note of it. Version 1 wrote none."""
+        """An interrupted save is not: a note of ckptmgr is there. (Version 1 wrote no notes.)"""
         if self._is_step(name) or self._note(SAVING, name).exists() or not self._is_taken(name):
             return False
         if not self._is_signed(name):
@@ -84,7 +84,7 @@ class BucketDirectory:
         return self._read(f"{name}/{COMMITTED}") is not None  # a copy of another step
 
     def _is_taken(self, name: str) -> bool:
-        """Whether there are objects below the name of a step, or one that has it."""
+        """Whether there is an object with this name, or below it."""
         own, found = self._list(self.path / name)
         return any(
             each["name"].rstrip("/") != own or (each["name"] == own and each["type"] == "file") for each in found
@@ -118,7 +118,7 @@ class BucketDirectory:
         return self.path / name
 
     def publish(self, name: str) -> None:
-        """The marker has made it a step."""
+        """Removes the note: the marker has made the draft a step."""
         self._note(SAVING, name).unlink(missing_ok=True)
 
     def discard(self, name: str) -> None:
@@ -151,7 +151,7 @@ class BucketDirectory:
         return aside
 
     def leftovers(self) -> list[Leftover]:
-        """A bucket has no lock: what another process may still be saving is none."""
+        """A save that another process may still be writing is not among them: a bucket has no lock."""
         saved = [name for name in self._notes_of_no_step(SAVING) if self._is_nobodys(name)]
         deleted = self._notes_of_no_step(DELETING)
         found = [(self.path / name, directories.INTERRUPTED_SAVE) for name in saved]
@@ -173,14 +173,14 @@ class BucketDirectory:
             return None
 
     def move(self, ahead: Sequence[Move]) -> None:
-        """Copies, then removes; of the moves ahead only the first may have been begun."""
+        """Copies, then removes. Only the first of the moves ahead may have been begun."""
         self._look_anew()
         source, target = (self.path / place for place in ahead[0][:2])
         mark = ahead[0].mark
         if (source / COMMITTED).exists() and self.mark(ahead[0].source) != mark:
-            return  # it was saved after the rewind was planned
+            return  # the step was saved after the rewind was planned
         if (target / COMMITTED).exists() and self.mark(ahead[0].target) != mark:
-            _log.error("%s stays there: %s is taken by a checkpoint", source, target)
+            _log.error("%s is not moved: %s is taken by another checkpoint", source, target)
             return
         if (source / COMMITTED).exists():
             copy(source, target)
@@ -209,19 +209,19 @@ class BucketDirectory:
         self._note(folder, name).write_bytes(json.dumps(said).encode())
 
     def _notes_of_no_step(self, folder: str) -> list[str]:
-        """Notes of what is no step; of a step one may be left."""
+        """The notes without a step. A note may be left although its step is committed."""
         found = sorted(filter(names.STEP.fullmatch, self.inside(folder)), key=int)
         steps = self.find_steps(found)
         return [name for name in found if name not in steps]
 
     def _is_nobodys(self, name: str) -> bool:
-        """Whether the process that began a save is gone; of another machine's that is believed after a day."""
+        """Whether the process that began a save is gone. A save of another machine counts as gone after a day."""
         try:
             said = json.loads(self._note(SAVING, name).read_bytes())
             if said["host"] != socket.gethostname():
                 return time.time() - float(said["time"]) > _DAY_S
             os.kill(int(said["pid"]), 0)
-        except PermissionError:  # another user's, which is there
+        except PermissionError:  # the process is another user's, and alive
             return False
         except (OSError, ValueError, KeyError, TypeError):
             return True
@@ -230,7 +230,7 @@ class BucketDirectory:
     # ------------------------------------------------------------ requests
 
     def _read(self, place: str) -> bytes | None:
-        """An object, in one request; None if there is none, be there others below its name."""
+        """An object, in one request; None if there is none with exactly this name."""
         self._look_anew()
         try:
             return paths.read_bytes(self.path / place)
@@ -240,14 +240,14 @@ class BucketDirectory:
     def _children(self, directory: epath.Path) -> list[str]:
         """The names in a directory.
 
-        Some clients list the directory itself, which may have the name of what is in it: paths tell them apart.
+        Some clients list the directory itself too. It may have the same name as an entry; the paths differ.
         """
         own, found = self._list(directory)
         listed = (each["name"].rstrip("/") for each in found)
         return sorted(path.rpartition("/")[2] for path in listed if path != own)
 
     def _list(self, directory: epath.Path) -> tuple[str, list[dict[str, Any]]]:
-        """A directory as its client names it, and what the client lists there."""
+        """The path of a directory as its client writes it, and what the client lists there."""
         self._look_anew()
         client = _client(self.path)
         own = client._strip_protocol(str(directory))
@@ -257,12 +257,12 @@ class BucketDirectory:
             return own, []
 
     def _look_anew(self) -> None:
-        """Makes the client forget what it has listed: others write there too."""
+        """Makes the client forget its listings: others write there too."""
         _client(self.path).invalidate_cache()
 
 
 def copy(source: epath.Path, target: epath.Path) -> None:
-    """Copies a checkpoint, on the server; the file that makes it one comes last."""
+    """Copies a checkpoint on the server; the file that makes it a step comes last."""
     client = _client(source)
     start = client._strip_protocol(str(source))
     for name in sorted(client.find(start), key=lambda name: name.endswith(f"/{COMMITTED}")):

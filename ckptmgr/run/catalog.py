@@ -1,17 +1,17 @@
-"""What lies in a run: its steps, their manifests, pins, damage, branches and leftovers, wherever the run lies.
+"""The catalog of a run: its steps, their manifests, pins and damage, its branches and leftovers.
 
-The directory is the truth: nothing about steps is remembered that the next listing could contradict.
+It is the same on a disk and in a bucket. The directory is the truth: the catalog remembers nothing about steps
+that the next listing could contradict.
 
 A directory is a step if its name is a number and ckptmgr or Orbax finished something in it. Everything else
-outside of `.ckptmgr/` is somebody's: never read, counted, renamed or deleted. Where no step has a plain number,
-steps that Orbax or flax named otherwise are read: `names` finds how.
+outside of `.ckptmgr/` belongs to others: it is never read, counted, renamed or deleted. If no step has a plain
+number as its name, steps that Orbax or flax named otherwise are read (`names`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
@@ -19,16 +19,16 @@ from etils import epath
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, SaveError
 from ckptmgr.format import manifest as manifests
 from ckptmgr.format import names, paths
-from ckptmgr.format.names import ABANDONED, STEP
+from ckptmgr.format.names import STEP
 from ckptmgr.orbax import reading as stock
 from ckptmgr.run import branches as branching
-from ckptmgr.run import recognize
+from ckptmgr.run import hints
 from ckptmgr.run.bucket import BucketDirectory
 from ckptmgr.run.directory import BRANCH, SET_BACK, STAYS, Directory, Leftover
 from ckptmgr.run.local import LocalDirectory
 from ckptmgr.run.manifest_cache import ManifestCache, Stamp
+from ckptmgr.run.moving import Mover
 
-_ORBAX_SIGNS = {names.STEP_METADATA, "_METADATA"}
 _log = logging.getLogger("ckptmgr")
 
 
@@ -38,17 +38,18 @@ def open_directory(path: epath.Path) -> Directory:
 
 
 def open_catalog(path: epath.Path) -> Catalog:
-    """What lies in the run in this directory."""
+    """The catalog of the run in this directory."""
     return Catalog(open_directory(path))
 
 
 class Catalog:
-    """What lies in one run."""
+    """The steps of one run, and what belongs to them."""
 
     def __init__(self, storage: Directory) -> None:
         self.directory = storage.path
         self.can_replace = storage.can_replace
         self._storage = storage
+        self._mover = Mover(storage)
         self._manifests = ManifestCache()
         self._names: Mapping[int, str] = {}
         self._damaged: dict[int, Stamp] = {}
@@ -62,7 +63,7 @@ class Catalog:
     def steps(self) -> list[int]:
         """The committed steps, in order.
 
-        Raises CheckpointNotFoundError if there is none, and what is there is a run that is not read.
+        Raises CheckpointNotFoundError if there is none, but checkpoints that must be opened otherwise.
         """
         entries = self._storage.entries()
         plain = [int(name) for name in self._storage.find_steps(filter(STEP.fullmatch, entries))]
@@ -71,30 +72,13 @@ class Catalog:
         return sorted(plain or self._names)
 
     def _named(self, entries: Iterable[str]) -> Mapping[int, str]:
-        """The steps whose names are no plain numbers, as Orbax and flax can be told to name them."""
+        """The steps with other names than plain numbers, which Orbax and flax can be told to use."""
         candidates = [name for name in entries if names.number(name) is not None]
         steps = self._storage.find_steps(candidates)
-        refused = names.refuse(steps) if steps else self._refuse_other(entries, candidates)
+        refused = names.refuse(steps) if steps else hints.what_to_open(self.directory, entries, candidates)
         if refused:
             raise CheckpointNotFoundError(f"{self.directory} {refused}", directory=str(self.directory))
         return {number: name for name in steps if (number := names.number(name)) is not None}
-
-    def _refuse_other(self, entries: Iterable[str], candidates: Iterable[str]) -> str | None:
-        """What to do with a directory that holds a checkpoint and no step that is read; None if it is empty."""
-        if _ORBAX_SIGNS.intersection(entries):
-            return f"is the directory of one checkpoint; open its parent, {self.directory.parent}"
-        files = [name for name in candidates if self._is_msgpack(name)]
-        return names.refuse_file(names.newest(files)) if files else None
-
-    def _is_msgpack(self, name: str) -> bool:
-        """Whether this is a file that begins as a map of msgpack does, which is what flax writes. (0x80, an empty
-        map, is how pickles begin.)"""
-        try:
-            with paths.open_to_read(self.directory / name) as file:
-                first = file.read(1)
-        except OSError:
-            return False
-        return bool(first) and (0x81 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
 
     def _name(self, step: int) -> str:
         return self._names.get(step, str(step))
@@ -103,7 +87,7 @@ class Catalog:
         return self.directory / self._name(step)
 
     def holds(self, step: int) -> bool:
-        """Whether a step with the plain number is committed, in one look: nothing is listed."""
+        """Whether a step is committed under its plain number; the directory is not listed."""
         return bool(self._storage.find_steps([str(step)]))
 
     def has(self, step: int) -> bool:
@@ -114,29 +98,29 @@ class Catalog:
         """The directory of a step that must be there."""
         if not self.has(step):
             raise CheckpointNotFoundError(
-                f"there is no step {step} in {self.directory}; {self._what_is_there()}",
+                f"there is no step {step} in {self.directory}; {self._hint()}",
                 directory=str(self.directory),
                 step=step,
             )
         return self.path(step)
 
     def taken(self) -> set[int]:
-        """The numbers that steps have, and that strangers have as their names."""
+        """The numbers that are names in the directory, of steps or of anything else."""
         return {int(name) for name in self._storage.entries() if STEP.fullmatch(name)}
 
     def strangers(self) -> list[str]:
-        """What is in it and is neither a step nor ours."""
+        """The names of what is neither a step nor ours."""
         steps = {self._name(step) for step in self.steps()}
         return sorted(set(self._storage.entries()) - steps - {names.OURS})
 
     def closed(self) -> list[int]:
-        """Directories with the name of a step that cannot be looked into: whether they are steps is not known."""
+        """Directories named like steps that may not be read, so it is not known whether they are steps."""
         return self._storage.closed()
 
-    # ------------------------------------------------------------ what is in the way, and what is there instead
+    # ------------------------------------------------------------ refusals and hints
 
     def check_free(self, step: int) -> None:
-        """Raises SaveError if a save would mix names of two forms, or replace what is no checkpoint."""
+        """Raises SaveError if a save would mix names of two forms, or replace what is not a checkpoint."""
         self.check_names(step)
         if self.can_replace and step not in self.damaged and self.holds(step):
             with contextlib.suppress(CorruptCheckpointError):
@@ -144,46 +128,26 @@ class Catalog:
         self._refuse_somebodys(step)
 
     def check_names(self, step: int) -> None:
-        """Raises SaveError if the steps that were listed last have names which ckptmgr does not write."""
+        """Raises SaveError if the steps, as last listed, have names that ckptmgr does not write."""
         self._refuse_names(f"step {step} is not saved", step)
 
     def _refuse_names(self, what: str, step: int) -> None:
         if self._names:
             name = next(iter(self._names.values()))
             raise SaveError(
-                f"{what}: the steps in {self.directory} are named as {name} is, which ckptmgr reads and does not "
-                f"write. Save into another directory, or rename them ({name} to {names.number(name)})",
+                f"{what}: the steps in {self.directory} have names like {name}. ckptmgr reads such names and does "
+                f"not write them. Save into another directory, or rename them ({name} to {names.number(name)})",
                 step=step,
             )
 
     def _refuse_somebodys(self, step: int, what: str = "is not saved") -> None:
         if self._storage.is_somebodys(str(step)):
             raise SaveError(
-                f"step {step} {what}: {self.path(step)} is there and is no checkpoint; move it away", step=step
+                f"step {step} {what}: {self.path(step)} exists and is not a checkpoint; move it away", step=step
             )
 
-    def _what_is_there(self) -> str:
-        steps = self.steps()
-        if steps:
-            shown = ", ".join(map(str, steps[-10:]))
-            return f"its steps are {'..., ' if len(steps) > 10 else ''}{shown}"
-        if not self.directory.exists():
-            return "the directory does not exist"
-        below = [entry for entry in self.directory.iterdir() if entry.is_dir() and entry.name != names.OURS]
-        for entry in below:
-            if open_catalog(entry)._has_steps():
-                return f"did you mean {entry}?"
-            if recognize.is_renamed(str(entry)):
-                return (
-                    f"{entry.name} is a checkpoint under another name: to read it, rename it to its step's number"
-                )
-        return "nothing is saved in it yet"
-
-    def _has_steps(self) -> bool:
-        try:
-            return bool(self.steps())
-        except (CheckpointError, OSError):
-            return False
+    def _hint(self) -> str:
+        return hints.what_is_there(self.directory, self.steps(), _has_steps)
 
     def nothing_good(self, damaged: Mapping[int, str], why: str | None = None) -> CheckpointError:
         """The error for a run without a step to restore."""
@@ -194,7 +158,7 @@ class Catalog:
                 step=newest,
             )
         return CheckpointNotFoundError(
-            f"there is no such checkpoint in {self.directory}; {why or self._what_is_there()}",
+            f"there is no such checkpoint in {self.directory}; {why or self._hint()}",
             directory=str(self.directory),
         )
 
@@ -233,15 +197,15 @@ class Catalog:
         return {step for step, stamp in list(self._damaged.items()) if self.stamp(step) == stamp}
 
     def share_damage(self, known: dict[int, Stamp]) -> None:
-        """Keeps what is known of damaged steps where the other managers of the run see it."""
+        """Shares the damaged steps with the other managers of the run."""
         self._damaged = known
 
     def mark_damaged(self, seen: Mapping[int, Stamp]) -> None:
-        """Each with the stamp that it had before it was read: it may have been replaced since."""
+        """`seen` has the stamp of each step from before it was read: the step may have been replaced since."""
         self._damaged |= seen
 
     def forget(self, step: int) -> None:
-        """Drops what was remembered of a step that was replaced or deleted."""
+        """Forgets a step that was replaced or deleted."""
         self._manifests.drop(step)
         self._damaged.pop(step, None)
 
@@ -251,7 +215,7 @@ class Catalog:
         return {step for step in self.steps() if self.is_pinned(step)}
 
     def is_pinned(self, step: int) -> bool:
-        """Also of a step of which that cannot be known now: it must not be deleted."""
+        """Also True if that cannot be found out now: then the step must not be deleted."""
         return paths.may_exist(self.path(step) / names.PIN)
 
     def pin(self, step: int) -> None:
@@ -267,45 +231,45 @@ class Catalog:
     # ------------------------------------------------------------ a step that is written here
 
     def draft(self, step: int) -> epath.Path:
-        """Where a step is put together before `publish`."""
+        """The folder in which a step is written before `publish`."""
         return self._storage.draft(str(step))
 
     def begin(self, step: int) -> epath.Path:
-        """Says that a draft of a step is being written, and where."""
+        """Notes on the storage that a draft is being written; returns its folder."""
         return self._storage.begin(str(step))
 
     def keep_pin(self, step: int) -> None:
-        """Pins a draft if it is to replace a step that is pinned."""
+        """Pins the draft if the step that it replaces is pinned."""
         if self.can_replace and (self.path(step) / names.PIN).exists():
             self._storage.pin(self.draft(step))
 
     def publish(self, step: int, *, replaces: bool = False) -> epath.Path | None:
-        """Gives a draft, all of which is durable, the step's name; a step that has it makes room without a gap.
+        """Gives a durable draft the name of the step. An old step of that name is replaced atomically.
 
-        Returns what it has replaced, which is to be removed once the new name is durable.
+        Returns the old step, which is to be removed once the new name is durable.
         """
         if self.can_replace:
             self._refuse_newcomer(step, replaces)
         return self._storage.publish(str(step))
 
     def _refuse_newcomer(self, step: int, replaces: bool) -> None:
-        """Raises if something came to the place of the step while the draft was written."""
+        """Raises SaveError if another program has taken the name of the step meanwhile."""
         self._refuse_somebodys(step)
         if not replaces and self.holds(step):
             raise SaveError(
-                f"step {step} is not saved: another checkpoint came to {self.path(step)} meanwhile, and is kept",
+                f"step {step} is not saved: another checkpoint was written to {self.path(step)} meanwhile",
                 step=step,
             )
 
     def discard(self, step: int) -> None:
-        """Removes what a failed save has left; the failure that is on its way says more than one here."""
+        """Removes the draft of a failed save. An error here is dropped: that of the save says more."""
         with contextlib.suppress(Exception):
             self._storage.discard(str(step))
 
     # ------------------------------------------------------------ a step that leaves the listing
 
     def delete(self, step: int) -> None:
-        """Takes a step out of the listing at once, then removes its files."""
+        """Takes a step out of the listing in one move, then removes its files."""
         self.require(step)
         self.forget(step)
         with _refusing(step, "deleted"):
@@ -314,76 +278,53 @@ class Catalog:
         self.remove(hidden)
 
     def remove(self, leftover: epath.Path) -> None:
-        """Removes what is in no listing; what cannot be removed now is tried again at the next start."""
+        """Removes what is in no listing. If that fails, the next start tries again."""
         self._storage.remove(leftover)
 
     def set_aside(self, step: int) -> epath.Path:
-        """Takes a damaged step out of the listing, and keeps it for whoever wants to look into it."""
+        """Takes a damaged step out of the listing, and keeps its files."""
         self.forget(step)
-        with _refusing(step, "set aside, and it is damaged"):
+        with _refusing(step, "set aside although it is damaged"):
             return self._storage.set_aside(self._name(step))
 
     # ------------------------------------------------------------ going on from another step
 
     def branches(self) -> list[branching.Branch]:
         """What rewinds have set aside, the oldest first."""
-        found = [branching.parse(name, self._numbers(name)) for name in self._storage.inside(ABANDONED)]
-        return sorted((each for each in found if each and each.steps), key=lambda branch: branch.time)
-
-    def _numbers(self, branch: str) -> list[int]:
-        return [int(name) for name in self._storage.inside(f"{ABANDONED}/{branch}") if STEP.fullmatch(name)]
+        return self._mover.branches()
 
     def plan_rewind(self, step: int) -> branching.Plan | None:
         """What a rewind to a step moves; None if it is neither listed nor in a branch. Nothing is changed.
 
-        Raises SaveError if the steps have names that ckptmgr does not write, or what is no step is in the way.
+        Raises SaveError if ckptmgr does not write the names of the steps, or a file of others is in the way.
         """
         listed = self.steps()
         self._refuse_names(f"the run does not go back to step {step}", step)
-        found = branching.plan(step, listed, self.branches(), self._storage.mark, time.time_ns())
+        found = self._mover.plan(step, listed)
         for each in found.returned if found else ():
             self._refuse_somebodys(each, "does not come back")
         return found
 
     def plan_rewind_without(self, like: branching.Plan) -> branching.Plan:
         """What moves here with a plan for another directory of the run, if the step itself is not here."""
-        return branching.plan_without(like.base, like.mark, self.steps(), self._storage.mark, time.time_ns())
+        return self._mover.plan_without(like, self.steps())
 
     def rewind(self, plan: branching.Plan) -> None:
-        """Moves what is planned. If the process is killed in it, `finish_rewind` moves the rest."""
-        if plan.moves:
-            self._storage.write_plan(branching.encode(plan.moves))
-            self.finish_rewind()
+        """Moves what is planned. If the process is killed meanwhile, `finish_rewind` moves the rest."""
+        self._mover.move(plan)
 
     def finish_rewind(self) -> None:
         """Moves what a rewind has planned and not yet moved."""
-        ahead = self._read_plan()
-        if ahead is None:
-            return
-        while ahead:
-            self._storage.move(ahead)
-            ahead = ahead[1:]
-            self._storage.has_moved(branching.encode(ahead))
-        self._storage.end_plan()
-
-    def _read_plan(self) -> list[branching.Move] | None:
-        """The moves ahead; None if no rewind was interrupted, or what is there is no plan."""
-        try:
-            plan = self._storage.read_plan()
-            return None if plan is None else branching.decode(plan)
-        except (OSError, ValueError) as problem:
-            path = self.directory / names.REWINDING
-            _log.error("%s is not followed, so the rewind is not finished: %s. Remove it", path, problem)
-            return None
+        self._mover.finish()
 
     # ------------------------------------------------------------ what was interrupted
 
     def tidy(self) -> None:
-        """Finishes what an earlier process was stopped in: saves, deletions, and replacing a step."""
+        """Finishes what an earlier process began; removes its unfinished saves and deletions."""
         self._storage.upgrade()
         try:
             self.finish_rewind()
-        except Exception as problem:  # of a disk or of a client; the run is usable without it
+        except Exception as problem:  # of a disk or of a client; the run can be used all the same
             _log.error("a rewind of %s was interrupted, and cannot be finished now: %s", self.directory, problem)
         for entry, why in self.leftovers():
             if why == SET_BACK:
@@ -392,14 +333,21 @@ class Catalog:
                 self.remove(entry)
 
     def leftovers(self) -> list[Leftover]:
-        """What is no step, and why it lies there. `tidy` leaves alone what is damaged, or was set aside."""
+        """What is not a step, and why it is there. `tidy` keeps what is damaged or was set aside."""
         places = [branch.place(step) for branch in self.branches() for step in sorted(branch.steps)]
         return self._storage.leftovers() + [(self.directory / place, BRANCH) for place in places]
 
 
+def _has_steps(path: epath.Path) -> bool:
+    try:
+        return bool(open_catalog(path).steps())
+    except (CheckpointError, OSError):
+        return False
+
+
 @contextlib.contextmanager
 def _refusing(step: int, what: str) -> Iterator[None]:
-    """What the storage raises becomes an error of ours, which says what is not done."""
+    """Turns an error of the storage into a SaveError that says what was not done."""
     try:
         yield
     except CheckpointError:

@@ -1,6 +1,6 @@
-"""What the directory of a run must be able to do. `local` does it on a disk, `bucket` in a bucket; `catalog` asks.
+"""What the directory of a run must be able to do: `local` does it on a disk, `bucket` in a bucket.
 
-A step is meant by the name of its folder, a place by its path inside of the run.
+Here the name of a step is that of its folder. A place is a path inside of the run.
 """
 
 from __future__ import annotations
@@ -19,56 +19,56 @@ from ckptmgr.format import names, paths
 from ckptmgr.run.branches import Move
 from ckptmgr.run.manifest_cache import Stamp
 
-KEPT = "damaged, and set aside for whoever wants to look into it"
-BRANCH = "set aside by a rewind: rewind to one of its steps brings it back"
-SET_BACK = "set aside for a save that was interrupted: it is the step again"
+KEPT = "a damaged checkpoint, set aside: its step was saved again"
+BRANCH = "set aside by a rewind; `rewind` to one of these steps brings it back"
+SET_BACK = "the old checkpoint of a step whose new save was interrupted; it becomes the step again"
 INTERRUPTED_SAVE = "a save that was interrupted"
 INTERRUPTED_DELETION = "a deletion that was interrupted"
 STAYS = (KEPT, BRANCH)
-"""What is left alone unless somebody asks for its removal."""
+"""These are removed only if somebody asks for it."""
 Leftover = tuple[epath.Path, str]
-"""What is no step, and why it lies there."""
+"""What is not a step, and why it is there."""
 _log = logging.getLogger("ckptmgr")
 
 
 class Directory(Protocol):
-    """A directory in which a run lies."""
+    """The directory of a run."""
 
     path: epath.Path
     can_replace: bool
-    """Whether a step can make room for another of its number without a moment in which neither is there.
+    """Whether a step can be replaced atomically.
 
-    If not, a step is written under its own name, and its last file makes it one.
+    If not, a step is written under its own name, and its last file makes it a step.
     """
 
     # ------------------------------------------------------------ looking
 
     def entries(self) -> Mapping[str, bool]:
-        """What is in it, and whether that may be a folder; of a directory that is not there, nothing."""
+        """The names in the directory, and whether each may be a folder; empty if there is no directory."""
 
     def find_steps(self, entries: Iterable[str]) -> list[str]:
-        """Those of these entries that are steps: ckptmgr or Orbax finished something in them."""
+        """The entries that are steps: ckptmgr or Orbax finished something in them."""
 
     def is_somebodys(self, name: str) -> bool:
-        """Whether something has the name of a step and is none, so that no step may be written there."""
+        """Whether something that is not a step has this name, so that no step may be written there."""
 
     def closed(self) -> list[int]:
-        """Folders with the name of a step that cannot be looked into, so that it is not known whether they are."""
+        """Folders named like steps that may not be read, so it is not known whether they are steps."""
 
     def inside(self, folder: str) -> list[str]:
-        """The names in a folder of ours; what a symlink in its place leads to is not ours."""
+        """The names in a folder of ours; empty if a symlink is in its place: its target is not ours."""
 
     def stamp(self, name: str) -> Stamp:
-        """What tells one save of a step from another that is put in its place; None where that is not known."""
+        """Tells this save of a step from a later one of the same name; None where that is not known."""
 
     def identity(self, name: str) -> tuple[int, int] | None:
-        """What tells the folder of a step from another of its name; None if it is gone, or that is not known."""
+        """Tells the folder of a step from a later one of the same name; None if it is gone or not known."""
 
     def mark(self, place: str) -> str:
-        """Eight hexadecimal digits that tell the checkpoint in a place from every other one."""
+        """Eight hexadecimal digits that tell the checkpoint in a place from all others."""
 
     def missing_file(self, manifest: manifests.Manifest, place: str) -> str | None:
-        """A file that is not there with its recorded size, and why; None if all are, or looking costs too much."""
+        """Which file is missing or has not its recorded size; None if none, or if the look costs too much."""
 
     # ------------------------------------------------------------ writing and removing
 
@@ -76,16 +76,16 @@ class Directory(Protocol):
         """Makes the directory if it is not there, and raises if it cannot be written to."""
 
     def draft(self, name: str) -> epath.Path:
-        """Where a step is put together before `publish`."""
+        """The folder in which a step is written before `publish`."""
 
     def begin(self, name: str) -> epath.Path:
-        """Takes a note that a draft of a step is being written; gives the draft."""
+        """Notes that a draft is being written; returns its folder."""
 
     def publish(self, name: str) -> epath.Path | None:
-        """Makes a draft, all of which is durable, the step; gives the step that it has replaced, to be removed."""
+        """Makes a durable draft the step. Returns the old step that it replaced, which is to be removed."""
 
     def discard(self, name: str) -> None:
-        """Removes the draft of a save that has failed."""
+        """Removes the draft of a failed save."""
 
     def pin(self, folder: epath.Path) -> None:
         """Puts a pin into the folder of a step or of a draft."""
@@ -94,58 +94,58 @@ class Directory(Protocol):
         """Removes the pin."""
 
     def hide(self, name: str) -> epath.Path:
-        """Takes a step out of the listing at once; gives what is then to be removed."""
+        """Takes a step out of the listing in one move; returns the folder that is then to be removed."""
 
     def remove(self, leftover: epath.Path) -> None:
-        """Removes what is in no listing; what cannot be removed now is tried again at the next start."""
+        """Removes what is in no listing. If that fails, the next start tries again."""
 
     def set_aside(self, name: str) -> epath.Path:
-        """Takes a damaged step out of the listing, and keeps it; gives its new place."""
+        """Takes a damaged step out of the listing; returns its new place, where it is kept."""
 
     # ------------------------------------------------------------ going on from another step
 
     def write_plan(self, plan: bytes) -> None:
-        """Writes durably what a rewind is going to move."""
+        """Writes the moves of a rewind, durably."""
 
     def read_plan(self) -> bytes | None:
-        """What a rewind has still to move; None if none was interrupted."""
+        """The moves that a rewind has not made yet; None if no rewind was interrupted."""
 
     def move(self, ahead: Sequence[Move]) -> None:
-        """Makes the first of these moves, unless it has been made."""
+        """Makes the first of these moves, unless it was made already."""
 
     def has_moved(self, rest: bytes) -> None:
-        """Takes note of the plan that is left, where the moves themselves do not show what has been made."""
+        """Notes the moves that are left, if the checkpoints themselves do not show it."""
 
     def end_plan(self) -> None:
-        """Makes what was moved durable, then forgets the plan."""
+        """Makes the moves durable, then removes the plan."""
 
     # ------------------------------------------------------------ what was interrupted
 
     def upgrade(self) -> None:
-        """Moves what version 1 has left, once."""
+        """Moves the files of version 1 to their new places, once."""
 
     def leftovers(self) -> list[Leftover]:
-        """What stopped processes have left, and damaged steps that were set aside."""
+        """What interrupted processes have left, and damaged steps that were set aside."""
 
     def set_back(self, replaced: epath.Path) -> None:
-        """Makes the old checkpoint the step again: the new one did not come in its place."""
+        """Makes the old checkpoint the step again, because the new one was not published."""
 
 
 def remove(leftover: epath.Path) -> bool:
-    """Removes a folder, or says that it could not: the run goes on beside it."""
+    """Removes a folder; if that fails, only logs it: the run goes on."""
     try:
         if paths.is_local(leftover) and os.path.islink(leftover):
             os.unlink(leftover)
         elif leftover.exists():
             leftover.rmtree()
     except Exception as problem:  # of a disk or of a client
-        _log.warning("%s could not be removed, and is tried again at the next start: %s", leftover, problem)
+        _log.warning("%s could not be removed; the next start tries again: %s", leftover, problem)
         return False
     return True
 
 
 def mark_of_description(checkpoint: epath.Path) -> str | None:
-    """The mark of a checkpoint that has a description which can be read."""
+    """The mark of a checkpoint, made from its description; None if no description can be read."""
     for name in (manifests.NAME, names.STEP_METADATA):
         with contextlib.suppress(OSError):
             return checksum(paths.read_bytes(checkpoint / name))

@@ -21,7 +21,7 @@ _log = logging.getLogger("ckptmgr")
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What one reading of the directory allows to be deleted, and what stays; each as it was seen."""
+    """The steps to delete and to keep, each with the stamp that it had when this was decided."""
 
     to_delete: Mapping[int, Stamp] = dataclasses.field(default_factory=dict)
     kept: Mapping[int, Stamp] = dataclasses.field(default_factory=dict)
@@ -29,13 +29,13 @@ class Decision:
 
 
 class History:
-    """The checkpoints of a catalog under the `keep` policies of a manager; read from disk when asked."""
+    """The checkpoints of a catalog under the `keep` policies of a manager; each call reads the directory."""
 
     def __init__(self, catalog: Catalog, keep: Sequence[policies.KeepPolicy]) -> None:
         self._catalog = catalog
         self._keep = keep
         self.committed: Callable[[], int | None] = lambda: None
-        """Gives the step that was committed last by this process: it may be below the newest."""
+        """Returns the step that this process committed last: it may be below the newest."""
         self._said: set[str] = set()
 
     def all(self) -> list[CheckpointInfo]:
@@ -49,17 +49,17 @@ class History:
         return explain(found, self._keep, self.committed(), self._warn_of_policy)
 
     def _doubt(self, info: CheckpointInfo, damaged: Collection[int]) -> CheckpointInfo:
-        """The same, with what speaks against the checkpoint, as far as that is seen without reading its files."""
+        """Sets `distrusted` if the checkpoint is known to be damaged, or a file of it is missing."""
         if info.step in damaged:
             return dataclasses.replace(info, distrusted="a restore has passed over it as damaged")
         try:
             missing = self._catalog.what_is_missing(info.step)
         except (CorruptCheckpointError, CheckpointNotFoundError, NewerFormatError):
-            missing = "it is not there any more"
+            missing = "it was deleted meanwhile"
         return dataclasses.replace(info, distrusted=missing)
 
     def newest(self) -> CheckpointInfo | None:
-        """The newest readable checkpoint; the others are not looked at."""
+        """The newest readable checkpoint; older ones are not read."""
         read = (self._read(step) for step in reversed(self._catalog.steps()))
         return next((info for info in read if info is not None), None)
 
@@ -67,10 +67,10 @@ class History:
         try:
             return _describe(self._catalog.manifest(step), pinned=step in pinned)
         except (CorruptCheckpointError, CheckpointNotFoundError, NewerFormatError):
-            return None  # damaged, deleted by another hand, or of a later ckptmgr: not counted, not deleted
+            return None  # damaged, deleted concurrently, or of a later ckptmgr: not counted, not deleted
 
     def glance(self, manifest: Manifest) -> CheckpointInfo:
-        """One checkpoint by itself: why it is kept is not looked up, which would take all the others."""
+        """One checkpoint by itself, without `kept`, for which all checkpoints must be read."""
         return _describe(manifest, pinned=self._catalog.is_pinned(manifest.step))
 
     def info(self, step: int) -> CheckpointInfo:
@@ -82,7 +82,7 @@ class History:
     # ------------------------------------------------------------ what may be deleted
 
     def decide_deletions(self) -> Decision:
-        """What no policy keeps. Nothing, if it is not known what the newest step is."""
+        """The steps that no policy keeps. None of them, if it is not known which step is the newest."""
         if not self._keep:
             return Decision()
         steps = self._catalog.steps()
@@ -105,9 +105,9 @@ class History:
         )
 
     def still_holds(self, decision: Decision, step: int) -> bool:
-        """Whether a step that was to be deleted still is.
+        """Whether a step may still be deleted.
 
-        Another process may have pinned or replaced it meanwhile, or taken away one of those that were to stay.
+        Another process may have pinned or replaced it meanwhile, or deleted one of the steps to keep.
         """
         if self._catalog.stamp(step) != decision.to_delete[step] or self._catalog.is_pinned(step):
             return False
@@ -119,13 +119,12 @@ class History:
         )
 
     def _is_as_old(self, step: int, time: float) -> bool:
-        """Whether a step in a bucket is the save that was looked at: what was read of it may be of another one."""
+        """Whether a step in a bucket, where stamps are not known, is still the save that was looked at."""
         return self._catalog.manifest(step, fresh=True).time == time
 
     def _warn_of_policy(self, name: str, problem: Exception) -> None:
         self._warn_once(
-            f"the policy {name} of keep failed, so it is not known what it keeps, and nothing is deleted: "
-            f"{type(problem).__name__}: {problem}"
+            f"the policy {name} of keep failed, so nothing is deleted: {type(problem).__name__}: {problem}"
         )
 
     def _warn_once(self, text: str) -> None:
@@ -136,13 +135,13 @@ class History:
     # ------------------------------------------------------------ looking
 
     def watch(self, after: int | None, timeout_s: float | None, poll_s: float) -> Iterator[int]:
-        """Yields the steps after one as they come; ends when none has come for `timeout_s`."""
+        """Yields the steps after `after` as they are committed; ends after `timeout_s` without a new one."""
         waited_since = time.monotonic()
         known: dict[int, Stamp] = {}
         while True:
             listed = [step for step in self._catalog.steps() if after is None or step > after]
             if max(listed, default=-1) < max(known, default=-1):
-                known = {step: known[step] for step in listed if step in known}  # the run went back
+                known = {step: known[step] for step in listed if step in known}  # after a rewind
             seen = {step: self._catalog.stamp(step) for step in listed}
             new = [step for step in listed if step not in known or seen[step] not in (known[step], None)]
             for step in new:
@@ -157,7 +156,7 @@ class History:
                 time.sleep(poll_s)
 
     def _is_readable(self, step: int) -> bool:
-        """Whether a step is there and its small files are whole; said if they are not."""
+        """Whether a step is there and its small files are whole. If they are damaged, that is logged."""
         try:
             manifest = self._catalog.manifest(step, fresh=True)
             manifests.check_files(manifest, self._catalog.path(step), manifest.items)
@@ -171,12 +170,12 @@ class History:
     def best(
         self, metric: str | None, mode: Literal["min", "max"], *, beside: Sequence[CheckpointInfo] = ()
     ) -> int | None:
-        """The step with the best value of a metric, or of the first `best` policy; `beside`: elsewhere."""
+        """The step with the best value of a metric, or by the first `best` policy; `beside`: steps elsewhere."""
         ranked_by = [each for each in self._keep if isinstance(each, policies.best)]
         if metric is not None:
             ranked_by = [policies.best(metric, mode=mode)]
         if not ranked_by:
-            raise ValueError('best() needs a metric: name one, or give the manager keep=ckptmgr.best("loss")')
+            raise ValueError('best() needs a metric: best("loss"), or a manager with keep=ckptmgr.best("loss")')
         known = {info.step: info for info in (*beside, *self.all()) if info.distrusted is None}
         return next(iter(ranked_by[0].ranking(known.values())), None)
 
@@ -187,7 +186,7 @@ def explain(
     committed: int | None = None,
     failed: Callable[[str, Exception], object] = lambda name, problem: None,
 ) -> list[CheckpointInfo]:
-    """The same, with why each is kept. What is not trusted counts for nothing, and stays."""
+    """Sets `kept`: why each stays. A distrusted checkpoint does not count, and stays."""
     trusted = [info for info in infos if info.distrusted is None]
     pinned = {info.step for info in trusted if info.pinned}
     reasons = policies.reasons_to_keep(keep, trusted, pinned, committed, failed)
@@ -200,7 +199,7 @@ def explain(
 
 
 def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
-    """What a manifest tells about its checkpoint."""
+    """The CheckpointInfo that a manifest gives."""
     return CheckpointInfo(
         step=manifest.step,
         time=manifest.time,

@@ -1,8 +1,8 @@
-"""What happened to a run, for people and reports to read: one JSON line for each event.
+"""The journal of a run, for people and reports: one JSON line for each event.
 
     <directory>/.ckptmgr/journal.jsonl
 
-Nothing depends on it: it is kept where files can be appended to, and what cannot be written is left out.
+A run works without it. It is kept on a disk only, and events that cannot be written are left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Journal:
         self._has_warned = False
 
     def record(self, event: str, step: int, **facts: Any) -> None:
-        """Adds an event of a step; one `write`, so that lines of several threads stay whole."""
+        """Adds an event of a step, in one `write`: so lines of several threads stay whole."""
         if not self._writes:
             return
         line = json.dumps({"event": event, "step": step, "time": self._wall()} | facts) + "\n"
@@ -43,12 +43,12 @@ class Journal:
                 file.write(line.encode())
         except OSError as problem:
             if not self._has_warned:
-                _log.warning("the journal of %s is not kept: %s", self._path.parent.parent, problem)
+                _log.warning("the journal of %s cannot be written to: %s", self._path.parent.parent, problem)
             self._has_warned = True
 
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:
-    """The events of a run; lines that a crash cut short, and what no manager wrote, are left out."""
+    """The events of a run, without lines that a crash cut short or that no manager wrote."""
     return _events(_lines(directory) if paths.is_local(directory) else ())
 
 
@@ -61,7 +61,7 @@ def _events(lines: Iterable[bytes]) -> list[dict[str, Any]]:
 
 
 def last_saved(directory: epath.Path) -> int | None:
-    """The step that was saved last since the last rewind; None if the end of the journal does not tell."""
+    """The step that was saved last, if no rewind came after it; None if the end of the journal does not say."""
     for event in reversed(_events(_end_of(directory / names.JOURNAL).splitlines())):
         if event["event"] in ("saved", "rewound"):
             return int(event["step"]) if event["event"] == "saved" else None
@@ -69,7 +69,7 @@ def last_saved(directory: epath.Path) -> int | None:
 
 
 def _end_of(path: epath.Path) -> bytes:
-    """The last part of a journal; of one that cannot be read, nothing. Does not wait for the writer of a FIFO."""
+    """The last part of a journal; empty if it cannot be read. Does not wait for the writer of a FIFO."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
         try:
@@ -98,7 +98,7 @@ def _is_event(line: Any) -> bool:
 
 
 def policies(directory: epath.Path) -> list[policy.KeepPolicy] | None:
-    """What retention went by at the last save; None if that is not known."""
+    """The `keep` policies at the last save; None if they are not known."""
     said = [event["keep"] for event in read(directory) if "keep" in event]
     try:
         return [policy.parse(each) for each in said[-1]] if said else None

@@ -1,7 +1,7 @@
-"""One writing process for each run: a lock that the system lets go of when its owner ends, however it ends.
+"""One writing process for each run: a lock that ends with its process, however the process ends.
 
-`flock` on `<directory>/.ckptmgr/lock` holds it; what the file says is for the people who meet it. The managers of
-one process share it, and a process that is forked lets go of its copy.
+The lock is `flock` on `<directory>/.ckptmgr/lock`. The text in that file names the owner, for people to read. The
+managers of one process share the lock; a forked child closes its copy of it.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ class Shared:
     def __init__(self) -> None:
         self.process = os.getpid()
         self.background = Background()
-        """Writes the steps, and does what follows from it."""
+        """Writes the steps; after each commit calls callbacks and deletes old steps."""
         self.mirroring = Background()
         """Copies them to the mirrors."""
         self.damaged: dict[int, Stamp] = {}
         self.committed: int | None = None
-        """The step that was saved last: what one manager has just saved, no other deletes."""
+        """The step that was saved last. No manager of the run deletes it."""
         self.newest: int | None = None
-        """The newest step that was seen or saved here; None if nobody has looked yet."""
+        """The newest step that this process has seen or saved; None before the first look."""
         self.taken: frozenset[int] = frozenset()
-        """Numbers above it that were seen to be the names of what is no step."""
+        """Numbers above it that are names of something else than a step."""
         self.owners: set[object] = set()
         self.path = ""
         self.descriptor: int | None = None
         self.make_locks()
 
     def make_locks(self) -> None:
-        """Each may be taken again by the thread that holds it: a handler of signals may save, or close, too."""
+        """These locks are reentrant: a signal handler may save, or close, in the thread that holds them."""
         self.turn = threading.RLock()
-        """Held by a call that saves or deletes: threads take turns."""
+        """Held by each call that saves or deletes: threads take turns."""
         self.retaining = threading.RLock()
-        """Held while it is decided what to delete, and while that is deleted."""
+        """Held from the decision what to delete until it is deleted."""
         self.raising = threading.RLock()
-        """Held while a failure is looked for: of several threads one raises it."""
+        """Held by the search for a failure, so that one thread raises it and no other."""
 
     def enter(self, directory: epath.Path, speaks: bool) -> bool:
-        """Takes the lock if it is not held; whether nobody wrote here before.
+        """Takes the lock if this process does not hold it. True for the first manager of the process.
 
-        A directory that was removed took the lock along: it is taken anew, and the other managers may be writing.
+        If the directory was removed, the lock is gone too, and is taken anew: other managers may be writing.
         """
         is_first = not self.owners
         is_free = is_first or (self.descriptor is not None and not _is_still(self.path, self.descriptor))
@@ -78,7 +78,7 @@ class Shared:
         return speaks and is_first
 
     def hold(self) -> None:
-        """Takes the lock anew if its file was removed. Raises SaveError if another process has it since."""
+        """Takes the lock anew if its file was removed. Raises SaveError if another process holds it now."""
         with _guard:
             descriptor = self.descriptor
             if descriptor is not None and not _is_still(self.path, descriptor):
@@ -91,22 +91,22 @@ class Shared:
         if descriptor is not None:
             with contextlib.suppress(OSError):
                 if _is_still(self.path, descriptor):
-                    os.unlink(self.path)  # while it is still ours
+                    os.unlink(self.path)  # before the lock is released, so the file is ours
             self.descriptor = None
             os.close(descriptor)
 
 
 _runs: dict[str, Shared] = {}
 _guard = threading.RLock()
-"""Held while a manager comes or goes."""
+"""Held while a manager is added or removed."""
 _left: set[tuple[str, object]] = set()
-"""Managers that the garbage collector has found. It takes no lock: the thread that it interrupts may hold it."""
+"""Managers that the garbage collector found. It takes no lock: the thread that it interrupts may hold it."""
 
 
 class Writer:
-    """The right to write into a run; `is_first` unless this process had it already.
+    """The right to write into a run. `is_first`: this process did not have it before.
 
-    Of the processes of one job only one `speaks` for all.
+    In a job one process `speaks` for all: it alone holds the lock.
     """
 
     def __init__(self, directory: epath.Path, *, speaks: bool = True) -> None:
@@ -124,13 +124,13 @@ class Writer:
         return self._owner in self.shared.owners
 
     def release(self) -> None:
-        """Gives the right back. May be called again, as after an interrupt."""
+        """Gives the right back. After an interrupt it may be called again."""
         with _guard:
             _remove(self._key, self._owner)
 
 
 def _leave(key: str, owner: object, process: int) -> None:
-    """Nobody holds a manager any more, which need not be closed: a thread of its own gives the right back."""
+    """Called when a manager is garbage that was not closed: a new thread gives its right back."""
     if process == os.getpid():
         _left.add((key, owner))
         with contextlib.suppress(RuntimeError):  # at the end of Python there are no new threads
@@ -145,7 +145,7 @@ def _settle() -> None:
 
 
 def _remove(key: str, owner: object) -> None:
-    """The last manager of a process to give the right back lets another process in."""
+    """Removes a manager. With the last one of this process the lock is released."""
     shared = _runs.get(key)
     if shared is not None:
         shared.owners.discard(owner)
@@ -156,8 +156,8 @@ def _remove(key: str, owner: object) -> None:
 
 @atexit.register
 def _end() -> None:
-    """What the managers hold that nobody has closed."""
-    background.drain_at_exit()  # once more: Ctrl-C just before its own hook skips that
+    """Releases the locks of managers that were not closed."""
+    background.drain_at_exit()  # again: Ctrl-C may have skipped its own hook
     with _guard:
         for key, shared in list(_runs.items()):
             shared.let_go()
@@ -176,19 +176,21 @@ def _lock(path: str) -> int:
             return descriptor
         if _is_still(path, descriptor):
             break
-        os.close(descriptor)  # its owner removed it between our two calls
+        os.close(descriptor)  # its owner removed the file between our two calls
     else:
-        raise SaveError(f"{path} is removed each time that it is locked: find out what removes it", step=None)
+        raise SaveError(
+            f"{path} was removed {_ATTEMPTS} times while it was locked; find out what removes it", step=None
+        )
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     said = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now})
-    with contextlib.suppress(OSError):  # on a full disk it holds all the same
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without the text
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, said.encode(), 0)
     return descriptor
 
 
 def _refuse_version_1(directory: epath.Path) -> None:
-    """Raises if a process of version 1, which has its lock beside the steps, writes into the run."""
+    """Raises if a process of version 1 writes into the run: its lock file is beside the steps."""
     path = str(directory / version_1.LOCK)
     if not os.path.isfile(path) or (directory / names.VERSION).exists():
         return
@@ -200,7 +202,7 @@ def _refuse_version_1(directory: epath.Path) -> None:
 
 
 def _take(descriptor: int, path: str) -> None:
-    """Locks an open file, or says who has it."""
+    """Locks an open file; raises SaveError that names the owner."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -233,7 +235,7 @@ def _spell(owner: bytes) -> str:
 
 
 def _forget() -> None:
-    """After a fork: a lock ends with the last copy of its file, and it is the parent's."""
+    """After a fork: closes the child's copies, because a lock is held until its last copy is closed."""
     global _guard
     _guard = threading.RLock()
     for shared in _runs.values():

@@ -1,8 +1,8 @@
-"""A second home of a run: every committed checkpoint is copied there, beside the training.
+"""The mirror of a run: a second directory to which every committed checkpoint is copied in the background.
 
-A copy is made as a draft, the file that tells one save from another first. It is read back whole, and only
-then made a step: by a rename on a disk, by a last file in a bucket. A draft left by a crash is continued if it
-belongs to the same save. The copy is a run directory like any other.
+A copy begins as a draft. Its first file tells which save it is of. The draft is read back whole, and then becomes
+a step: by a rename on a disk, by a last file in a bucket. A draft that a crash has left is continued if it is of
+the same save. The mirror is a run directory like any other.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Found = TypeVar("Found")
 
 
 class Mirror:
-    """Copies the steps of `home` that `keep` asks for to `away`, the newest first, and deletes there the rest."""
+    """Copies the steps of `home` that `keep` wants to `away`, the newest first; deletes the others in `away`."""
 
     def __init__(
         self,
@@ -52,17 +52,17 @@ class Mirror:
         self.history = history.History(away, keep)
         self._home, self._keep = home, keep
         self._timeout_s, self._background = timeout_s, background
-        self._at_work = threading.Lock()  # a rewind comes before or after what is copied and deleted there
-        self._owed: set[int] | None = None  # not known before it has been looked at
+        self._at_work = threading.Lock()  # a rewind does not run beside copies and deletions
+        self._owed: set[int] | None = None  # None before the first look
         self._announced: set[int] = set()
         self._spoilt: set[tuple[int, float]] = set()
 
     def steps(self, *, needed: bool) -> list[int]:
-        """The steps there; of a mirror that cannot be reached none, unless it is all there is."""
+        """The steps of the mirror; none if it cannot be reached. If they are `needed`, that raises."""
         return self._ask(self.catalog.steps, needed)
 
     def infos(self, *, needed: bool) -> list[CheckpointInfo]:
-        """What is known of the steps there, in the same way."""
+        """The infos of these steps, in the same way."""
         return self._ask(self.history.all, needed)
 
     def _ask(self, look: Callable[[], list[Found]], needed: bool) -> list[Found]:
@@ -75,18 +75,18 @@ class Mirror:
             return []
 
     def follow(self, then: Callable[[], None], *saved: int) -> None:
-        """Takes note of new steps; returns at once.
+        """Notes new steps to copy; returns at once.
 
-        `then` is called when nothing is owed any more, or cannot be copied now.
+        `then` is called once everything is copied, or copying has failed.
         """
         self._announced.update(saved)
         ahead = [task for task in self._background.waiting() if task.about is self and not task.has_begun]
-        if not ahead:  # else that one sees them
+        if not ahead:  # a task that has not begun will copy them
             what = f"the copying to {self.catalog.directory}"
             self._background.add(lifecycle.Task(what, lambda: self._run(then), self._timeout_s, self))
 
     def owes(self, step: int) -> bool:
-        """Whether a step is still to be copied, so that it must not be deleted at home yet.
+        """Whether a step is still to be copied: then it must not be deleted at home yet.
 
         If copying fails, retention may still delete local steps, so that the disk does not fill.
         """
@@ -97,7 +97,7 @@ class Mirror:
         self._background.wait(self._timeout_s if timeout_s is None else timeout_s)
 
     def rewind(self, plan: branches.Plan) -> None:
-        """Moves there what is planned; raises what the storage raises."""
+        """Makes the moves of a rewind in the mirror; raises what the storage raises."""
         with self._at_work:
             self.catalog.rewind(plan)
 
@@ -107,7 +107,7 @@ class Mirror:
                 self._catch_up()
         except Exception as problem:  # of every library below; training goes on without its mirror
             _log.error(
-                "the mirror %s cannot be written to, and is tried again after the next save: %s",
+                "the mirror %s cannot be written to; the next save tries again: %s",
                 self.catalog.directory, problem,
             )  # fmt: skip
             self._owed = set()
@@ -126,7 +126,7 @@ class Mirror:
         self.catalog.tidy()
 
     def _carry_pins(self) -> None:
-        """A step that is at home is pinned there as it is here."""
+        """Pins and unpins steps in the mirror as they are at home."""
         here, there = self._home.pinned(), self.catalog.pinned()
         shared = set(self._home.steps()) & set(self.catalog.steps())
         for step in shared & (here - there):
@@ -135,7 +135,7 @@ class Mirror:
             self.catalog.unpin(step)
 
     def _copied(self, step: int, time: float) -> bool:
-        """Copies a step unless it is damaged here; True also if it was deleted or replaced meanwhile."""
+        """Copies a step. False if it is damaged at home; True also if it was deleted or replaced meanwhile."""
         try:
             self._copy(step)
         except (CheckpointError, FileNotFoundError) as problem:
@@ -149,7 +149,7 @@ class Mirror:
         return True
 
     def _is_still_there(self, step: int, time: float) -> bool:
-        """Whether a step is the one that was saved then, be it damaged."""
+        """Whether the step at home is still the one that was saved at this time, damaged or not."""
         try:
             return self._home.manifest(step, fresh=True).time == time
         except CheckpointNotFoundError:
@@ -158,36 +158,36 @@ class Mirror:
             return True
 
     def _look(self) -> dict[int, float]:
-        """What is to be copied now, and when each was saved."""
+        """The steps to copy now, and when each was saved."""
         taken = set(self._announced)
         here = {info.step: info for info in history.History(self._home, ()).all() if info.distrusted is None}
         there = {info.step: info for info in self.history.all()}
         wanted = {info.step for info in history.explain(list((there | here).values()), self._keep) if info.kept}
         missing = {step for step in here if step in wanted and self._lacks(step)}
         owed = {step: here[step].time for step in missing if (step, here[step].time) not in self._spoilt}
-        self._owed = set(owed)  # first: `owes` looks at both
+        self._owed = set(owed)  # before the next line: `owes` looks at both sets
         self._announced.difference_update(taken)
         return owed
 
     def _lacks(self, step: int) -> bool:
-        """Whether this save of the step is not there: none is, or an earlier one of the same number."""
+        """Whether the mirror lacks this save of the step: it has none, or an earlier one of the same number."""
         try:
             here = self._home.manifest(step)
         except CheckpointNotFoundError:
-            return False  # deleted meanwhile: what is there stays
+            return False  # deleted at home meanwhile: the copy stays
         try:
             there = self.catalog.manifest(step)
         except (CheckpointNotFoundError, CorruptCheckpointError):
             return True
         except NewerFormatError:
-            return False  # what a later ckptmgr wrote is left alone
+            return False  # a later ckptmgr wrote the copy: it is left alone
         return (here.time, here.files) != (there.time, there.files)
 
     def _copy(self, step: int) -> None:
         source = self._home.require(step)
         self.catalog.check_free(step)
         if self.catalog.has(step):
-            _log.warning("step %d in %s is of another save, and replaced", step, self.catalog.directory)
+            _log.warning("step %d in %s is from another save, and is replaced", step, self.catalog.directory)
             self.catalog.delete(step)
         draft = self.catalog.begin(step)
         name = manifests.NAME if (source / manifests.NAME).exists() else names.STEP_METADATA
@@ -209,8 +209,8 @@ class Mirror:
         files.sync([self.catalog.directory])
 
     def _check(self, step: int, draft: epath.Path) -> None:
-        """Reads the copy back; one that is damaged, here or at its source, is begun anew another time."""
-        manifest = self._home.manifest(step, fresh=True)  # the draft has the file, which may be damaged by now
+        """Reads the copy back. If it is damaged, the draft is removed, and the copy begins anew."""
+        manifest = self._home.manifest(step, fresh=True)  # from home: the copy of the manifest may be damaged
         marked_later = {name: file for name, file in manifest.files.items() if name != names.COMMITTED}
         report = verifying.verify(dataclasses.replace(manifest, files=marked_later), draft, None)
         if not report:
@@ -223,7 +223,7 @@ def _is_equal(one: epath.Path, other: epath.Path) -> bool:
 
 
 def _has_links(draft: epath.Path) -> bool:
-    """Whether a copy into a draft that was begun before would write through a symlink."""
+    """Whether a draft that was begun before holds symlinks, through which a copy would write."""
     if not paths.is_local(draft):
         return False
     below = (os.path.join(folder, name) for folder, *found in os.walk(draft) for names in found for name in names)
@@ -239,7 +239,7 @@ def _put(source: epath.Path, draft: epath.Path, names: Sequence[str]) -> None:
 
 
 def _client(directory: epath.Path) -> Any:
-    """What copies into a directory; it has forgotten what was listed there."""
+    """The client that copies into a directory, without its old listings."""
     if paths.is_local(directory):
         return fsspec.filesystem("file", auto_mkdir=True)
     client = backend.fsspec_backend.fs(str(directory))

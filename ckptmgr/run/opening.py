@@ -14,11 +14,11 @@ from ckptmgr.processes.job import Call, Job
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.lock import Writer
 
-_PATIENCE_S = 30.0  # a network's file system may show a new file late
+_PATIENCE_S = 30.0  # a network file system may show a new file late
 
 
 def open_run(directory: epath.Path, catalog: Catalog, timeout_s: float) -> tuple[str, Writer]:
-    """Claims a run in every process, or in none; also gives a name for what its processes have to say."""
+    """Claims a run in all processes or in none; also returns a name for the calls that they make about it."""
     line = job.shared("opening", timeout_s)
     call, claimed = Call("the opening of a run"), list[Writer]()
 
@@ -46,7 +46,7 @@ def open_run(directory: epath.Path, catalog: Catalog, timeout_s: float) -> tuple
 
 
 def _write_token(directory: epath.Path) -> str:
-    """A file that every process must find where it looks for the run; a bucket is shared anyway."""
+    """Writes a file that every process must find in its directory of the run. A bucket is always shared."""
     token = secrets.token_hex(8) if paths.is_local(directory) else ""
     if token:
         with open(directory / names.TOKEN, "w", opener=paths.open_to_write) as file:
@@ -59,8 +59,8 @@ def _look_for(token: str, directory: epath.Path, there: str, line: Job) -> None:
     while token and not _has(directory, token):
         if time.monotonic() > ends:
             raise SaveError(
-                f"the directory is not shared: process {line.index} does not find in {directory} what process 0 "
-                f"has written into {there}. All processes of a job need one directory that all of them see",
+                f"the directory is not shared: process {line.index} does not find in {directory} the file that "
+                f"process 0 has written into {there}. All processes of a job need one shared directory",
                 step=None,
             )
         time.sleep(0.05)

@@ -1,7 +1,7 @@
 """Which folders of a run on a disk are checkpoints: those in which ckptmgr or Orbax finished something.
 
-What has the name of a step and is none is somebody's: an empty folder, notes, a copy that is half made or that has
-got another number.
+Anything else with the name of a step belongs to others: an empty folder, notes, an unfinished copy, or a copy of a
+step under another number.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ckptmgr.format import manifest as manifests
 from ckptmgr.format import names, paths
 
 MARKED = b"Checkpoint commit was successful to "
-"""How Orbax's marker begins; then comes the path of what was committed."""
+"""How Orbax's marker begins; the path of the committed checkpoint follows."""
 _LATER = "store_array_data_equal_to_fill_value"
-"""In the metadata of a tree, only if Orbax also writes `_CHECKPOINT_METADATA` beside the items."""
+"""A key in the metadata of a tree. An Orbax that writes it also writes `_CHECKPOINT_METADATA`."""
 _HEAD = re.compile(rb'\{"format":[0-9]+,"step":([0-9]+),')
 _HEAD_BYTES, _SMALL_BYTES, _TREE_BYTES = 64, 1 << 20, 64 << 20
 
@@ -38,7 +38,7 @@ def is_step(path: str) -> bool:
 
 
 def stamp(path: str) -> tuple[int, ...] | None:
-    """What tells the manifest of a folder from another that is put in its place; None if there is none."""
+    """Tells the manifest of a folder from a later one; None if there is none."""
     try:
         found = os.stat(f"{path}/{manifests.NAME}")
     except OSError:
@@ -52,14 +52,14 @@ def is_signed(path: str) -> bool:
 
 
 def is_renamed(path: str) -> bool:
-    """Whether ckptmgr wrote it, all or a part, under another name: its own are plain numbers, so it is a copy."""
+    """Whether it is a copy of a step of ckptmgr under another name: the steps themselves have plain numbers."""
     if names.STEP.fullmatch(os.path.basename(path)):
         return False
     return is_signed(path) or _is_written_here(path)
 
 
 def _is_written_here(path: str) -> bool:
-    """Whether a manifest says that ckptmgr wrote the checkpoint, and not only adopted it."""
+    """Whether ckptmgr wrote the checkpoint, and has not adopted it."""
     head = _HEAD.match(begin(f"{path}/{manifests.NAME}", _HEAD_BYTES))
     found = _read_manifest(path, int(head[1])) if head else None
     return found is not None and found.written_here
@@ -70,7 +70,7 @@ def is_signature(metadata: bytes) -> bool:
 
 
 def _leads_beside(path: str) -> bool:
-    """Whether it is a symlink to the run or to another entry of it. (A step may be one, to another disk.)"""
+    """Whether it is a symlink to the run or to another entry of it. (A step may be a symlink to another disk.)"""
     if not os.path.islink(path):
         return False
     run, target = os.path.realpath(os.path.dirname(path)), os.path.realpath(path)
@@ -78,10 +78,10 @@ def _leads_beside(path: str) -> bool:
 
 
 def _is_of_another_step(path: str, step: int) -> bool:
-    """Whether it is a copy of the step that its manifest names; a number that is damaged proves nothing."""
+    """Whether it is a copy of the step that its manifest names. A damaged manifest proves nothing."""
     marked = marked_step(begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES))
     if marked in (step, own_number(path)):
-        return marked == step  # else its manifest was exchanged
+        return marked == step  # if not, its manifest was exchanged
     return _read_manifest(path, step) is not None
 
 
@@ -108,21 +108,21 @@ def marked_step(marker: bytes) -> int | None:
 
 
 def _has_lost_its_manifest(path: str) -> bool:
-    """Whether a folder of ours without a manifest was a step once: the file before the manifest names the step.
+    """Whether a folder of ours without a manifest was a step: the file written just before it names the step.
 
-    If not, it is a copy that is half made, or was made under another name.
+    If not, the folder is an unfinished copy, or a copy under another name.
     """
     return _is_marked_as_itself(path)
 
 
 def _is_marked_as_itself(path: str) -> bool:
-    """Whether Orbax's marker names the folder in which it lies."""
+    """Whether Orbax's marker names the folder that it is in."""
     said = begin(os.path.join(path, names.COMMITTED), _SMALL_BYTES)
     return said.rpartition(b"/")[2].strip() == os.fsencode(os.path.basename(path))
 
 
 def _has_items(path: str) -> bool:
-    """Whether Orbax has finished something in a folder in which its file beside the items is missing."""
+    """Whether Orbax has finished something in a folder that lacks Orbax's metadata of the step."""
     if _is_marked_as_itself(path) or _has_tree(path):
         return True
     try:
@@ -130,23 +130,23 @@ def _has_items(path: str) -> bool:
             folders = [entry.path for entry in entries if is_folder(entry)]
     except OSError as problem:
         paths.refuse_exhausted(problem)
-        return problem.errno not in paths.ABSENT  # so that no step goes unnoticed
+        return problem.errno not in paths.ABSENT  # if unsure True, so that no step is overlooked
     return any(map(_is_item, folders))
 
 
 def _is_item(folder: str) -> bool:
-    """Whether Orbax finished an item, and not a whole step of a run that lies in this folder."""
+    """Whether a folder is a finished item of Orbax, and not a whole step."""
     if os.path.lexists(os.path.join(folder, names.STEP_METADATA)):
-        return names.number(os.path.basename(folder)) is None  # else the item was saved by itself
+        return names.number(os.path.basename(folder)) is None  # an item that was saved by itself has a name
     if os.path.lexists(os.path.join(folder, manifests.NAME)):
         return False
     return begin(os.path.join(folder, names.COMMITTED), _SMALL_BYTES).startswith(MARKED) or _has_tree(folder)
 
 
 def _has_tree(folder: str) -> bool:
-    """Whether there is metadata of a tree, be it damaged, of an Orbax that wrote nothing beside the items.
+    """Whether there is metadata of a tree, damaged or not, of an Orbax that wrote no metadata of the step.
 
-    A later Orbax wrote more: where that is missing, the folder is a copy that is half made.
+    A later Orbax writes both: if one is missing, the folder is an unfinished copy.
     """
     file = os.path.join(folder, "_METADATA")
     if not os.path.lexists(file):
@@ -168,7 +168,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def begin(file: str, size: int) -> bytes:
-    """The first bytes of a file; of one that cannot be read, nothing. Does not wait for the writer of a FIFO."""
+    """The first bytes of a file; empty if it cannot be read. Does not wait for the writer of a FIFO."""
     try:
         descriptor = _open(file, os.O_RDONLY)
     except OSError as problem:

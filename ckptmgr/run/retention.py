@@ -1,4 +1,4 @@
-"""Retention: deletes what no policy keeps, here or in a mirror. What cannot be told for certain stays."""
+"""Retention: deletes what no policy keeps, in a run or in its mirror. In doubt nothing is deleted."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def retain(
     is_spared: Callable[[int], bool] = lambda step: False,
     deleted: Callable[[int], object] = lambda step: None,
 ) -> None:
-    """Deletes what no policy keeps; `is_spared` may hold back a step, `deleted` is told of each."""
+    """Deletes what no policy keeps, except steps that `is_spared`; calls `deleted` with each deleted step."""
     try:
         decision = history.decide_deletions()
     except Exception:  # of every library below: those of buckets have errors of their own
-        _log.exception("what no policy keeps could not be looked up, and is deleted after a later save")
+        _log.exception("which steps no policy keeps could not be found out; the next save tries again")
         return
     for step in decision.to_delete:
         try:
@@ -31,6 +31,6 @@ def retain(
                 catalog.delete(step)
                 deleted(step)
             else:
-                _log.info("step %d is not deleted now: the directory has changed meanwhile", step)
+                _log.info("step %d is not deleted now, because the directory has changed meanwhile", step)
         except Exception:
             _log.exception("step %d could not be deleted", step)

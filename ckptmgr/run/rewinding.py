@@ -1,4 +1,4 @@
-"""Going on from another step: the same in a run's directory and in its mirror, or in neither."""
+"""Rewinds: a run and its mirror go on from another step, both or neither."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ckptmgr.run.catalog import Catalog
 
 
 def plan(catalogs: Sequence[Catalog], step: int) -> list[Plan]:
-    """What moves in each directory of a run, so that it goes on from a step; nothing is moved.
+    """The plan of a rewind for each directory of a run; nothing is moved yet.
 
-    The step may be in one of them alone. Raises CheckpointNotFoundError if it is in none, and
-    CorruptCheckpointError if it is seen to be damaged wherever it is.
+    One directory that has the step is enough. Raises CheckpointNotFoundError if none has it, and
+    CorruptCheckpointError if it is damaged in each that has it.
     """
     found = [each.plan_rewind(step) for each in catalogs]
     known = next((each for each in found if each is not None), None)
@@ -34,7 +34,7 @@ def _check_one(catalogs: Sequence[Catalog], found: Sequence[Plan | None], step: 
             except CorruptCheckpointError as problem:
                 problems.append(problem)
     raise CorruptCheckpointError(
-        f"the run does not go back to step {step}, which is damaged, and nothing is changed: {problems[0]}",
+        f"step {step} is damaged, so the run does not go back to it, and nothing is changed: {problems[0]}",
         step=step, path=problems[0].path,
     )  # fmt: skip
 
@@ -44,8 +44,8 @@ def _not_found(catalogs: Sequence[Catalog], step: int) -> CheckpointNotFoundErro
     aside = sorted({each for catalog in catalogs for branch in catalog.branches() for each in branch.steps})
     directories = " and ".join(str(each.directory) for each in catalogs)
     return CheckpointNotFoundError(
-        f"there is no step {step} in {directories}; the steps are {_spell(listed)}, and those that were set aside "
-        f"{_spell(aside)}",
+        f"there is no step {step} in {directories}; the steps are {_spell(listed)}, and the steps that were set "
+        f"aside are {_spell(aside)}",
         directory=str(catalogs[-1].directory), step=step,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from ckptmgr.orbax import item_files
 def read_values(
     manifest: manifests.Manifest, directory: epath.Path, sources: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """The JSON values among these items: that of one process, or a list of all."""
+    """The values of the items that are JSON or bytes: that of one process, or a list of all."""
     found: dict[str, Any] = {}
     for name, process in sources.items():
         item = manifest.items[name]
@@ -32,7 +32,7 @@ def read_values(
 
 
 def read_value(manifest: manifests.Manifest, directory: epath.Path, name: str, process: int = 0) -> Any:
-    """One of them; raises CorruptCheckpointError."""
+    """The value of one item; raises CorruptCheckpointError."""
     item = manifest.items[name]
     file = f"{item.place(name)}/{manifests.own_place(process, item.file)}"
     try:
@@ -45,12 +45,12 @@ def read_value(manifest: manifests.Manifest, directory: epath.Path, name: str, p
 
 
 def _from_json(item: Item, value: Any) -> Any:
-    """The value of an item that is not a tree."""
+    """Bytes are base64 in JSON; other values are JSON themselves."""
     return base64.b64decode(value) if item.kind == "bytes" else value
 
 
 def text(each: reading.Read, folder: epath.Path) -> str:
-    """A leaf that is a str, from the file in which Orbax keeps those; raises DamagedArrayError."""
+    """A leaf that is a str, from the file of Orbax that holds them; raises DamagedArrayError."""
     try:
         found = json.loads(paths.read_bytes(folder / item_files.TEXTS))[each.spec.name]
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as problem:

@@ -1,4 +1,4 @@
-"""Reading a whole step to see whether every bit of it is as it was written."""
+"""Reads a whole step, to see whether every bit is as it was written."""
 
 from __future__ import annotations
 
@@ -14,14 +14,29 @@ from ckptmgr.format import files, paths
 from ckptmgr.format import manifest as manifests
 from ckptmgr.results import Damage, VerifyReport
 from ckptmgr.run import values
+from ckptmgr.run.catalog import Catalog
 from ckptmgr.specs import LeafSpec
 
 Progress = Callable[[int, int], object]
-_BATCH_BYTES = 256 << 20  # what is held in memory at a time
+_BATCH_BYTES = 256 << 20  # held in memory at a time
+
+
+def verify_step(catalog: Catalog, step: int, on_progress: Progress | None) -> VerifyReport:
+    """Verifies a step of a run. If a writer replaces it meanwhile, the new step is verified."""
+    while True:
+        stamp = catalog.stamp(step)
+        try:
+            manifest = catalog.manifest(step, fresh=True)
+            report = verify(manifest, catalog.path(step), on_progress)
+        except CorruptCheckpointError as problem:
+            report = VerifyReport(step=step, damages=(Damage(problem.path or "", str(problem)),))
+        if report or catalog.stamp(step) == stamp:
+            return report
+        catalog.require(step)  # raises CheckpointNotFoundError if the step was deleted meanwhile
 
 
 def verify(manifest: manifests.Manifest, directory: epath.Path, on_progress: Progress | None) -> VerifyReport:
-    """Checks every file against the manifest, then reads every array in bounded pieces."""
+    """Compares every file with the manifest, then reads every array, a bounded number of chunks at a time."""
     damages = list(_damaged_files(manifest, directory))
     leaves = nbytes = 0
     for name, item in manifest.items.items():
@@ -52,8 +67,8 @@ def verify(manifest: manifests.Manifest, directory: epath.Path, on_progress: Pro
 
 
 _UNCHECKED = (
-    "values of arrays and small files: stock Orbax wrote this step, without checksums; "
-    "that every array can be read is all that is known",
+    "values of arrays and small files: stock Orbax wrote this step without checksums, so it is only known that "
+    "every array can be read",
 )
 
 
@@ -62,7 +77,7 @@ def _unread(manifest: manifests.Manifest) -> tuple[str, ...]:
 
 
 def _damaged_values(manifest: manifests.Manifest, directory: epath.Path, name: str) -> list[Damage]:
-    """What is wrong with an item of JSON that no checksum covers."""
+    """The damage of an item of JSON without a checksum."""
     if manifest.files or manifest.items[name].kind == "unread":
         return []
     try:
@@ -99,7 +114,7 @@ def _damages(name: str, item: manifests.Item, folder: epath.Path, spec: LeafSpec
 
 
 def _boxes(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """An array cut along its chunks."""
+    """The slices of an array that are its chunks."""
     axes = [
         [slice(at, min(at + step, size)) for at in range(0, size, step)]
         for size, step in zip(shape, chunk, strict=True)

@@ -1,4 +1,4 @@
-"""Runs of version 1, whose files lie beside the steps: they are moved, or removed, once.
+"""Runs of version 1, which had its files beside the steps: they are moved or removed once.
 
 .writer  .shared  .journal.jsonl    the lock, a token, and the journal
 <step>.orbax-checkpoint-tmp/        a save that was interrupted
@@ -27,9 +27,9 @@ _FOLDERS = {
 
 
 def moves(directory: str) -> list[tuple[str, str]]:
-    """What is to be moved and where to; nothing if this is no run of version 1.
+    """What to move, and where to; nothing if this is no run of version 1.
 
-    The journal is the last: while it is there, what was interrupted is begun again.
+    The journal is moved last: as long as it is in its old place, an interrupted upgrade is done again.
     """
     entries = sorted(os.listdir(directory))
     if not _is_run(directory, entries):
@@ -53,7 +53,7 @@ def _folders(directory: str, entries: Sequence[str]) -> Iterator[tuple[str, str]
 
 
 def _is_others(folder: str, path: str) -> bool:
-    """Whether this is a save of stock Orbax, or has the name of a replaced checkpoint and is none."""
+    """Whether this is a save of stock Orbax, or not a checkpoint although it has the name of a replaced one."""
     has_metadata = os.path.exists(os.path.join(path, names.STEP_METADATA))
     if folder == names.SAVING:
         return has_metadata and not is_signed(path)

@@ -114,7 +114,7 @@ def test_deleting_takes_the_step_away_before_its_files(run, monkeypatch, caplog)
     monkeypatch.setattr(type(listing.path(5)), "rmtree", lambda self: (_ for _ in ()).throw(OSError("busy")))
     listing.delete(5)
     assert listing.steps() == [10]
-    assert "could not be removed, and is tried again at the next start: busy" in caplog.text
+    assert "could not be removed; the next start tries again: busy" in caplog.text
 
 
 IN_THE_WAY = [

@@ -333,12 +333,12 @@ def test_two_processes_have_one_mirror(home, tmp_path, monkeypatch):
 
 
 def test_options_that_make_no_sense_are_refused(home):
-    with pytest.raises(ValueError, match="mirror_keep= says what a mirror keeps; name one with mirror="):
+    with pytest.raises(ValueError, match="mirror_keep= needs a mirror: give mirror= too"):
         ckptmgr.CheckpointManager(home, mirror_keep=3)
-    with pytest.raises(ValueError, match=r"mirror=.* is the directory itself"):
+    with pytest.raises(ValueError, match=r"mirror=.* is the run itself"):
         ckptmgr.CheckpointManager(home, mirror=home)
     (home.parent / "link").symlink_to(home)
-    with pytest.raises(ValueError, match=r"mirror=.* is the directory itself"):
+    with pytest.raises(ValueError, match=r"mirror=.* is the run itself"):
         ckptmgr.CheckpointManager(home, mirror=home.parent / "link")
     with pytest.raises(ValueError, match="mirror takes a path on this machine, gs:// or s3://, not ftp://"):
         ckptmgr.CheckpointManager(home, mirror="ftp://host/run")

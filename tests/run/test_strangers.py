@@ -130,7 +130,9 @@ def test_a_number_that_a_stranger_has_is_refused_by_name_and_the_others_are_save
         for what in IN_THE_WAY:
             name = strangers.KINDS[what][0]
             for how in ("error", "skip", "replace"):
-                with pytest.raises(ckptmgr.SaveError, match=f"{name} is there and is no checkpoint; move it away"):
+                with pytest.raises(
+                    ckptmgr.SaveError, match=f"{name} exists and is not a checkpoint; move it away"
+                ):
                     manager.save(int(name), params(1), on_exists=how)
         save(manager, 16)
     assert manager.steps() == [5, 10, 15, 16]
@@ -205,7 +207,7 @@ def test_a_stranger_in_a_mirror_that_has_the_number_of_a_step_is_said_and_stays(
         manager.wait()
     assert CheckpointManager(away, read_only=True).steps() == [5, 15, 20]
     assert strangers.seen(away, ["10"]) == before
-    assert f"{away / '10'} is there and is no checkpoint; move it away" in caplog.text
+    assert f"{away / '10'} exists and is not a checkpoint; move it away" in caplog.text
 
 
 # ---------------------------------------------------------------- a folder of ours that is somebody's
@@ -349,7 +351,7 @@ def test_strangers_in_a_bucket_are_not_there_for_us_and_stay(bucket):
     assert strangers.objects(client, run, "20") == before
     with CheckpointManager(bucket) as manager:
         for number in (2024, 2025, 2027, 2028, 25, 7)[:: counted(3, full=1)]:
-            with pytest.raises(ckptmgr.SaveError, match=f"{number} is there and is no checkpoint; move it away"):
+            with pytest.raises(ckptmgr.SaveError, match=f"{number} exists and is not a checkpoint; move it away"):
                 manager.save(number, params(1))
         save(manager, 30)
         manager.wait()
@@ -389,4 +391,4 @@ def test_strangers_in_a_mirror_in_a_bucket_stay_and_the_others_are_copied(run, b
         save(manager, 2040)
     assert strangers.objects(client, away, "2040") == before
     assert CheckpointManager(bucket, read_only=True).steps() == [2040]
-    assert "2024 is there and is no checkpoint; move it away" in caplog.text
+    assert "2024 exists and is not a checkpoint; move it away" in caplog.text
