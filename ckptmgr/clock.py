@@ -1,7 +1,7 @@
-"""The time of a manager: what the clock on the wall shows, and how much time has gone by.
+"""The time of a manager: the wall clock, and how much time has passed.
 
-The two differ. A clock on the wall is set back and forth, and a caller's own may fail: a duration that is the
-difference of two of its readings may be wrong by any amount.
+The two differ. A wall clock may be set back and forth, and a clock of the caller may fail: the difference of two
+readings may be wrong by any amount.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 _log = logging.getLogger("ckptmgr")
 LATEST = 6e10
-"""Seconds from the epoch, in either direction, that every calendar can show: the year 3871."""
+"""Seconds from the epoch, in either direction, that every calendar can represent: the year 3871."""
 
 
 class _Reading(NamedTuple):
@@ -23,11 +23,11 @@ class _Reading(NamedTuple):
 
 
 class Clock:
-    """The clock that a manager was given, where it can be relied on.
+    """The clock of a manager, corrected where it cannot be right.
 
-    Durations come from the system's monotonic clock if `read` is `time.time`. Any other clock is believed in how
-    far it goes forward: a test's own passes an hour in no time. Where it goes back or fails, the monotonic clock
-    counts.
+    If `read` is `time.time`, durations come from the system's monotonic clock. Any other clock is used while it
+    goes forward: with a clock of a test an hour may pass at once. If it goes back or fails, the monotonic clock is
+    used.
     """
 
     def __init__(self, read: Callable[[], float] = time.time) -> None:
@@ -37,12 +37,12 @@ class Clock:
         self._last = _Reading(time.time() if wall is None else wall, wall, time.monotonic())
 
     def wall(self) -> float:
-        """Seconds since the epoch, to be shown and recorded; if the clock fails, the system's."""
+        """Seconds since the epoch, to show and to record; if the clock fails, those of the system."""
         wall = self._ask()
         return time.time() if wall is None else wall
 
     def now(self) -> float:
-        """The same at the start, and from then on the seconds that have gone by: it never goes back."""
+        """Equals `wall` at the start; from then on the seconds that have passed are added. It never goes back."""
         last, ticks, wall = self._last, time.monotonic(), self._ask()
         passed = ticks - last.ticks
         if self._read is not time.time and wall is not None and last.wall is not None and wall >= last.wall:
@@ -51,11 +51,11 @@ class Clock:
         return self._last.now
 
     def since(self, wall: float) -> float:
-        """When a recorded time was, as `now` counts; a time in the future is now."""
+        """A recorded time on the clock of `now`; a time in the future becomes now."""
         return self.now() - max(0.0, self.wall() - wall)
 
     def _ask(self) -> float | None:
-        """What the clock shows; None if that is no time."""
+        """The reading of the clock; None if it is not a time."""
         try:
             shown: Any = self._read()
             wall = float(shown)
@@ -63,11 +63,11 @@ class Clock:
             self._warn(f"{type(problem).__name__}: {problem}")
             return None
         if not abs(wall) <= LATEST:
-            self._warn(f"it gives {shown!r}")
+            self._warn(f"it returns {shown!r}")
             return None
         return wall
 
     def _warn(self, why: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            _log.warning("clock=%r shows no time, and the system's clock is used: %s", self._read, why)
+            _log.warning("clock=%r does not return a time, so the system's clock is used: %s", self._read, why)

@@ -1,4 +1,4 @@
-"""Every error ckptmgr raises on purpose.
+"""Every error that ckptmgr raises on purpose.
 
     CheckpointError
     ├── CheckpointNotFoundError   [FileNotFoundError]       directory, step
@@ -28,7 +28,7 @@ class CheckpointError(Exception):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no checkpoint to restore, or none with the number asked for."""
+    """There is no checkpoint to restore, or none with this number."""
 
     def __init__(self, message: str, *, directory: str, step: int | None = None) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class CheckpointExistsError(CheckpointError, FileExistsError):
 
 
 class CorruptCheckpointError(CheckpointError, OSError):
-    """A committed checkpoint is damaged: `path` names the file, `leaf` the leaf, where known."""
+    """A committed checkpoint is damaged; `path` names the file and `leaf` the leaf, if they are known."""
 
     def __init__(self, message: str, *, step: int, path: str | None = None, leaf: str | None = None) -> None:
         super().__init__(message)
@@ -82,7 +82,7 @@ class LayoutError(CheckpointError, ValueError):
 class UnsupportedLeafError(CheckpointError, TypeError):
     """A leaf cannot be stored; `leaf` is the path of the first one, the message names them all.
 
-    Also an item that another library wrote and that ckptmgr does not read, if it is asked for by its name.
+    Also raised for a template of an item that another library wrote and ckptmgr does not read.
     """
 
     def __init__(self, message: str, *, leaf: str) -> None:
@@ -91,7 +91,7 @@ class UnsupportedLeafError(CheckpointError, TypeError):
 
 
 class SaveError(CheckpointError, RuntimeError):
-    """A save was refused or failed; nothing that was saved before is touched. `step` is None for a whole run."""
+    """A save was refused or failed; earlier checkpoints do not change. `step` is None if it is about the run."""
 
     def __init__(self, message: str, *, step: int | None) -> None:
         super().__init__(message)
@@ -99,7 +99,7 @@ class SaveError(CheckpointError, RuntimeError):
 
 
 class CheckpointTimeoutError(CheckpointError, TimeoutError):
-    """A wait went past its bound; `waiting_for` says what for, `missing` which processes did not come."""
+    """A wait took longer than its bound; `waiting_for` says for what, `missing` has the missing processes."""
 
     def __init__(self, message: str, *, waiting_for: str, missing: Sequence[int] = ()) -> None:
         super().__init__(message)
@@ -108,7 +108,7 @@ class CheckpointTimeoutError(CheckpointError, TimeoutError):
 
 
 class UnsafePickleError(CheckpointError, pickle.UnpicklingError):
-    """A pickle asked for something outside the allowlist; `name` is what it asked for."""
+    """A pickle uses a name that is not allowed, or is damaged; `name` is that name."""
 
     def __init__(self, message: str, *, name: str) -> None:
         super().__init__(message)

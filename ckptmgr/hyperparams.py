@@ -1,4 +1,4 @@
-"""Reading and changing hyperparameters that live in an optax state (`optax.inject_hyperparams`)."""
+"""Reads and sets hyperparameters in an optax state (`optax.inject_hyperparams`)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _HOW = (
 def get_hyperparams(opt_state: Any) -> dict[str, Any]:
     """The injected hyperparameters of an optax state, by name.
 
-    A name that several injected optimizers share is given once; `set_hyperparams` sets it in all.
+    A name that several injected optimizers share is returned once; `set_hyperparams` sets it in all of them.
 
-    Raises ValueError, and shows how to inject them, if there are none.
+    Raises ValueError if there are none; the message shows how to inject them.
     """
     found: dict[str, Any] = {}
     for state in _injected(opt_state):
@@ -32,11 +32,11 @@ def get_hyperparams(opt_state: Any) -> dict[str, Any]:
 
 
 def set_hyperparams(opt_state: Any, **values: Any) -> Any:
-    """`opt_state` with these hyperparameters set; dtype and sharding stay as they were.
+    """Returns `opt_state` with these hyperparameters set; dtype and sharding stay as they were.
 
-    A hyperparameter that follows a schedule is computed anew at each step, so setting it is refused.
+    A hyperparameter that follows a schedule cannot be set, because every step computes it again.
 
-    Raises ValueError for a name that is not there, TypeError for what is not one number.
+    Raises ValueError for an unknown or scheduled name, TypeError for a value of another shape.
     """
     known = get_hyperparams(opt_state)
     scheduled = {name for state in _injected(opt_state) for name in _schedules(state)}
@@ -44,7 +44,7 @@ def set_hyperparams(opt_state: Any, **values: Any) -> Any:
         if name not in known:
             raise ValueError(f"{name!r} is not among the hyperparameters {sorted(known)}; {_HOW}")
         if name in scheduled:
-            raise ValueError(f"{name!r} follows a schedule and is computed at every step; inject a number instead")
+            raise ValueError(f"{name!r} follows a schedule, so every step computes it; inject a number instead")
         if np.shape(value) != np.shape(known[name]):
             raise TypeError(f"{name!r} has shape {np.shape(known[name])}, not {np.shape(value)}")
     return optax.tree_utils.tree_set(

@@ -24,7 +24,7 @@ def _policies(name: str, value: Any, number: Callable[[int], Any], kind: Any, ad
     is_one = isinstance(adapt(value), kind)  # a named tuple may be a policy
     values = value if isinstance(value, list | tuple) and not is_one else [value]
     if not values:
-        raise ValueError(f"{name}=[] asks for nothing; leave {name} out for its default")
+        raise ValueError(f"{name}=[] has no policy; leave {name} out to get the default")
     return tuple(_policy(name, each, number, kind, adapt) for each in values)
 
 
@@ -76,7 +76,7 @@ def _metadata(name: str, value: Any) -> Mapping[str, Any]:
 
 def _clock(name: str, value: Any) -> Callable[[], float]:
     if not callable(value):
-        raise TypeError(f"{name} takes a function that gives seconds since the epoch, not {value!r}")
+        raise TypeError(f"{name} takes a function that returns seconds since the epoch, not {value!r}")
     return value  # type: ignore[no-any-return]
 
 
@@ -102,13 +102,13 @@ def _keep(name: str, value: Any) -> Any:
 
 
 def _option(check: Check, *, writes: bool = False, **default: Any) -> Any:
-    """An option with its default. One that `writes` contradicts read_only=True."""
+    """An option with its default. `writes`: it makes no sense with read_only=True."""
     return dataclasses.field(**default, metadata={"check": check, "writes": writes})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """See `CheckpointManager`; here every value has been checked and every policy is a tuple."""
+    """See `CheckpointManager`. Here every value is checked, and policies are tuples."""
 
     save_every: tuple[policies.SavePolicy, ...] = _option(
         _save_every, default=(policies.every_steps(1),), writes=True
@@ -128,12 +128,14 @@ class Options:
 
 
 def check(given: Mapping[str, Any]) -> Options:
-    """Checks what the caller gave; None stands for "not given" and takes the default."""
+    """Checks the options that the caller gave; None means "not given"."""
     given = {name: value for name, value in given.items() if value is not None}
     table = {field.name: field.metadata for field in dataclasses.fields(Options)}
     for name in table if given.get("read_only") else ():
         if table[name]["writes"] and name in given:
-            raise ValueError(f"read_only=True contradicts {name}=: it never writes or deletes; drop one")
+            raise ValueError(
+                f"read_only=True contradicts {name}=: a reader never writes or deletes; leave one out"
+            )
     if "mirror_keep" in given and "mirror" not in given:
-        raise ValueError("mirror_keep= says what a mirror keeps; name one with mirror=")
+        raise ValueError("mirror_keep= needs a mirror: give mirror= too")
     return Options(**{name: table[name]["check"](name, value) for name, value in given.items()})

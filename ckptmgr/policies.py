@@ -1,9 +1,12 @@
 """When to save and what to keep: small frozen values, without clocks, files or JAX.
 
-A save policy answers `should_save(step, now=..., last=...)`; a keep policy answers `keep(history)`
-with the steps it wants kept. `now` and the times in `history` are in seconds and come from the
-manager's clock; `now` never goes back. Orbax's own policies are accepted beside these
-(`ckptmgr/orbax/writing.py`), and a caller's own, which may fail in any way: then nothing is deleted.
+A save policy has `should_save(step, now=..., last=...)`. A keep policy has `keep(history)`, which returns the
+steps to keep. `now` and the times in `history` are in seconds and come from the manager's clock; `now` never goes
+back. Orbax's own policies are accepted too (`ckptmgr/orbax/policies.py`), and the caller's own. If a keep policy
+fails, nothing is deleted.
+
+A policy has two spellings. Its repr is Python, for people. `spell` gives one for shells and for the journal, which
+`parse` reads without running code.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from ckptmgr.errors import SaveError
 from ckptmgr.specs import fit_line
 
 _MOST_STEPS = 1_000_000
-"""More than these a policy does not choose: what it returns may have no end."""
+"""The largest number of steps that a policy may return: an iterable may have no end."""
 
 
 class Record(Protocol):
-    """What a policy may know of a checkpoint; `CheckpointInfo` is one."""
+    """What a policy knows of a checkpoint; `CheckpointInfo` is a Record."""
 
     @property
     def step(self) -> int: ...
@@ -44,7 +47,7 @@ class SavePolicy(Protocol):
 
 @runtime_checkable
 class KeepPolicy(Protocol):
-    """Decides which checkpoints retention leaves alone; `history` is in order of steps."""
+    """Decides which checkpoints retention keeps; `history` is in order of steps."""
 
     def keep(self, history: Sequence[Record]) -> set[int]: ...
 
@@ -69,7 +72,7 @@ Keep: TypeAlias = int | KeepPolicy | OrbaxKeepPolicy | Sequence[int | KeepPolicy
 
 @dataclass(frozen=True)
 class every_steps:  # noqa: N801 - reads as a word of the options it is passed to
-    """Saves, or keeps, the steps that `n` divides."""
+    """Saves, or keeps, the steps that are multiples of `n`."""
 
     n: int
 
@@ -109,7 +112,7 @@ class every_seconds:  # noqa: N801
 
 
 def _order_in_time(record: Record) -> tuple[bool, float, int]:
-    """To sort by: of equal times the lower step comes first, and what has no time before all."""
+    """A sort key: by time, then by step. Checkpoints without a finite time come first."""
     is_known = math.isfinite(record.time)
     return is_known, record.time if is_known else 0.0, record.step
 
@@ -134,7 +137,7 @@ class at_steps:  # noqa: N801
 
 @dataclass(frozen=True)
 class latest:  # noqa: N801
-    """Keeps the newest `n`."""
+    """Keeps the `n` newest checkpoints."""
 
     n: int = 1
 
@@ -147,7 +150,7 @@ class latest:  # noqa: N801
 
 @dataclass(frozen=True)
 class best:  # noqa: N801
-    """Keeps the `n` with the best value of a metric; of equals the newer. NaN is never best."""
+    """Keeps the `n` checkpoints with the best values of a metric; of equal values the newer. NaN is never best."""
 
     metric: str
     n: int = 1
@@ -172,14 +175,14 @@ class best:  # noqa: N801
 
 
 def _number(value: Any) -> float | None:
-    """A metric that can be ranked, which may be infinite, or an int too large for a float; NaN cannot."""
+    """A metric as a number that can be ranked; None for NaN and what is not a number."""
     if isinstance(value, numbers.Integral):
         return operator.index(value)
     return float(value) if isinstance(value, numbers.Real) and not math.isnan(value) else None
 
 
 def spell(kept: KeepPolicy) -> str:
-    """A policy as the command line takes it: "latest:3", "best:loss:min:1"; another's as it says itself."""
+    """A policy as the command line takes it: "latest:3", "best:loss:min:1". Policies of others: their repr."""
     if isinstance(kept, latest):
         return f"latest:{kept.n}"
     if isinstance(kept, best):
@@ -190,7 +193,7 @@ def spell(kept: KeepPolicy) -> str:
 
 
 def parse(text: str) -> KeepPolicy:
-    """The policy that `spell` has spelled; mode and n of "best" may be left out."""
+    """The policy that such a text means; mode and n of "best" may be left out."""
     name, _, rest = text.partition(":")
     try:
         if name == "best":
@@ -202,11 +205,11 @@ def parse(text: str) -> KeepPolicy:
         return numbered[name](int(rest))
     except (KeyError, ValueError, TypeError):
         known = "latest:N, best:METRIC[:min|max[:N]], every_steps:N, every_seconds:S"
-        raise ValueError(f"{text!r} is no policy; known are {known}") from None
+        raise ValueError(f"unknown policy {text!r}; known are {known}") from None
 
 
 def is_due(policies: Iterable[SavePolicy], step: int, *, now: float, last: Record | None) -> bool:
-    """Whether any policy wants a step saved. If none does, the SaveError of one that failed is raised."""
+    """Whether any policy wants to save a step. If none does and one has failed, raises its error as SaveError."""
     failure = None
     for each in policies:
         try:
@@ -233,9 +236,9 @@ def reasons_to_keep(
 ) -> dict[int, tuple[str, ...]]:
     """Why each step of `history` is kept; an empty tuple means that it may be deleted.
 
-    Without policies everything is kept. The newest step, pinned steps and the step that was `committed` last (if
-    that is not known, the one with the latest time) are kept whatever the policies say: what a run resumes from is
-    never theirs to delete. If a policy fails, nobody knows what it keeps: all are kept, and `failed` is told.
+    Without policies everything is kept. The newest step, pinned steps and the step that was `committed` last are
+    kept whatever the policies say, because a run may resume from them. (If the last commit is not known, it is the
+    step with the latest time.) If a policy fails, all steps are kept, and `failed` is called.
     """
     wanted: list[tuple[str, set[int]]] = []
     for policy in policies:
@@ -259,24 +262,24 @@ def reasons_to_keep(
 
 
 def _copy(record: Record) -> Any:
-    """A record that a policy may change; what is no step of it stays as it is."""
+    """A copy, so that a policy may change it. Only dataclasses are copied."""
     if not dataclasses.is_dataclass(record) or isinstance(record, type):
         return record
     return dataclasses.replace(record, metrics=dict(record.metrics))
 
 
 def _chosen(answer: Any) -> set[int]:
-    """What a policy has chosen: any iterable of whole numbers. Steps that there are not do no harm."""
+    """The steps that a policy returns: any iterable of whole numbers. Steps that do not exist do no harm."""
     chosen = list(itertools.islice(iter(answer), _MOST_STEPS + 1))
     if len(chosen) > _MOST_STEPS:
-        raise ValueError(f"it chooses more than {_MOST_STEPS} steps")
+        raise ValueError(f"it returns more than {_MOST_STEPS} steps")
     if any(isinstance(step, bool) for step in chosen):
-        raise TypeError("it returns a list of True and False; `keep` returns the steps to keep")
+        raise TypeError("it returns True or False; `keep` must return the steps to keep")
     return set(map(operator.index, chosen))
 
 
 def name_of(policy: Any) -> str:
-    """A policy as it says itself; of one that does not, the name of its class."""
+    """The repr of a policy; the name of its class if it has no repr of its own."""
     try:
         text = repr(policy)
     except Exception:
@@ -285,17 +288,17 @@ def name_of(policy: Any) -> str:
 
 
 def step_number(step: Any, what: str = "a step") -> int:
-    """A step as an int: anything that `operator.index` takes, numpy's integers among them."""
+    """A step as an int: anything that `operator.index` takes, for example numpy integers."""
     hint = ""
     if hasattr(step, "block_until_ready"):
-        hint = "; it is a jax array, which has to come from its device first: pass int(step)"
+        hint = "; it is a jax array: pass int(step), which waits for its device"
     elif not isinstance(step, bool) and hasattr(step, "__index__") and (number := operator.index(step)) >= 0:
         return number
-    raise ValueError(f"{what} is a whole number of 0 or more, not {step!r}{hint}")
+    raise ValueError(f"{what} must be a whole number, 0 or more, not {step!r}{hint}")
 
 
 def positive_int(name: str, value: Any) -> int:
-    """A whole number of 1 or more, as an int; `name` is the option that takes it."""
+    """A whole number, 1 or more, as an int; `name` is used in the error."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or (number := operator.index(value)) < 1:
         raise ValueError(f"{name} takes a positive whole number, not {value!r}")
     return number

@@ -1,4 +1,4 @@
-"""What goes in and out: `SaveResult`, `CheckpointInfo`, `Checkpoint`."""
+"""What the calls of a manager return: `SaveResult`, `CheckpointInfo`, `Checkpoint`, `VerifyReport`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxdict = _SHORT.maxtuple = 3
 _SHORT.maxstring = 40
 _SHOWN = ("metrics", "distrusted", "pinned", "kept")
-"""What the repr of a CheckpointInfo shows if there is any of it."""
+"""Fields that the repr of a CheckpointInfo shows if they are not empty."""
 
 
 def _names(names: Iterable[object]) -> str:
@@ -46,7 +46,7 @@ def _counted(tree: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What is known of a checkpoint without reading an array."""
+    """What is known of a checkpoint without reading its arrays."""
 
     step: int
     time: float
@@ -54,25 +54,25 @@ class CheckpointInfo:
     nbytes: int = 0
     """Bytes of all arrays, before compression."""
     disk_nbytes: int = 0
-    """Bytes of all files but the manifest; 0 for a checkpoint of stock Orbax."""
+    """Bytes of all files except the manifest; 0 for a checkpoint of stock Orbax."""
     blocked_s: float | None = None
-    """How long `save` held up its caller; known to the process that saved, as `durable_s` is."""
+    """Seconds that the caller of `save` waited; known, like `durable_s`, only in the process that saved."""
     durable_s: float | None = None
-    """How long it took from the call of `save` until the checkpoint was durable."""
+    """Seconds from the call of `save` until the checkpoint was durable."""
     items: tuple[str, ...] = ()
     leaves: Mapping[str, tuple[LeafSpec, ...]] = _empty()
     """The leaves of each item that holds arrays."""
     unread: Mapping[str, str] = _empty()
-    """Items that another library wrote and that ckptmgr does not read: why, and what does."""
+    """Items that another library wrote and ckptmgr does not read: why not, and what reads them."""
     metrics: Mapping[str, float] = _empty()
     metadata: Mapping[str, Any] = _empty()
     versions: Mapping[str, str] = _empty()
     """Versions of the libraries it was written with; empty for a checkpoint of stock Orbax."""
     pinned: bool = False
     distrusted: str | None = None
-    """Why retention does not count it, nor deletes it: a file of it is missing, say. None if it counts."""
+    """Why retention neither counts nor deletes it, for example because a file is missing; None if it counts."""
     kept: tuple[str, ...] = ()
-    """Why retention keeps it, empty if it would go; filled in by `CheckpointManager.info`."""
+    """Why retention keeps it; empty if retention would delete it. Only `CheckpointManager.info` fills it in."""
 
     def __repr__(self) -> str:
         count = sum(map(len, self.leaves.values()))
@@ -83,7 +83,7 @@ class CheckpointInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint(Generic[_Params, _OptState]):
-    """A restored checkpoint, or the values a run starts from when there is none.
+    """A restored checkpoint, or the start values of a run without one.
 
     For a type checker `params` and `opt_state` have the types of their templates, and are `Any` without one.
     """
@@ -95,11 +95,11 @@ class Checkpoint(Generic[_Params, _OptState]):
     metrics: Mapping[str, float] = _empty()
     info: CheckpointInfo | None = None
     resumed: bool = True
-    """False when nothing was saved yet and these are the values given to `restore_or`."""
+    """False if nothing was saved yet: then these are the values given to `restore_or`."""
     skipped: Mapping[int, str] = _empty()
     """Newer steps that were passed over as damaged, and why."""
     missing: tuple[str, ...] = ()
-    """With `partial`: leaves that the checkpoint lacks; they have the template's own value, or the optimizer's."""
+    """With `partial`: leaves that the checkpoint lacks; they have the template's value, or the optimizer's."""
     unused: tuple[str, ...] = ()
     """With `partial`: leaves of the checkpoint that the template lacks; they were not read."""
 
@@ -112,7 +112,7 @@ class Checkpoint(Generic[_Params, _OptState]):
 
 
 class Damage(NamedTuple):
-    """One damaged place of a checkpoint: a file, or a leaf of the arrays."""
+    """A damaged file or leaf of a checkpoint."""
 
     where: str
     reason: str
@@ -125,7 +125,7 @@ class VerifyReport:
     step: int
     damages: tuple[Damage, ...] = ()
     unchecked: tuple[str, ...] = ()
-    """What has no checksum to be checked by: parts of a checkpoint of stock Orbax."""
+    """What could not be checked, because stock Orbax wrote it without a checksum."""
     files: int = 0
     leaves: int = 0
     nbytes: int = 0
@@ -147,21 +147,21 @@ class VerifyReport:
 
 
 class Save:
-    """A save that was accepted: once it is `over` it has its `info`, or the `failure`."""
+    """A save that was accepted. Once it is `over`, it has an `info` or a `failure`."""
 
     def __init__(self, step: int, timeout_s: float, wait_for: Callable[[Moment, float], bool]) -> None:
         self.step = step
         self.over = Moment()
         self.timeout_s = timeout_s
         self.wait_for = wait_for
-        """Whether a moment that the thread that writes sets comes within these seconds."""
+        """Waits so many seconds for a moment that the writing thread sets; returns whether it came."""
         self.info: CheckpointInfo | None = None
         self.failure: SaveError | None = None
         self.was_raised = False
 
 
 class SaveResult:
-    """What became of a call of `save`: truthy if a save was started."""
+    """The result of a call of `save`: truthy if a save was started."""
 
     def __init__(self, step: int, reason: str, save: Save | None = None) -> None:
         self.step = step
@@ -177,7 +177,7 @@ class SaveResult:
         return fit_line("SaveResult", f"step={self.step}", f"{state}: {self.reason}")
 
     def done(self) -> bool:
-        """Whether nothing is being written any more for this step: it is durable, or failed."""
+        """Whether the save is over: the step is durable, or the save failed or was never started."""
         return self._save is None or self._save.over.is_set()
 
     def result(self, timeout_s: float | None = None) -> CheckpointInfo:

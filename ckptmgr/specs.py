@@ -1,9 +1,8 @@
-"""What a tree is, and what differs between two: plain values that raise nothing and import nothing of ours.
+"""What a tree is, and how two trees differ: plain values that raise nothing and import nothing of ours.
 
-Two spellings of a leaf's place are used. `path` is `jax.tree_util.keystr`'s and is what people read;
-`keys` are the names Orbax gives the steps of the path, and are what a template is matched by: they
-are the same for a NamedTuple and for the dict that stock Orbax returns in its stead.
-An int among them is a place in a sequence.
+A leaf has two names. `path` is that of `jax.tree_util.keystr`, for people. `keys` are Orbax's names for the parts
+of the path. Templates are matched by `keys`, because they are the same for a NamedTuple and for the dict that
+stock Orbax returns instead. An int among them is an index in a sequence.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 PyTree: TypeAlias = Any
-"""A tree of arrays and numbers as JAX knows it: nested containers of any registered type. No type checker can tell
-one from another value, so this says to readers what is meant."""
+"""A tree of arrays and numbers in JAX's sense: nested containers of any registered type.
+Type checkers cannot tell it from other values; the name is for readers."""
 
 Keys = tuple[str | int, ...]
 Outline = Any
@@ -33,7 +32,7 @@ class Optimizer(Protocol):
 
 
 def fit_line(kind: str, *parts: str) -> str:
-    """A repr of one line, which is cut if it is too long."""
+    """A repr in one line, cut if it is too long."""
     text = " ".join(f"{kind}({', '.join(parts)})".split())
     return text if len(text) <= _LINE else f"{text[: _LINE - 4]}...)"
 

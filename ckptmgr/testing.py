@@ -1,4 +1,4 @@
-"""For the tests of code that uses ckptmgr: does a run that was stopped go on as if it had not been?"""
+"""For the tests of code that uses ckptmgr: does a run go on after a stop exactly as without it?"""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ def assert_resume_exact(
     stop_at: int = 3,
     directory: str | None = None,
 ) -> None:
-    """Runs `train_step` straight through and with a stop, a save and a restore; compares bit for bit.
+    """Runs `train_step` once without a stop, once with a stop, a save and a restore; compares bit for bit.
 
     As in a program that is started again, the templates of the restore are the values that the run starts from,
     not those that were saved. Weak types are compared too: they change what later steps compute.
 
     Args:
-      train_step: `(params, opt_state, step) -> (params, opt_state)`, called with steps 1, 2, ...; what is
-        random in it must follow from its arguments.
-      params, opt_state: where the run starts; not donated.
-      steps: how many steps in all; `stop_at`: after which of them to stop.
+      train_step: `(params, opt_state, step) -> (params, opt_state)`, called with steps 1, 2, ...; it must be
+        deterministic: random numbers must depend on its arguments only.
+      params, opt_state: the start of the run; not donated.
+      steps: how many steps to run.
+      stop_at: the step after which to stop, save and restore.
       directory: where to save; a temporary directory if not given.
 
     Raises AssertionError that names every leaf that differs.
@@ -72,7 +73,7 @@ def assert_trees_equal(one: Any, other: Any) -> None:
 
 
 def _bits(leaf: Any) -> tuple[Any, ...]:
-    """Everything that makes a leaf what it is."""
+    """Everything in which two leaves can differ: dtype, shape, weak type or Python type, and bits."""
     if isinstance(leaf, jax.Array) and is_key(leaf):
         return str(leaf.dtype), *_bits(jax.random.key_data(leaf))
     array = np.asarray(leaf)

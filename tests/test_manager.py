@@ -143,9 +143,9 @@ class Opaque:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"step": -1}, ValueError, "a step is a whole number"),
-        ({"step": 1.5}, ValueError, "a step is a whole number"),
-        ({"step": True}, ValueError, "a step is a whole number"),
+        ({"step": -1}, ValueError, "a step must be a whole number"),
+        ({"step": 1.5}, ValueError, "a step must be a whole number"),
+        ({"step": True}, ValueError, "a step must be a whole number"),
         ({"params": None}, ValueError, "save needs params"),
         ({"params": {"w": Opaque()}}, ckptmgr.UnsupportedLeafError, r"params\['w'\]: is a test_manager.Opaque"),
         ({"opt_state": ("x",)}, ckptmgr.UnsupportedLeafError, r"opt_state\[0\]: is a builtins.str"),

@@ -56,7 +56,7 @@ def test_saved_restored_kept_pinned_deleted_and_verified(run):
         assert manager.steps() == [3, 4]
         with pytest.raises(ckptmgr.CheckpointExistsError):
             manager.save(4, trainer.state(4))
-        with pytest.raises(ValueError, match=r'on_exists="replace" takes a rename.*delete\(4\) first'):
+        with pytest.raises(ValueError, match=r'on_exists="replace" needs a rename.*delete\(4\) first'):
             manager.save(4, trainer.state(4), on_exists="replace")
         assert manager.verify()
         manager.delete(3)

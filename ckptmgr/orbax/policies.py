@@ -1,4 +1,4 @@
-"""Orbax's policies as ours: when to save, and what to keep."""
+"""Adapts Orbax's policies to those of `ckptmgr/policies.py`: when to save, and what to keep."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ckptmgr import clock, policies
 
 
 def adapt_save(given: Any) -> Any:
-    """A SaveDecisionPolicy of Orbax as one of ours; anything else as it is."""
+    """A SaveDecisionPolicy of Orbax becomes a SavePolicy; anything else is returned as it is."""
     decide = getattr(given, "should_save", None)
     is_orbax = callable(decide) and "previous_steps" in inspect.signature(decide).parameters
     return _OrbaxSave(given) if is_orbax and not isinstance(given, type) else given
 
 
 def adapt_keep(given: Any) -> Any:
-    """A PreservationPolicy of Orbax as one of ours; anything else as it is."""
+    """A PreservationPolicy of Orbax becomes a KeepPolicy; anything else is returned as it is."""
     is_orbax = hasattr(given, "should_preserve") and not isinstance(given, type)
     return _OrbaxKeep(given) if is_orbax else given
 
@@ -31,13 +31,13 @@ def _for_orbax(record: policies.Record) -> Any:
 
 
 def _date(seconds: float) -> datetime.datetime:
-    """A time as Orbax's policies want it; one that no calendar shows as the nearest that it does."""
+    """A time as Orbax's policies want it, clipped to what `datetime` can hold."""
     seconds = 0.0 if math.isnan(seconds) else min(max(seconds, -clock.LATEST), clock.LATEST)
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
 
 
 class _PolicyRecord:
-    """What Orbax's policies look at."""
+    """The attributes of a checkpoint that Orbax's policies read."""
 
     def __init__(self, step: int, when: datetime.datetime, metrics: dict[str, float]) -> None:
         self.step = step

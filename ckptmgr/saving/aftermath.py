@@ -26,14 +26,16 @@ _log = logging.getLogger("ckptmgr")
 
 
 def check_mirror(mirror: epath.Path | None, home: epath.Path) -> None:
-    """Refuses a mirror that cannot be one, before anything is made on disk."""
+    """Raises ValueError for a mirror that cannot be used, before anything is written."""
     if mirror is not None and _real(mirror) == _real(home):
-        raise ValueError(f"mirror={str(mirror)!r} is the directory itself; a second home is another place")
+        raise ValueError(f"mirror={str(mirror)!r} is the run itself; choose another directory")
     if mirror is not None and not paths.is_local(home):
-        raise ValueError(f"mirror={str(mirror)!r}: only a directory on a disk is copied, not {home}")
+        raise ValueError(f"mirror={str(mirror)!r}: a run in a bucket ({home}) cannot have a mirror")
     inside = _real(mirror).removeprefix(f"{_real(home)}/").split("/")[0] if mirror is not None else ""
     if inside == names.OURS or names.STEP.fullmatch(inside):
-        raise ValueError(f"mirror={str(mirror)!r} lies in what ckptmgr deletes: a second home is another place")
+        raise ValueError(
+            f"mirror={str(mirror)!r} is in a step or in .ckptmgr/ of the run; choose another directory"
+        )
 
 
 def _real(directory: epath.Path) -> str:
@@ -42,7 +44,7 @@ def _real(directory: epath.Path) -> str:
 
 @contextlib.contextmanager
 def _reaching(mirror: Mirror, step: int) -> Iterator[None]:
-    """What fails in the mirror stops a rewind."""
+    """An error of the mirror stops a rewind."""
     try:
         yield
     except Exception as problem:  # of every library below
@@ -54,7 +56,7 @@ def _reaching(mirror: Mirror, step: int) -> Iterator[None]:
 
 
 class Aftermath:
-    """Of a job's processes the one that leads does all of it; a failure here is logged and harms no save."""
+    """What follows a commit. Only process 0 of a job does it; a failure here is logged and harms no save."""
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class Aftermath:
         self._shared = shared
         if shared.committed is None and writer is not None and paths.is_local(home.directory):
             shared.committed = last_saved(home.directory)
-        self._writer = writer  # what is still to be copied holds it, so nobody else writes into the run meanwhile
+        self._writer = writer  # keeps the lock of the run as long as something is still to be copied
         self.mirror = self._open_mirror()
         for each in (history, *([self.mirror.history] if self.mirror is not None else [])):
             each.committed = lambda: shared.committed
@@ -85,7 +87,7 @@ class Aftermath:
         return Mirror(self._home, found, options.mirror_keep, options.timeout_s, self._shared.mirroring)
 
     def follow(self, info: CheckpointInfo) -> None:
-        """Does what follows from the commit of a step."""
+        """Called once a step is durable."""
         if self._job.leads:
             self._keep_for_now(info.step)
             self._tell(info)
@@ -96,14 +98,14 @@ class Aftermath:
         self._journal.record("failed", step, why=str(failure.__cause__))
 
     def _keep_for_now(self, step: int) -> None:
-        """Retention counts steps by their numbers; what was just saved is kept although later ones are there."""
+        """Remembers the step: retention keeps it, even if steps with higher numbers exist."""
         self._remember(step)
-        if not paths.is_local(self._home.directory) or self._has_warned:  # a bucket is asked for little
+        if not paths.is_local(self._home.directory) or self._has_warned:  # a bucket gets few requests
             return
         try:
             self._warn_of_later([each for each in self._home.steps() if each > step], step)
         except (CheckpointError, OSError) as problem:
-            _log.warning("step %d: whether later steps are there could not be looked up: %s", step, problem)
+            _log.warning("step %d: it could not be found out whether later steps exist: %s", step, problem)
 
     def _remember(self, step: int) -> None:
         self._shared.committed = step
@@ -129,7 +131,7 @@ class Aftermath:
             self._journal.record("deleted", step, why="asked for")
 
     def mark(self, step: int, mark: Callable[[int], None]) -> None:
-        """Pins a step, or gives it back to retention."""
+        """Pins or unpins a step."""
         if self._job.leads:
             self._shared.hold()
             with self._shared.retaining:
@@ -139,7 +141,7 @@ class Aftermath:
     # ------------------------------------------------------------ going on from another step
 
     def rewind(self, step: int) -> list[int]:
-        """Sets aside what is later than a step, here and in the mirror; gives the steps that are others now."""
+        """Sets aside what is later than a step, here and in the mirror; returns the numbers of all moved steps."""
         self._shared.hold()
         try:
             return self._go_back(step)
@@ -147,8 +149,8 @@ class Aftermath:
             raise
         except Exception as problem:  # of a disk, or of a client
             raise SaveError(
-                f"the rewind to step {step} has failed: {problem}. Call it again once this is mended; the "
-                "next start also finishes what was begun",
+                f"the rewind to step {step} has failed: {problem}. Call it again when the cause is removed; the "
+                "next start finishes it too",
                 step=step,
             ) from problem
 
@@ -182,7 +184,7 @@ class Aftermath:
         return [*plan.set_aside, *plan.returned]
 
     def go_on_from(self, step: int, moved: Sequence[int]) -> None:
-        """Drops what is remembered of the steps before a rewind; in every process."""
+        """Forgets what was known of the moved steps; called in every process after a rewind."""
         for catalog in (self._home, *([self.mirror.catalog] if self.mirror is not None else [])):
             for each in moved:
                 catalog.forget(each)
@@ -191,12 +193,12 @@ class Aftermath:
         self.update_mirror()
 
     def update_mirror(self, *new: int) -> None:
-        """Has the mirror look at what is here, new steps above all; returns at once."""
+        """Lets the mirror copy what it lacks, `new` steps for certain; returns at once."""
         if self.mirror is not None and self._job.leads:
             self.mirror.follow(self._retain, *new)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits until nothing is being copied."""
+        """Waits until nothing is being copied to the mirror."""
         if self.mirror is not None:
             self.mirror.wait(timeout_s)
 
@@ -213,12 +215,12 @@ class Aftermath:
         for callback in self._options.on_commit:
             try:
                 callback(info)
-            except BaseException:  # sys.exit() among them: it would end this thread alone
+            except BaseException:  # even sys.exit(), which would end only this thread
                 _log.exception("step %d: on_commit callback %r failed", info.step, callback)
 
     def _retain(self) -> None:
         """Deletes what no policy keeps; called once a newer checkpoint is durable."""
-        with self._shared.retaining:  # the thread that copies to the mirror has its own reasons
+        with self._shared.retaining:  # the thread that copies to the mirror calls this too
             retention.retain(
                 self._home,
                 self._history,
@@ -227,7 +229,7 @@ class Aftermath:
             )
 
     def _is_spared(self, step: int) -> bool:
-        """Whether a step stays for now: it is owed to the mirror, or its save, by any manager, is not over yet."""
+        """Whether a step stays for now: it is still to be copied, or its save, by any manager, is not over."""
         saves = [task.about for task in self._shared.background.waiting()]
         return any(isinstance(save, Save) and save.step == step for save in saves) or (
             self.mirror is not None and self.mirror.owes(step)

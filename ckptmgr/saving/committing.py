@@ -1,7 +1,7 @@
 """The second act of a save, on the thread behind it: write, seal, publish.
 
-A step is written into a draft. The draft is compared with what was meant to be saved, and gets its manifest. Every
-file and every name in it is flushed, then the draft gets the name of the step: that is the commit.
+A step is written into a draft. The draft is compared with what was meant to be saved, and gets its manifest. All
+its files and directories are flushed, then the draft gets the name of the step: that is the commit.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from ckptmgr.saving.stages import Stages
 
 
 class Committer:
-    """Makes a durable step of what was copied.
+    """Makes a durable step of a snapshot.
 
-    Of several processes only process 0 calls Orbax, and seals. The others write their arrays beside those of
-    process 0.
+    In a job only process 0 calls Orbax, and seals. The others write their arrays beside those of process 0.
     """
 
     def __init__(self, run: Catalog, *, compression: str | None, job: Job) -> None:
@@ -39,7 +38,7 @@ class Committer:
         self._job = job
 
     def commit(self, copied: Copied, *, replaces: bool = False) -> None:
-        """Returns once the step is durable; raises what stopped it, and leaves nothing of it."""
+        """Returns once the step is durable. If that fails, removes the draft and raises."""
         stages = Stages(copied.step, self._job)
         try:
             with self._job.working(), stages.told():
@@ -69,11 +68,11 @@ class Committer:
         self._publish(copied.step, draft, replaces)
 
     def _look(self, step: int, replaces: bool) -> None:
-        """Raises if the place of the step is taken: the caller of `save` has not looked, or something has come."""
+        """Raises if the name of the step is taken. `save` looks only at what this process knows."""
         self._run.check_free(step)
         if not replaces and step not in self._run.damaged and self._run.holds(step):
             raise CheckpointExistsError(
-                f"another checkpoint came to {self._run.path(step)} meanwhile, and is kept", step=step
+                f"another checkpoint was written to {self._run.path(step)} meanwhile; it is kept", step=step
             )
 
     def _begin(self, step: int) -> epath.Path:
@@ -81,7 +80,7 @@ class Committer:
         return self._run.begin(step)
 
     def _follow(self, copied: Copied, stages: Stages) -> None:
-        """What a process that does not lead does: it writes its arrays once process 0 has made the directories."""
+        """In processes other than 0: writes their arrays, once process 0 has made the directories."""
         draft, here = self._run.draft(copied.step), jax.process_index()
         stages.reach("directories")
         for name in copied.own - copied.snapshots.keys():
@@ -100,7 +99,7 @@ class Committer:
     # ------------------------------------------------------------ sealing
 
     def _seal(self, copied: Copied, draft: epath.Path) -> None:
-        """Writes the manifest, if everything is there that was meant to be, and makes the draft durable."""
+        """Checks that the draft holds what was meant, writes the manifest, and makes the draft durable."""
         if paths.is_local(draft):
             files.write(draft / names.COMMITTED, self._marker(copied.step))
         files.flush(draft / names.STEP_METADATA)
@@ -113,7 +112,7 @@ class Committer:
 
     def _publish(self, step: int, draft: epath.Path, replaces: bool) -> None:
         """Gives the draft the name of the step, durably."""
-        if not paths.is_local(draft):  # nothing can be renamed there: the last file says that the step is whole
+        if not paths.is_local(draft):  # a bucket has no rename: the last file makes the draft a step
             files.write(draft / names.COMMITTED, self._marker(step))
         replaced = self._run.publish(step, replaces=replaces)
         files.sync([self._run.directory])
@@ -140,7 +139,7 @@ class Committer:
         return sealing.Meant(self._texts(copied, draft), frozenset(told), parts | plans, self._compression)
 
     def _texts(self, copied: Copied, draft: epath.Path) -> Mapping[str, bytes]:
-        """The files beside the arrays, and what each holds."""
+        """The files beside the arrays, and their contents."""
         texts = {
             f"{name}/{manifests.json_file(name)}": json.dumps(copied.contents[name]()).encode()
             for name in copied.contents.keys() - copied.snapshots.keys()
@@ -154,7 +153,7 @@ class Committer:
 
 
 def _metadata(step: int, draft: epath.Path, items: set[str]) -> bytes:
-    """What Orbax wrote about the step, if it is about this one."""
+    """Orbax's metadata of the step, checked to be of this step."""
     try:
         data = paths.read_bytes(draft / names.STEP_METADATA)
         found = json.loads(data)
@@ -163,5 +162,5 @@ def _metadata(step: int, draft: epath.Path, items: set[str]) -> bytes:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise SaveError(
-        f"{draft / names.STEP_METADATA} is not what Orbax wrote: step {step} is not committed", step=step
+        f"{draft / names.STEP_METADATA} is not what Orbax wrote, so step {step} is not committed", step=step
     )

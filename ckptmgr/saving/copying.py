@@ -1,4 +1,4 @@
-"""From the items of a step to host copies that wait to be written, and to the manifest that seals them."""
+"""Copies the items of a step to the host, where they wait to be written, and prepares the manifest."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Composed = Mapping[str, items.Tree | items.Value]
 
 @dataclasses.dataclass(frozen=True)
 class Copied:
-    """A step as it was at the moment of the call."""
+    """The snapshot of a step: its items as they were at the call of `save`."""
 
     contents: Mapping[str, Any]
-    """A Snapshot for each item of arrays; for any other a function that gives its JSON value."""
+    """By item: a Snapshot of its arrays, or a function that returns its JSON value."""
     manifest: manifests.Manifest
     may_differ: Sequence[str] = ()
-    """The items of which each process of a job may have its own."""
+    """The items that may differ between the processes of a job."""
     own: set[str] = dataclasses.field(default_factory=set)
-    """Those of which each has."""
+    """The items that do differ: each process writes its own."""
 
     @property
     def step(self) -> int:
@@ -41,7 +41,7 @@ class Copied:
         return {name: each for name, each in sorted(self.contents.items()) if isinstance(each, writing.Snapshot)}
 
     def spec(self) -> agreement.Spec:
-        """What the processes of a job must agree on before any of it is written."""
+        """What all processes of a job must agree on before anything is written."""
         kinds = [
             f"{name}\t{item.kind}{f' with {item.compression}' if item.compression else ''}"
             for name, item in sorted(self.manifest.items.items())
@@ -65,7 +65,7 @@ class Copied:
         return found.digest() if isinstance(found, writing.Snapshot) else agreement.digest(json.dumps(found()))
 
     def _settle(self, owners: Sequence[int], differs: Sequence[bool]) -> None:
-        """Leaves to others what they write."""
+        """Removes the leaves that other processes write from the snapshots of this process."""
         self.own.update(name for name, each in zip(self.may_differ, differs, strict=True) if each)
         by_leaf = iter(owners)
         for name, snapshot in self.snapshots.items():
@@ -74,12 +74,12 @@ class Copied:
                 snapshot.leave_out(_of_others(snapshot.plan.owners, settled))
 
     def wait(self, wait_for: Callable[[Moment, float], bool], timeout_s: float) -> bool:
-        """Waits until every leaf is copied: under `max_host_bytes` what is written makes room for the next."""
+        """Waits until every leaf is copied. Under `max_host_bytes` a leaf may wait until others are written."""
         ends = time.monotonic() + timeout_s
         return all(wait_for(each.complete, ends - time.monotonic()) for each in self.snapshots.values())
 
     def release(self) -> None:
-        """Lets go of the leaves, also of those that were not copied because the save has failed."""
+        """Drops all references to leaves, also to those that a failed save has not copied."""
         for snapshot in self.snapshots.values():
             snapshot.release()
 
@@ -88,7 +88,7 @@ class Copied:
         return max((snapshot.completed_at for snapshot in self.snapshots.values()), default=0.0)
 
     def abandon(self) -> None:
-        """Nothing of this is saved unless every leaf has been copied by now."""
+        """Called if `save` is interrupted: fails the save unless every leaf is copied by now."""
         for snapshot in self.snapshots.values():
             snapshot.abandon()
 
@@ -103,7 +103,7 @@ class Copied:
 
 
 def _of_others(owners: Sequence[int], settled: Sequence[int]) -> list[int]:
-    """The leaves that are here and that another process writes: each has one, and that of process 0 counts."""
+    """The leaves of this process that another one writes: process 0, if each process has the leaf."""
     here = jax.process_index()
     return [
         place
@@ -113,7 +113,7 @@ def _of_others(owners: Sequence[int], settled: Sequence[int]) -> list[int]:
 
 
 class Copier:
-    """Copies the items of each step; remembers how they are stored, which is mostly the same."""
+    """Copies the items of each step; keeps the plan of the step before, which mostly fits."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -147,7 +147,7 @@ class Copier:
         plan = self._planner.plan(name, tree.spec, tree.leaves)
         is_own = tree.is_own and jax.process_count() > 1 and all(at is None for at in plan.shardings)
         bound = self._options.max_host_bytes
-        share = None if bound is None or is_own else bound // of  # what processes compare is copied whole
+        share = None if bound is None or is_own else bound // of  # values to compare are copied whole
         return writing.Snapshot(plan, tree.leaves, share, is_own=is_own)
 
     def _describe(self, name: str, snapshot: writing.Snapshot) -> manifests.Item:

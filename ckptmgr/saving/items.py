@@ -32,7 +32,7 @@ _FILES = frozenset({
     "_CHECKPOINT_METADATA", "_CHECKPOINT_DELETION", "_METADATA", "_sharding", "_strings.json", "array_metadatas",
     "manifest.ocdbt", "d", "orbax.checkpoint",
 })  # fmt: skip
-"""Names that mean something else in the directory of a step, to us or to Orbax (v0 and v1)."""
+"""Names with another meaning in the directory of a step, for ckptmgr or for Orbax (v0 and v1)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Tree:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An item of JSON: `get` is called once the caller has gone on, so that a metric is never waited for."""
+    """An item of JSON. `get` is called after `save` has returned, so that no caller waits for a metric."""
 
     get: Callable[[], Any]
     kind: Literal["json", "bytes"] = "json"
@@ -67,7 +67,7 @@ class Composer:
     def compose(
         self, step: int, params: Any, opt_state: Any, extras: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> dict[str, Tree | Value]:
-        """Raises UnsupportedLeafError, TypeError or ValueError naming what cannot be saved."""
+        """Raises UnsupportedLeafError, TypeError or ValueError that names what cannot be saved."""
         for name, given in (("extras", extras), ("metrics", metrics)):
             if not isinstance(given, Mapping):
                 raise TypeError(f"{name} takes a mapping of names to values, not {type(given).__name__}")
@@ -114,7 +114,7 @@ def _check_name(name: Any) -> None:
         raise ValueError(f"{name!r} cannot name an entry of extras: use letters, digits, '_', '.' and '-'")
     if name in RESERVED | _FILES or UNFINISHED in name or name.startswith("ocdbt.process_"):
         raise ValueError(
-            f"{name!r} cannot name an entry of extras: a checkpoint has a part or a file of that name"
+            f"{name!r} cannot name an entry of extras: a checkpoint has an item or a file of that name"
         )
 
 

@@ -1,4 +1,4 @@
-"""The save that is being written: waited for beside the training, its failure raised at the next call."""
+"""The saves that were accepted: written one after the other; the failure of one is raised at the next call."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _log = logging.getLogger("ckptmgr")
 
 
 class Pending:
-    """The saves of one manager. They are written in turn with those of the others of the run.
+    """The saves of one manager. All managers of a run in this process share one thread that writes.
 
-    `timeout_s` bounds every wait for one. `job` is the line of calls about them, and knows who is missing.
+    `timeout_s` bounds every wait for a save. `job` tells which processes are missing.
     """
 
     def __init__(self, timeout_s: float, job: Job, shared: Shared) -> None:
@@ -35,9 +35,9 @@ class Pending:
         then: Callable[[CheckpointInfo], None],
         let_go: Callable[[], None],
     ) -> Save:
-        """Runs `commit`, which returns once the step is durable, in a thread, and `failed` or `then` after it.
+        """Runs `commit` in the thread; it returns once the step is durable. Then calls `then`, or `failed`.
 
-        `let_go` is called in the end, whatever has happened.
+        `let_go` is called at the end in any case.
         """
         save = Save(step, self._timeout_s, self._background.wait_for)
 
@@ -70,7 +70,7 @@ class Pending:
         return next((save.step for save in written if isinstance(save, Save) and not save.over.is_set()), None)
 
     def join(self, timeout_s: float | None = None) -> None:
-        """Waits until nothing is being written, and what follows from it is done."""
+        """Waits until nothing is being written, and the work after the commit is done."""
         try:
             self._background.wait(self._timeout_s if timeout_s is None else timeout_s)
         except CheckpointTimeoutError as late:
@@ -80,7 +80,7 @@ class Pending:
             raise CheckpointTimeoutError(told, waiting_for=late.waiting_for) from None
 
     def wait(self) -> None:
-        """The same, and raises what has failed."""
+        """Waits as `join` does; then raises the failure of a save."""
         self.join()
         self.raise_failure()
 
@@ -90,11 +90,11 @@ class Pending:
             self.wait()
 
     def is_current(self) -> bool:
-        """Whether the caller is a callback of the save that is being finished, which must not wait for itself."""
+        """Whether the caller runs in the thread that saves, as callbacks do: it must not wait for itself."""
         return self._background.is_current()
 
     def raise_failure(self) -> None:
-        """Raises the failure of a save, once; one that `SaveResult.result` has raised is not raised again."""
+        """Raises the failure of a save, once: not if `SaveResult.result` has raised it."""
         with self._shared.raising:
             for save in [each for each in self._saves if each.over.is_set()]:
                 self._saves.remove(save)
@@ -104,11 +104,11 @@ class Pending:
 
 
 def _end(save: Save, problem: BaseException | None) -> None:
-    """Sees to it that a save is over: durable or failed, whatever has interrupted it. May be called again."""
+    """Ends a save: it is durable or failed, whatever has interrupted it. May be called twice."""
     if save.info is None and save.failure is None:
         why = "its thread was interrupted" if problem is None else str(problem) or repr(problem)
         failure = SaveError(f"step {save.step} could not be saved: {why}", step=save.step)
         failure.__cause__ = problem
         save.failure = failure
-        _log.error("%s", failure)  # heard even if no next call comes
+        _log.error("%s", failure)  # there may be no next call that raises it
     save.over.set()

@@ -1,7 +1,7 @@
 """The first act of a save, on the caller's thread: decide, copy, hand over.
 
-A step above every step that is known here needs no look at the directory. The second act (`committing`) looks all
-the same whether its place is free; what fails there is raised at the next call.
+For a step above every known step the directory is not read. The second act (`committing`) checks all the same that
+the name is free; a failure there is raised at the next call.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ class Saver:
     # ------------------------------------------------------------ may this call write?
 
     def turn(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        """Held by a call that writes, of any manager of the run here; a callback of a save has its turn."""
+        """A lock for calls that write, shared by all managers of the run; a callback runs inside of it."""
         if self._shared.process != os.getpid():
             raise SaveError(
                 f"step {step}: this manager belongs to process {self._shared.process}, and this process is a fork "
-                "of it, where it only reads. Save, delete and pin in the process that opened the run",
+                "of it, where a manager can only read. Save, delete and pin in the process that opened the run",
                 step=step,
             )
         return contextlib.nullcontext() if self._pending.is_current() else self._shared.turn
 
     def require_open(self, step: int, what: str = "saved") -> None:
-        """Raises what a save before has failed with, or that this manager does not write."""
-        if self._job.count == 1:  # processes raise it together, in the next call that they make together
+        """Raises the failure of an earlier save, or SaveError if this manager does not write."""
+        if self._job.count == 1:  # several processes raise it in the next call that they make together
             self._pending.raise_failure()
         if not self.is_open:
             raise SaveError(f"step {step} cannot be {what}: this manager is read-only or closed", step=step)
@@ -83,7 +83,7 @@ class Saver:
     def should_save(self, step: int) -> bool:
         """Whether a call would save now: by `save_every`, or because the run is to stop."""
         if all(isinstance(each, policies.every_steps | policies.at_steps) for each in self._options.save_every):
-            due = self._is_due(step, None)  # so a step that is declined makes no request to a bucket
+            due = self._is_due(step, None)  # no time is needed: a declined step makes no request to a bucket
         else:  # clocks differ
             call = Call("the decision about a save", step)
             due = self._job.decide(call, lambda: self._is_due(step, self._last_save()))
@@ -93,18 +93,18 @@ class Saver:
         return policies.is_due(self._options.save_every, step, now=self._clock.now(), last=last)
 
     def _last_save(self) -> policies.Record | None:
-        """The last save that was accepted here, else the newest on disk; its time is as `now` counts it."""
+        """The last save that this manager accepted, else the newest on disk; its time is on the clock of `now`."""
         if self._last is None and (newest := self._history.newest()) is not None:
             self._last = dataclasses.replace(newest, time=self._clock.since(newest.time))
         return self._last
 
     def has_gone_back(self) -> None:
-        """After a rewind the policies of `save_every` go by what is listed now."""
+        """After a rewind the policies of `save_every` look at the steps that are listed now."""
         self._last = None
         self._shared.newest = None
 
     def _refuse(self, step: int, force: bool, on_exists: str) -> str | None:
-        """Why this step is not to be saved; None if it is."""
+        """Why this step is not saved; None if it is."""
         if on_exists not in ("error", "skip", "replace"):
             raise ValueError(f'on_exists takes "error", "skip" or "replace", not {on_exists!r}')
         due = self.preemption.is_due(step, True) if force else self.should_save(step)
@@ -113,7 +113,7 @@ class Saver:
         return self._job.decide(Call("the start of the save", step), lambda: self._exists(step, on_exists))
 
     def _exists(self, step: int, on_exists: str) -> str | None:
-        """Why this step is not to be saved although it is due."""
+        """Why this step is not saved although it is due; None if it is."""
         if self._is_new(step) and not (on_exists == "skip" and self._catalog.holds(step)):
             return None
         steps = self._catalog.steps()
@@ -122,8 +122,8 @@ class Saver:
         exists = step == self._pending.step or step in set(steps) - self._catalog.damaged
         if exists and on_exists == "replace" and not self._catalog.can_replace:
             raise ValueError(
-                f'on_exists="replace" takes a rename, which {self._catalog.directory} has not; '
-                f"delete({step}) first"
+                f'on_exists="replace" needs a rename, which a bucket does not have: {self._catalog.directory}; '
+                f"call delete({step}) first"
             )
         if not exists or on_exists == "replace":
             return None
@@ -136,7 +136,7 @@ class Saver:
         )
 
     def _is_new(self, step: int) -> bool:
-        """Whether the step is above every step that this process has seen or saved, and nothing had its name."""
+        """Whether the step is above every step that this process knows, and nothing else has its name."""
         newest = self._shared.newest
         return newest is not None and step > newest and step not in self._shared.taken
 
@@ -146,7 +146,7 @@ class Saver:
         self, step: int, params: Any, opt_state: Any, extras: Mapping[str, Any] | None,
         metrics: Mapping[str, Any] | None, *, force: bool, on_exists: str,
     ) -> SaveResult:  # fmt: skip
-        """As `CheckpointManager.save`. When it returns, everything is copied, and the second act goes on."""
+        """As `CheckpointManager.save`. When it returns, everything is copied, and the second act has begun."""
         called = time.perf_counter()
         with self.turn(step):
             self.require_open(step)
@@ -182,7 +182,7 @@ class Saver:
         self._catalog.forget(step)
 
     def _hand_over(self, copied: copying.Copied, reason: str, called: float, *, replaces: bool) -> SaveResult:
-        """Starts the second act: the step is committed beside the caller, then what follows from it is done."""
+        """Starts the second act in the thread: the commit, then callbacks, mirror and retention."""
         step, handed_over = copied.step, time.perf_counter()
 
         def commit() -> CheckpointInfo:
@@ -190,7 +190,8 @@ class Saver:
                 raise SaveError("a callback has closed the manager", step=step)
             self._committer.commit(copied, replaces=replaces)
             blocked_s = max(handed_over, copied.completed_at()) - called
-            info = self._history.glance(self._catalog.manifest(step, fresh=True))  # not that of a step it replaced
+            manifest = self._catalog.manifest(step, fresh=True)  # fresh: the step may have replaced another
+            info = self._history.glance(manifest)
             return dataclasses.replace(info, blocked_s=blocked_s, durable_s=time.perf_counter() - called)
 
         def failed(failure: SaveError) -> None:
@@ -202,7 +203,7 @@ class Saver:
         try:
             save = self._pending.follow(step, commit, failed, self._aftermath.follow, copied.release)
             if not copied.wait(save.wait_for, self._options.timeout_s):
-                self._pending.join(0)  # says what takes so long
+                self._pending.join(0)  # raises CheckpointTimeoutError
         except BaseException:
             copied.abandon()
             self._last = before

@@ -1,7 +1,7 @@
-"""Before a step gets its manifest: is everything there that was meant to be, and nothing else?
+"""Before a step gets its manifest: does the draft hold what was meant to be saved, and nothing else?
 
-The manifest must not say what lies on the disk by now, but what was saved: another program may have emptied,
-removed or replaced something while the step was written.
+The manifest must describe what was saved, not what is on the disk now: another program may have emptied, removed
+or replaced something while the step was written.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ _DATABASE = re.compile(r"(ocdbt\.process_[0-9]+/)?(manifest\.ocdbt|d/[0-9a-f]{32
 
 
 class Meant(NamedTuple):
-    """What a step is to hold."""
+    """What a step must hold."""
 
     files: Mapping[str, bytes]
-    """Files by name, and what they hold."""
+    """The content of each file, by its name."""
     other_files: frozenset[str]
-    """Files whose content is not known here: Orbax's, and those of other processes."""
+    """Files whose content this process does not know: those of Orbax and of other processes."""
     databases: Mapping[str, Plan]
-    """The arrays by their folder."""
+    """The plan of the arrays in each database, by its folder."""
     compression: str | None
 
 
 def check(step: int, draft: epath.Path, meant: Meant, found: Mapping[str, manifests.File]) -> None:
-    """Raises SaveError, which names the first file or leaf that is not as it was meant to be."""
+    """Raises SaveError that names the first file or leaf that differs from what was meant."""
 
     def refuse(name: str, why: str) -> SaveError:
         return SaveError(
-            f"{draft / name} {why}: something else has changed what step {step} wrote. It is not committed",
+            f"{draft / name} {why}: another program has changed the files of step {step}, so it is not committed",
             step=step,
         )
 
@@ -58,7 +58,7 @@ def check(step: int, draft: epath.Path, meant: Meant, found: Mapping[str, manife
     for name in found.keys() - meant.files.keys() - meant.other_files:
         folder = next((each for each in meant.databases if name.startswith(f"{each}/")), None)
         if folder is None or not _DATABASE.fullmatch(name.removeprefix(f"{folder}/")):
-            raise refuse(name, "is not ours")
+            raise refuse(name, "was not written by this save")
     for folder, plan in meant.databases.items():
         if paths.is_local(draft):
             for key, why in _wrong(draft / folder, plan, meant.compression, {**found}, folder):
@@ -68,7 +68,7 @@ def check(step: int, draft: epath.Path, meant: Meant, found: Mapping[str, manife
 def _wrong(
     directory: epath.Path, plan: Plan, compression: str | None, files: Mapping[str, manifests.File], folder: str
 ) -> Iterator[tuple[str, str]]:
-    """The chunks that are not there, or not as large as they must be."""
+    """The chunks that are missing or have another size."""
     if not plan.stored:
         return
     try:
@@ -80,21 +80,21 @@ def _wrong(
     expected, ends = _expected(plan), dict[str, int]()
     if compression is not None:
         expected = dict.fromkeys(expected)
-    for key, size in expected.items():  # a loop without calls: there are thousands of chunks
+    for key, size in expected.items():  # without function calls: there are thousands of chunks
         chunk = found.get(key)
         if chunk is None:
             yield key, "lacks"
         elif isinstance(chunk, bytes):
             if size is not None and len(chunk) != size:
-                yield key, "holds another"
+                yield key, "has the wrong size for"
         elif size is not None and chunk.nbytes != size:
-            yield key, "holds another"
+            yield key, "has the wrong size for"
         elif (end := chunk.offset + chunk.nbytes) > ends.get(chunk.file, 0):
             ends[chunk.file] = end
     for file, end in ends.items():
         there = files.get(f"{folder}/{file}")
         if there is None or there.size < end:
-            yield file, "lacks the whole of"
+            yield file, "lacks the end of"
     if len(found) != len(expected):
         yield f"{len(found)} arrays and chunks instead of {len(expected)}", "holds"
 
@@ -103,7 +103,7 @@ _known: weakref.WeakKeyDictionary[Plan, Mapping[str, int | None]] = weakref.Weak
 
 
 def _expected(plan: Plan) -> Mapping[str, int | None]:
-    """The keys of a database and the bytes that each holds, None where that is open: made once for all steps."""
+    """The keys of a database and the size of each value, None if it may vary; made once for each plan."""
     if plan not in _known:
         found: dict[str, int | None] = {}
         for prefix, stored in zip(plan.prefixes, plan.stored, strict=True):

@@ -1,4 +1,4 @@
-"""Where the processes of a job wait for each other while a step is written: what fails in one fails in all."""
+"""The stages at which the processes of a job wait for each other during a save; what fails in one fails in all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ckptmgr.processes.job import Call, Job
 class Stages:
     """The stages of one save, in their order.
 
-    "directories": process 0 has made them. "arrays": all have written theirs. "commit": the step has its name.
+    "directories": process 0 has made them. "arrays": each process has written its own. "commit": the step has its
+    name.
     """
 
     def __init__(self, step: int, job: Job) -> None:
@@ -20,13 +21,13 @@ class Stages:
         self._ahead = ["directories", "arrays", "commit"]
 
     def reach(self, stage: str) -> None:
-        """Passes a stage, once; raises what has failed in another process."""
+        """Waits until the others have reached a stage; raises what has failed in one of them."""
         if stage in self._ahead:
             self._pass(None)
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """What fails inside is told to the others at the next stage; what came from them is known to all."""
+        """A failure inside is raised in the other processes at their next stage."""
         try:
             yield
         except Exception as problem:

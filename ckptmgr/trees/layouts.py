@@ -49,7 +49,7 @@ Layout: TypeAlias = (
 """Where restored arrays go: one place for all, a Mesh, a function of path and leaf, or a tree of places; None is
 where the templates' arrays are."""
 Place = Any
-"""A Sharding, HERE or HOST."""
+"""A Sharding, HERE or HOST; Any, because each user asks a Sharding only after it has ruled out the other two."""
 
 
 class Target(NamedTuple):

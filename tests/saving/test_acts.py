@@ -127,10 +127,10 @@ def by_a_person(run, step):
 @pytest.mark.parametrize(
     ("come", "on_exists", "said"),
     [
-        (by_stock, "error", "meanwhile, and is kept"),
-        (by_a_person, "error", "is there and is no checkpoint"),
-        (by_a_person, "skip", "is there and is no checkpoint"),
-        (by_a_person, "replace", "is there and is no checkpoint"),
+        (by_stock, "error", "meanwhile; it is kept"),
+        (by_a_person, "error", "exists and is not a checkpoint"),
+        (by_a_person, "skip", "exists and is not a checkpoint"),
+        (by_a_person, "replace", "exists and is not a checkpoint"),
     ],
 )
 def test_what_has_taken_the_number_meanwhile_is_kept_and_said_at_the_next_call(come, on_exists, said, tmp_path):
