@@ -422,7 +422,7 @@ def test_a_directory_that_nobody_of_us_wrote_is_no_step_and_is_left_alone(what, 
         assert manager.steps() == [2]
         assert manager.latest() == manager.restore().step == 2
         if what != "nothing":
-            with pytest.raises(ckptmgr.SaveError, match="2024 is there and is no checkpoint"):
+            with pytest.raises(ckptmgr.SaveError, match="2024 exists and is not a checkpoint"):
                 manager.save(2024, make.params(), on_exists="replace")
     assert (tmp_path / "2024" / what).exists() or what == "nothing"
     assert (tmp_path / "2024").is_dir()
@@ -434,7 +434,7 @@ def test_a_step_with_nothing_that_is_known_is_never_whole(tmp_path):
     manager = CheckpointManager(tmp_path, read_only=True)
     assert not manager.verify(3)
     for call in (manager.restore, lambda: interop.adopt(tmp_path)):
-        with pytest.raises(ckptmgr.CorruptCheckpointError, match="is known to ckptmgr or Orbax"):
+        with pytest.raises(ckptmgr.CorruptCheckpointError, match="holds nothing that ckptmgr or Orbax writes"):
             call()
 
 

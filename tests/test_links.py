@@ -133,7 +133,7 @@ def test_a_step_that_is_a_symlink_is_read_but_not_pinned(others, tmp_path):
     (tmp_path / "run" / "1").rename(others / "1")
     (tmp_path / "run" / "1").symlink_to(others / "1")
     before = content(others)
-    refused = r"1 is a symlink; ckptmgr writes only to the directory itself, .*others/1"
+    refused = r"1 is a symlink; ckptmgr writes only into the directory itself: use .*others/1"
     with pytest.raises(ckptmgr.SaveError, match=refused):
         pin(tmp_path)
     with ckptmgr.CheckpointManager(tmp_path / "run") as manager:

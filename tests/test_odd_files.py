@@ -160,7 +160,7 @@ def test_a_fifo_in_the_place_of_a_file_of_the_run_holds_up_nobody(name, tmp_path
     os.mkfifo(tmp_path / name)
     assert facts.run(CheckpointManager(tmp_path, read_only=True))["steps"]
     if name == names.LOCK:
-        with pytest.raises(OSError, match="no regular file"):
+        with pytest.raises(OSError, match="not a regular file"):
             CheckpointManager(tmp_path)
     else:
         with CheckpointManager(tmp_path) as manager:

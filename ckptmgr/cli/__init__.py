@@ -1,4 +1,4 @@
-"""The command line: `ckptmgr --help`. It takes the extra [cli]."""
+"""The command line: `ckptmgr --help`. It needs the extra [cli]."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line, or says what to install for it."""
+    """Runs the command line, or says what it needs to be installed."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ImportError as problem:
         sys.exit(f"the command line needs {problem.name}: pip install 'ckptmgr[cli]'")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # looking at a run takes no GPU away from its training
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # so that a look at a run takes no GPU from its training
     from ckptmgr.cli.app import run
 
     run()

@@ -1,7 +1,6 @@
 """The commands.
 
-Exit codes: 0 all is well, 1 what was looked at is damaged or differs, 2 wrong use or nothing there, 3 it could
-not be done.
+Exit codes: 0 all is well, 1 damage or a difference was found, 2 wrong arguments or nothing there, 3 it failed.
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ from ckptmgr.trees.layouts import HOST
 
 app = typer.Typer(
     name="ckptmgr",
-    help="Looks at checkpoints of JAX training, compares, checks, keeps, and moves them.",
+    help="Shows, compares, verifies, keeps, imports and exports checkpoints of JAX training.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    epilog="RUN is a directory of checkpoints, also gs:// or s3://. Exit codes: 0 all is well; 1 damaged, or "
-    "different; 2 wrong use, or nothing there; 3 it could not be done.",
+    epilog="RUN is a directory of checkpoints, also gs:// or s3://. Exit codes: 0 all is well; 1 damage or a "
+    "difference was found; 2 wrong arguments, or nothing there; 3 it failed.",
 )
 _console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run.")]
-Step = Annotated[int | None, typer.Argument(metavar="[STEP]", help="A step; the newest if left out.")]
-OneStep = Annotated[int, typer.Argument(metavar="STEP", help="A step.")]
+Step = Annotated[int | None, typer.Argument(metavar="[STEP]", help="The number of a step; default: the newest.")]
+OneStep = Annotated[int, typer.Argument(metavar="STEP", help="The number of a step.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON instead of a table.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Says what would be done, and does nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Shows what would be done, and changes nothing.")]
 Policies = Annotated[
     list[str],
     typer.Option(
-        "--policy", help="latest:N, best:METRIC[:min|max[:N]], every_steps:N, every_seconds:S; several add."
+        "--policy", help="latest:N, best:METRIC[:min|max[:N]], every_steps:N or every_seconds:S; may be repeated."
     ),
 ]
 
 
 def run() -> None:
-    """The command line; what fails is told in one line, or as JSON if JSON was asked for."""
+    """Runs the command line. An error is printed as one line, or as JSON with --json."""
     try:
         app()
     except CheckpointNotFoundError as problem:
@@ -80,7 +79,7 @@ def _show(found: Any, as_json: bool, render: Callable[[Any], RenderableType]) ->
 
 @contextlib.contextmanager
 def _writer(run: str) -> Iterator[CheckpointManager]:
-    facts.reader(run)  # one that is not there is not made
+    facts.reader(run)  # raises if there is no run: none is made
     with CheckpointManager(run) as manager:
         yield manager
 
@@ -90,13 +89,13 @@ def _writer(run: str) -> Iterator[CheckpointManager]:
 
 @app.command(epilog="Example: ckptmgr ls runs/digits")
 def ls(run: Run, as_json: AsJson = False) -> None:
-    """The checkpoints of a run: step, age, size, metrics, why each is kept."""
+    """Lists the checkpoints of a run: step, age, size, metrics, why each is kept."""
     _show(facts.run(facts.reader(run)), as_json, tables.run)
 
 
 @app.command(epilog="Example: ckptmgr show runs/digits 300")
 def show(run: Run, step: Step = None, as_json: AsJson = False) -> None:
-    """One checkpoint as a tree: shapes, dtypes, shardings, bytes."""
+    """Shows one checkpoint as a tree: shapes, dtypes, shardings, bytes."""
     manager = facts.reader(run)
     _show(facts.checkpoint(manager, facts.chosen(manager, step)), as_json, tables.checkpoint)
 
@@ -105,10 +104,10 @@ def show(run: Run, step: Step = None, as_json: AsJson = False) -> None:
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@STEP or RUN/STEP.")],
     b: Annotated[str, typer.Argument(metavar="B", help="RUN, RUN@STEP or RUN/STEP.")],
-    values: Annotated[bool, typer.Option("--values", help="Reads both: the largest change of each leaf.")] = False,
+    values: Annotated[bool, typer.Option("--values", help="Shows the largest change of each leaf.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What two checkpoints differ in. Exits with 1 if they do."""
+    """Compares two checkpoints. Exits with 1 if they differ."""
     with working("comparing"):
         found = facts.difference(facts.place(a), facts.place(b), values)
     _show(found, as_json, tables.difference)
@@ -119,10 +118,10 @@ def diff(
 def verify(
     run: Run,
     step: Step = None,
-    every: Annotated[bool, typer.Option("--all", help="Every step.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Verifies every step.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Reads every file and array of a checkpoint. Exits with 1 if one is damaged."""
+    """Reads every file and every array of a checkpoint. Exits with 1 if there is damage."""
     manager = facts.reader(run)
     chosen = manager.steps() if every else [facts.chosen(manager, step)]
     reports = []
@@ -135,7 +134,7 @@ def verify(
 
 @app.command(epilog="Example: ckptmgr keep runs/digits --policy latest:3 --policy best:loss --dry-run")
 def keep(run: Run, policy_: Policies, dry_run: DryRun = False, as_json: AsJson = False) -> None:
-    """Deletes what no policy keeps; with --dry-run it tells what would be kept, and why."""
+    """Deletes the checkpoints that no policy keeps; --dry-run shows which, and why the others stay."""
     policies = [policy.parse(each) for each in policy_]
     reader = facts.reader(run)
     found, past = facts.run(reader, policies), facts.history(reader.directory, policies)
@@ -154,7 +153,7 @@ def keep(run: Run, policy_: Policies, dry_run: DryRun = False, as_json: AsJson =
 
 @app.command(epilog="Example: ckptmgr pin runs/digits 300")
 def pin(run: Run, step: OneStep, as_json: AsJson = False) -> None:
-    """Keeps a step whatever retention says."""
+    """Pins a step: retention does not delete it."""
     with _writer(run) as manager:
         manager.pin(step)
     _show({"run": run, "pinned": step}, as_json, lambda found: f"step {step} is pinned")
@@ -162,7 +161,7 @@ def pin(run: Run, step: OneStep, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: ckptmgr unpin runs/digits 300")
 def unpin(run: Run, step: OneStep, as_json: AsJson = False) -> None:
-    """Gives a step back to retention."""
+    """Unpins a step: retention may delete it again."""
     with _writer(run) as manager:
         manager.unpin(step)
     _show({"run": run, "unpinned": step}, as_json, lambda found: f"step {step} is no longer pinned")
@@ -172,11 +171,11 @@ def unpin(run: Run, step: OneStep, as_json: AsJson = False) -> None:
 def rewind(
     run: Run,
     step: OneStep,
-    mirror: Annotated[str | None, typer.Option(help="The run's mirror, where the same is done.")] = None,
+    mirror: Annotated[str | None, typer.Option(help="The mirror of the run; it is rewound too.")] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Lets a run go on from a step: later ones are set aside, and come back with a rewind to one of them."""
+    """Lets a run go on from a step: later steps are set aside. A rewind to one of them brings it back."""
     found = facts.rewinding(facts.reader(run).directory, mirror, step)
     if not dry_run:
         with CheckpointManager(run, mirror=mirror) as manager:
@@ -187,7 +186,7 @@ def rewind(
 @app.command(epilog="Example: ckptmgr rm runs/digits 100 200 --dry-run")
 def rm(
     run: Run,
-    steps: Annotated[list[int], typer.Argument(metavar="STEP...", help="The steps.")],
+    steps: Annotated[list[int], typer.Argument(metavar="STEP...", help="The numbers of the steps.")],
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -212,17 +211,17 @@ def _delete(run: str, steps: list[int]) -> None:
 @app.command(epilog="Example: ckptmgr gc runs/digits, then ckptmgr gc runs/digits --yes")
 def gc(
     run: Run,
-    yes: Annotated[bool, typer.Option("--yes", help="Removes them.")] = False,
-    damaged: Annotated[bool, typer.Option("--damaged", help="Those that are damaged and set aside too.")] = False,
-    abandoned: Annotated[bool, typer.Option("--abandoned", help="Steps that a rewind has set aside too.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Removes what is left over.")] = False,
+    damaged: Annotated[bool, typer.Option("--damaged", help="Also damaged checkpoints set aside.")] = False,
+    abandoned: Annotated[bool, typer.Option("--abandoned", help="Also steps a rewind has set aside.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tells what interrupted processes have left, and with --yes removes it."""
+    """Shows what interrupted processes have left over; --yes removes it."""
     manager = facts.reader(run)
     asked_for = {KEPT: damaged, BRANCH: abandoned}
     found = [each | {"goes": asked_for.get(each["why"], True)} for each in facts.leftovers(manager.directory)]
     if yes:
-        with _writer(run):  # which says if another process writes, and tidies as it opens
+        with _writer(run):  # raises if another process writes; removes leftovers as it opens
             found_anew = open_catalog(manager.directory)
             for path, why in found_anew.leftovers():
                 if asked_for.get(why):
@@ -237,12 +236,12 @@ def gc(
 def export(
     run: Run,
     out: Annotated[str, typer.Argument(metavar="OUT", help="FILE.safetensors, FILE.npz, or an Orbax directory.")],
-    step: Annotated[int | None, typer.Option(help="A step; the newest if left out.")] = None,
-    item: Annotated[str, typer.Option(help="params, opt_state, or an extra.")] = "params",
+    step: Annotated[int | None, typer.Option(help="The number of a step; default: the newest.")] = None,
+    item: Annotated[str, typer.Option(help="params, opt_state, or the name of an extra.")] = "params",
     max_shard_bytes: Annotated[int, typer.Option(help="The largest safetensors file.")] = 5_000_000_000,
     as_json: AsJson = False,
 ) -> None:
-    """Writes the params of a checkpoint as safetensors, .npz or a stock Orbax directory."""
+    """Writes the params of a checkpoint to safetensors, .npz or a directory for stock Orbax."""
     manager = facts.reader(run)
     number = facts.chosen(manager, step)
     with working("exporting"):
@@ -268,24 +267,25 @@ def import_(
         str | None,
         typer.Argument(
             metavar="[FILE]",
-            help="A dict of params, opt_state, step, metrics; its other entries become extras. Or a directory of "
-            "flax's checkpoint_N: the newest, or --step. Without files RUN is adopted.",
+            help="A file with a dict of params, opt_state, step and metrics; other entries become extras. Or a "
+            "directory with flax's checkpoint_N: the newest is taken, or --step. Without any file, steps of stock "
+            "Orbax in RUN get manifests.",
         ),
     ] = None,
     params: Annotated[
         str | None, typer.Option(help="A file: .pkl, .safetensors, .msgpack, .npz, or an Orbax directory.")
     ] = None,
     opt_state: Annotated[str | None, typer.Option(help="A file, as for --params.")] = None,
-    step: Annotated[int | None, typer.Option(help="The step it is saved as.")] = None,
-    allow: Annotated[list[str] | None, typer.Option(help="module.name that a pickle may use.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="An entry of FILE that is left out.")] = None,
+    step: Annotated[int | None, typer.Option(help="The step to save it as.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="A module.name that a pickle may use.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="An entry of FILE to leave out; may be repeated.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Saves what another format holds as a checkpoint; pickles run nothing."""
+    """Saves files of other formats as a checkpoint; no code of a pickle is run."""
     with working("importing"):
         if state is None and params is None and opt_state is None:
             adopted = interop.adopt(str(facts.reader(run).directory))
-            told = ", ".join(map(str, adopted)) or "no step lacked a manifest"
+            told = ", ".join(map(str, adopted)) or "nothing: every step has a manifest"
             return _show({"run": run, "adopted": adopted}, as_json, lambda _: f"adopted: {told}")
         found = interop.incoming(
             state, params=params, opt_state=opt_state, step=step, allow=allow or (), skip=skip or ()
@@ -300,12 +300,12 @@ def import_(
 @app.command(name="report", epilog="Example: ckptmgr report runs/digits -o report.html")
 def report_(
     run: Run,
-    output: Annotated[pathlib.Path, typer.Option("-o", "--output", help="The file.")] = pathlib.Path(
+    output: Annotated[pathlib.Path, typer.Option("-o", "--output", help="The file to write.")] = pathlib.Path(
         "report.html"
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Writes one HTML file about a run: what was kept and why, metrics, sizes, times, failures."""
+    """Writes one HTML file about a run: what is kept and why, metrics, sizes, times, failures."""
     with working("reporting"):
         pathlib.Path(output).write_text(report.html(facts.reader(run)))
     _show({"run": run, "file": output}, as_json, lambda _: f"wrote {output}")
@@ -313,10 +313,10 @@ def report_(
 
 @app.command(epilog="Example: ckptmgr doctor runs/digits")
 def doctor(
-    directory: Annotated[str, typer.Argument(help="Where checkpoints are to go: its speed is measured.")] = ".",
+    directory: Annotated[str, typer.Argument(help="The directory for checkpoints; its speed is measured.")] = ".",
     as_json: AsJson = False,
 ) -> None:
-    """Versions, devices, storage speed, and what to install. Exits with 1 if something is wrong."""
+    """Shows versions, devices, storage speed, and what is not installed. Exits with 1 if something is wrong."""
     with working("measuring"):
         found = doctors.examine(directory)
     _show(found, as_json, tables.doctor)

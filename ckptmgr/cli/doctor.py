@@ -1,4 +1,4 @@
-"""Whether a machine is fit for checkpoints: versions, devices, storage."""
+"""Examines a machine: versions of libraries, devices, speed of storage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EXTRAS = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3"), "safetensors": ("
 
 
 def examine(directory: str) -> dict[str, Any]:
-    """Everything that is known, and `warnings`: what is to be mended."""
+    """All results, and under `warnings` what should be repaired."""
     versions, warnings = _versions()
     storage = _storage(directory)
     if "error" in storage:
@@ -43,7 +43,7 @@ def examine(directory: str) -> dict[str, Any]:
 
 
 def _left_alone(directory: epath.Path, warnings: list[str]) -> Facts | None:
-    """What is no checkpoint; None if the directory is no run."""
+    """Names of what is not a checkpoint; None if the directory is not a run."""
     try:
         steps = CheckpointManager(directory, read_only=True).steps()
         return left_alone(directory) if steps or (directory / names.OURS).exists() else None
@@ -53,22 +53,20 @@ def _left_alone(directory: epath.Path, warnings: list[str]) -> Facts | None:
 
 
 def _versions() -> tuple[dict[str, str], list[str]]:
-    """The libraries ckptmgr needs, and those outside of the range it was tested with."""
+    """Versions of the libraries that ckptmgr needs, and a warning for each version it was not tested with."""
     found, warnings = {"ckptmgr": importlib.metadata.version("ckptmgr")}, []
     for line in importlib.metadata.requires("ckptmgr") or ():
         needed = Requirement(line)
         if needed.marker is not None:
-            continue  # of an extra
+            continue  # needed by an extra only
         version = found[needed.name] = importlib.metadata.version(needed.name)
         if not needed.specifier.contains(version, prereleases=True):
-            warnings.append(
-                f"{needed.name} {version} is outside of what ckptmgr is tested with: {needed.specifier}"
-            )
+            warnings.append(f"ckptmgr is not tested with {needed.name} {version}, only with {needed.specifier}")
     return found, warnings
 
 
 def _devices() -> list[str] | str:
-    """What JAX sees, asked in a process of its own: it must not take the memory of a GPU that trains."""
+    """The devices of JAX, found by another process, so that this one takes no memory of a GPU."""
     program = "import jax; print(*[f'{d.platform} {d.device_kind}' for d in jax.devices()], sep='\\n')"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -79,7 +77,7 @@ def _devices() -> list[str] | str:
 
 
 def _storage(directory: str) -> dict[str, Any]:
-    """How fast a file is written, flushed, and read back; the file is removed."""
+    """The speed of writing (with a flush) and reading a file, which is then removed."""
     where = paths.resolve(directory)
     ours = where / names.OURS
     probe, data = ours / f"doctor-{os.getpid()}", os.urandom(1 << 20) * (_PROBE_BYTES >> 20)
@@ -102,7 +100,7 @@ def _storage(directory: str) -> dict[str, Any]:
 
 
 def _remove(probe: epath.Path, ours: epath.Path, is_run: bool) -> None:
-    with contextlib.suppress(OSError):  # it was not written, or a training job has put something beside it
+    with contextlib.suppress(OSError):  # the file was not written, or the folder holds something else
         probe.unlink(missing_ok=True)
         if not is_run and paths.is_local(ours):
             os.rmdir(ours)
@@ -115,7 +113,7 @@ def _timed(call: Any) -> float:
 
 
 def _not_installed() -> dict[str, str]:
-    """What would need an extra, and the command that installs it."""
+    """What is not installed, and the command that installs it."""
     missing = {
         what: extra for what, (module, extra) in _EXTRAS.items() if importlib.util.find_spec(module) is None
     }

@@ -1,4 +1,4 @@
-"""What the commands tell, as plain JSON-able values; how it looks is the matter of `tables`."""
+"""The results of the commands as JSON-able values; `tables` formats them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MOST_NAMES, _LONGEST_NAME = 10, 60
 
 
 def reader(run: str) -> CheckpointManager:
-    """A run, to be looked at; one that is not there is an error."""
+    """A read-only manager of a run; raises CheckpointNotFoundError if there is none."""
     manager = CheckpointManager(run, read_only=True)
     if not manager.steps() and not manager.directory.exists():
         raise CheckpointNotFoundError(f"there is no run in {manager.directory}", directory=str(manager.directory))
@@ -41,7 +41,7 @@ def reader(run: str) -> CheckpointManager:
 
 
 def place(text: str) -> tuple[CheckpointManager, int]:
-    """RUN, RUN/STEP or RUN@STEP: a run, and its newest step or the one named."""
+    """Parses RUN, RUN/STEP or RUN@STEP; without a step the newest is meant."""
     run, at, step = text.rstrip("/").rpartition("@")
     if not at:
         parent, _, last = text.rstrip("/").rpartition("/")
@@ -52,14 +52,14 @@ def place(text: str) -> tuple[CheckpointManager, int]:
 
 
 def _is_run(directory: str) -> bool:
-    """Whether there are steps in a directory; in that of one checkpoint there are none."""
+    """Whether a directory holds steps, and is not one itself."""
     with contextlib.suppress(CheckpointNotFoundError):
         return bool(CheckpointManager(directory, read_only=True).steps())
     return False
 
 
 def chosen(manager: CheckpointManager, step: int | None) -> int:
-    """A step, or the newest."""
+    """The given step, or the newest."""
     number = manager.latest() if step is None else step
     if number is None:
         raise CheckpointNotFoundError(f"{manager.directory} has no checkpoint", directory=str(manager.directory))
@@ -70,7 +70,7 @@ def chosen(manager: CheckpointManager, step: int | None) -> int:
 
 
 def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = None) -> Facts:
-    """Every checkpoint of a run, and why it is kept: by `keep`, or by what its training said last."""
+    """Every checkpoint of a run, and why it is kept: by `keep`, or by the policies in the journal."""
     policies = journal.policies(manager.directory) if keep is None else keep
     infos, unread = report.survey(manager, policies)
     rows: list[Facts] = [
@@ -87,18 +87,18 @@ def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = N
 
 
 def history(directory: epath.Path, keep: Sequence[policy.KeepPolicy]) -> History:
-    """What retention goes by."""
+    """The history of a run under these policies."""
     return History(open_catalog(directory), keep)
 
 
 def left_alone(directory: epath.Path) -> Facts:
-    """What lies in a run and is neither a checkpoint nor ours: how much, and the first names."""
+    """What is in a run and neither a checkpoint nor ours: the count, and the first names."""
     found = open_catalog(directory).strangers()
     return {"count": len(found), "names": [_printable(name) for name in found[:_MOST_NAMES]]}
 
 
 def _printable(name: str) -> str:
-    """A name as a terminal can show it: quoted if it holds control characters or bytes that are no text."""
+    """A name that is safe in a terminal: quoted if it holds control characters or is not text."""
     shown = name if name.isprintable() else repr(name)
     return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}..."
 
@@ -118,7 +118,7 @@ def _row(info: CheckpointInfo) -> Facts:
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | str]:
-    """JSON has no NaN."""
+    """NaN and infinity as text, because JSON has neither."""
     return {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
 
 
@@ -126,7 +126,7 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def checkpoint(manager: CheckpointManager, step: int) -> Facts:
-    """One checkpoint: what it was made with, and every leaf of it."""
+    """One checkpoint: versions, metadata, and every leaf."""
     info = manager.info(step)
     return {
         "run": str(manager.directory),
@@ -162,7 +162,7 @@ def _axes(axes: Any) -> Any:
 
 
 def difference(one: tuple[CheckpointManager, int], other: tuple[CheckpointManager, int], values: bool) -> Facts:
-    """What two checkpoints differ in: the leaves, and, if asked, their values."""
+    """The differences of two checkpoints: their leaves, and with `values` their values."""
     first, second = _by_path(*one), _by_path(*other)
     shared = [path for path in first if path in second]
     changed = [path for path in shared if _kind(first[path]) != _kind(second[path])]
@@ -190,7 +190,7 @@ def _kind(leaf: LeafSpec) -> str:
 
 
 def _values(manager: CheckpointManager, step: int) -> dict[str, Any]:
-    """Every leaf on the host by its path, as the manifest spells it."""
+    """Every leaf on the host, by its path in the manifest."""
     manifest = open_catalog(manager.directory).manifest(step)
     found = manager.restore(step, layout=HOST)
     trees = {"params": found.params, "opt_state": found.opt_state, **found.extras}
@@ -208,7 +208,7 @@ def _in_order(tree: TreeSpec, values: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _changes(one: Mapping[str, Any], other: Mapping[str, Any], paths: set[str]) -> list[Facts]:
-    """The largest change of each leaf that differs by a bit, the largest first."""
+    """The leaves whose bits differ, with the largest change of each; sorted by that change."""
     rows = [{"path": path} | _change(_plain(one[path]), _plain(other[path])) for path in sorted(paths)]
     return sorted((row for row in rows if row.pop("differs")), key=lambda row: -_number(row["largest_change"]))
 
@@ -237,7 +237,7 @@ def _number(value: float | str) -> float:
 
 
 def leftovers(directory: epath.Path) -> list[Facts]:
-    """What interrupted processes have left in a run, with its size."""
+    """What interrupted processes have left over in a run, with sizes."""
     catalog = open_catalog(directory)
     return [{"path": str(path), "why": why, "nbytes": _size(path)} for path, why in catalog.leftovers()]
 
@@ -251,7 +251,7 @@ def _size(path: epath.Path) -> int:
 
 
 def free_bytes(directory: epath.Path) -> int | None:
-    """Room on the disk of a directory."""
+    """Free bytes on the disk of a directory."""
     with contextlib.suppress(OSError):
         found = os.statvfs(directory)
         return found.f_bavail * found.f_frsize
@@ -259,7 +259,7 @@ def free_bytes(directory: epath.Path) -> int | None:
 
 
 def rewinding(directory: epath.Path, mirror: str | None, step: int) -> Facts:
-    """What a rewind would set aside and bring back, in a run or in its mirror."""
+    """The steps that a rewind would set aside and bring back, in a run and its mirror."""
     places = [directory] + ([paths.resolve(mirror, "--mirror")] if mirror is not None else [])
     plans = rewinds.plan([open_catalog(place) for place in places], step)
     return {
@@ -272,7 +272,7 @@ def rewinding(directory: epath.Path, mirror: str | None, step: int) -> Facts:
 
 
 def verified(found: VerifyReport) -> Facts:
-    """What `verify` found."""
+    """A VerifyReport as JSON-able values."""
     return {
         "step": found.step,
         "whole": bool(found),

@@ -15,7 +15,7 @@ from ckptmgr.manager import CheckpointManager
 from ckptmgr.results import CheckpointInfo
 from ckptmgr.run import history, journal
 
-_MOST = 300  # points or marks in one picture: of more, every second, third, ... is shown
+_MOST = 300  # points in one picture; if there are more, only every second, third, ... is shown
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 200, 80, 26
 Point = tuple[float, float]
 Events = Sequence[Mapping[str, Any]]
@@ -23,7 +23,7 @@ Unread = CorruptCheckpointError | NewerFormatError
 
 
 def html(manager: CheckpointManager) -> str:
-    """The whole file, of what is on disk and what the run's journal tells."""
+    """The whole file, made from the checkpoints on disk and the journal of the run."""
     events = journal.read(manager.directory)
     infos, unread = survey(manager, journal.policies(manager.directory))
     name = f"{manager.directory.name}: checkpoints"
@@ -37,13 +37,13 @@ def html(manager: CheckpointManager) -> str:
         _section("Checkpoints on disk", _checkpoints(infos, unread)),
     ])  # fmt: skip
     page = _PAGE.format(title=_text(name), style=_STYLE, body=body)
-    return page.encode("ascii", "xmlcharrefreplace").decode()  # the same in whatever encoding it is written
+    return page.encode("ascii", "xmlcharrefreplace").decode()  # so the encoding does not matter
 
 
 def survey(
     manager: CheckpointManager, keep: Sequence[policies.KeepPolicy] | None
 ) -> tuple[list[CheckpointInfo], dict[int, Unread]]:
-    """The checkpoints on disk and why `keep` keeps each, and why those that cannot be read are not."""
+    """The checkpoints on disk with why `keep` keeps each; and the errors of those that cannot be read."""
     infos = manager.infos()
     unread: dict[int, Unread] = {}
     for step in sorted(set(manager.steps()) - {info.step for info in infos}):
@@ -52,7 +52,7 @@ def survey(
         except (CorruptCheckpointError, NewerFormatError) as problem:
             unread[step] = problem
         except CheckpointNotFoundError:
-            continue  # deleted while we looked
+            continue  # deleted concurrently
     return history.explain(infos, keep or ()), unread
 
 
@@ -121,9 +121,9 @@ def _head(
 
 
 def _thinned(rows: Sequence[Any]) -> tuple[list[Any], str]:
-    """At most so many as a picture holds, and a word about the rest."""
+    """At most `_MOST` of the rows, and a sentence if some are left out."""
     every = math.ceil(len(rows) / _MOST) or 1
-    said = f" One of {every} is shown." if every > 1 else ""
+    said = f" Only one of {every} is shown." if every > 1 else ""
     return [*rows[:-1:every], *rows[-1:]], said
 
 
@@ -155,7 +155,7 @@ _SHAPES = {
     "passed over": ("passed over in a restore", "<path d='M-7-5H7L0 7Z' class='bad'/>"),
     "restored": ("restored, or resumed from", "<path d='M0-8V8M-5 3 0 8 5 3' class='line'/>"),
 }
-"""What happened to a step; each is told by its shape, colour only helps."""
+"""What happened to a step. Shapes tell the events apart; colours only help."""
 _LANES = {
     "kept": 0,
     "pinned": 0,
@@ -170,7 +170,7 @@ _NAMES = ("on disk", "deleted", "trouble", "restored")
 
 
 def _timeline(events: Events, infos: Sequence[CheckpointInfo], unread: Mapping[int, Unread]) -> str:
-    """Steps from left to right; below each other what is there, what is gone, what went wrong, what was read."""
+    """Steps from left to right, in four lanes: on disk, deleted, trouble, restored."""
     here = {info.step for info in infos} | set(unread)
     rows = [(info.step, "pinned" if info.pinned else "kept", ", ".join(info.kept)) for info in infos]
     damaged = _damaged(unread)
@@ -204,11 +204,11 @@ def _timeline(events: Events, infos: Sequence[CheckpointInfo], unread: Mapping[i
 
 
 def _line(title: str, rows: Sequence[Point], unit: str = "") -> str:
-    """A line through points in order; where a value is no number there is a gap."""
+    """A line through points; NaN and infinity make gaps."""
     finite = [(x, y) for x, y in rows if math.isfinite(y)]
     gaps = len(rows) - len(finite)
     if not finite:
-        return f"<h3>{_text(title)}</h3>" + _nothing("No value is a number.")
+        return f"<h3>{_text(title)}</h3>" + _nothing("Every value is NaN or infinite.")
     shown, said = _thinned(rows)
     x = _scale([x for x, _ in rows], _LEFT, _WIDTH - 10)
     y = _scale([y for _, y in finite], _HEIGHT - _BOTTOM, 12)
@@ -225,14 +225,14 @@ def _line(title: str, rows: Sequence[Point], unit: str = "") -> str:
     labels += _label(_LEFT, _HEIGHT - 6, f"step {rows[0][0]:.0f}") + _label(
         _WIDTH, _HEIGHT - 6, f"step {rows[-1][0]:.0f}", "end"
     )
-    missing = f" {gaps} values are no numbers (NaN or infinite): gaps." if gaps else ""
+    missing = f" {gaps} values are NaN or infinite, and are not drawn." if gaps else ""
     note = f"<p>{said}{missing}</p>" if said or missing else ""
     drawn = f"{axes}<path class='data' d='{''.join(runs)}'/><g class='dots'>{dots}</g>{labels}"
     return f"<h3>{_text(title)}</h3>" + _svg(f"{title} against steps", drawn) + note
 
 
 def _metrics(events: Events, infos: Sequence[CheckpointInfo]) -> str:
-    """Those of every step ever saved, as far as they are known."""
+    """The metrics of every step that was ever saved, as far as they are known."""
     known = {event["step"]: event.get("metrics", {}) for event in _of(events, "saved")}
     known |= {info.step: info.metrics for info in infos}
     names = sorted({name for metrics in known.values() for name in metrics})
@@ -247,7 +247,7 @@ def _metrics(events: Events, infos: Sequence[CheckpointInfo]) -> str:
 def _leaves(infos: Sequence[CheckpointInfo]) -> str:
     """The largest leaves of the newest checkpoint, and the rest in one bar."""
     if not infos:
-        return _nothing("There is no checkpoint to look at.")
+        return _nothing("There is no readable checkpoint.")
     rows = [
         (f"{item}{leaf.path}", manifests.leaf_nbytes(leaf), str(leaf))
         for item, leaves in infos[-1].leaves.items()

@@ -1,4 +1,4 @@
-"""How the facts look in a terminal."""
+"""Formats the results of `facts` for a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckptmgr.cli.facts import Facts
 
 
 def size(nbytes: float | None) -> str:
-    """Bytes as people read them, in powers of 1000."""
+    """A number of bytes with its unit, in powers of 1000."""
     if nbytes is None:
         return ""
     for unit in ("B", "kB", "MB", "GB"):
@@ -25,7 +25,7 @@ def size(nbytes: float | None) -> str:
 
 
 def age(seconds: float) -> str:
-    """How long ago, in the largest unit that makes sense."""
+    """A duration in its largest fitting unit."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
@@ -50,12 +50,12 @@ def run(found: Facts) -> RenderableType:
 
 
 def _left_alone(found: Facts) -> list[Text]:
-    """What is no checkpoint, in one line; nothing if there is nothing."""
+    """A line with the names of what is not a checkpoint, if there is any."""
     told = found.get("left_alone")
     if not told or not told["count"]:
         return []
     more = told["count"] - len(told["names"])
-    return [Text(f"no checkpoints, left alone: {', '.join(told['names'])}{f', and {more} more' if more else ''}")]
+    return [Text(f"not checkpoints, left alone: {', '.join(told['names'])}{f', and {more} more' if more else ''}")]
 
 
 def _cells(row: Facts) -> list[str | Text]:
@@ -63,7 +63,7 @@ def _cells(row: Facts) -> list[str | Text]:
         word = "NOT READ" if row["later_format"] else "DAMAGED"
         return [str(row["step"]), "", "", "", "", "", Text(f"{word} {row['damaged']}", style="bold red")]
     metrics = ", ".join(f"{name} {_number(value)}" for name, value in row["metrics"].items())
-    kept = "?" if row["kept"] is None else ", ".join(row["kept"]) or "nothing: would go"
+    kept = "?" if row["kept"] is None else ", ".join(row["kept"]) or "nothing: would be deleted"
     marks = "pinned" if row["pinned"] else ""
     return [
         str(row["step"]),
@@ -104,7 +104,7 @@ def _pairs(values: Facts) -> str:
 
 
 def _parts(path: str) -> list[str]:
-    """The steps of a path as `keystr` spells it: "[0].mu['w']" is [0], .mu, ['w']."""
+    """Splits a path: "[0].mu['w']" becomes [0], .mu, ['w']."""
     parts, start = [], 0
     for at, letter in enumerate(path):
         inside = path.count("[", start, at) > path.count("]", start, at)
@@ -115,7 +115,7 @@ def _parts(path: str) -> list[str]:
 
 
 def _grow(branch: Tree, rows: list[tuple[list[str], Facts]]) -> None:
-    """Adds leaves below a node, with the size of each node as `du` has it."""
+    """Adds leaves below a node, each node with its total size."""
     below: dict[str, list[tuple[list[str], Facts]]] = {}
     for parts, leaf in rows:
         below.setdefault(parts[0], []).append((parts[1:], leaf))
@@ -151,7 +151,7 @@ def difference(found: Facts) -> RenderableType:
             table.add_row(Text(row["path"]), _number(row["largest_change"]))
         lines.append(table)
     same = f"{found['equal_leaves']} leaves have the same shape and dtype"
-    changed = f", the values of {len(found['values'])} differ" if "values" in found else ""
+    changed = f"; the values of {len(found['values'])} differ" if "values" in found else ""
     return Group(*(Text(each) if isinstance(each, str) else each for each in lines), same + changed)
 
 
@@ -183,7 +183,7 @@ def leftovers(found: Facts) -> RenderableType:
         return "nothing is left over"
     table = _table("path", "size", "what it is")
     for row in rows:
-        table.add_row(row["path"], size(row["nbytes"]), row["why"] + ("" if row["goes"] else "; stays"))
+        table.add_row(row["path"], size(row["nbytes"]), row["why"] + ("" if row["goes"] else "; is kept"))
     total = size(sum(row["nbytes"] for row in rows if row["goes"]))
     return Group(table, f"removed: {total}" if found["removed"] else f"--yes would remove {total}")
 

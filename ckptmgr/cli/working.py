@@ -1,4 +1,4 @@
-"""A progress bar for what takes longer than a second; nobody sees it before, or without a terminal."""
+"""A progress bar for work of more than a second; only shown in a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PATIENCE_S = 1.0
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function that is told how much is done, and of how much."""
+    """Yields a function to call with how much is done, and how much there is in all."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -32,5 +32,5 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
     finally:
         timer.cancel()
-        if progress.live.is_started:  # else it would leave an empty line
+        if progress.live.is_started:  # if not, stop() would print an empty line
             progress.stop()

@@ -1,4 +1,4 @@
-"""Small files, written so that they survive a power cut where the disk keeps its word."""
+"""Small files, written so that they survive a power cut (if the disk is honest about flushes)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os
 
 
 def write(path: epath.Path, data: bytes) -> None:
-    """Writes a file; on a local disk it is durable when this returns, its name once `sync` is called.
+    """Writes a file. On a local disk its content is durable when this returns; its name only after `sync`.
 
-    A symlink in its place is an OSError.
+    Raises OSError if the path is a symlink.
     """
     if not is_local(path):
         path.write_bytes(data)
@@ -29,7 +29,7 @@ def write(path: epath.Path, data: bytes) -> None:
 
 
 def replace(path: epath.Path, data: bytes) -> None:
-    """A small file on a disk that is there whole or not at all, also after a power cut."""
+    """Writes a small file on a disk atomically: whole or not at all, also after a power cut."""
     new = path.with_name(f"{path.name}.new")
     write(new, data)
     os.replace(new, path)
@@ -37,7 +37,7 @@ def replace(path: epath.Path, data: bytes) -> None:
 
 
 def exchange(one: epath.Path, other: epath.Path) -> bool:
-    """Swaps two names at once (renameat2 with RENAME_EXCHANGE, Linux); False where that cannot be."""
+    """Swaps two names atomically (renameat2 with RENAME_EXCHANGE, Linux); False if the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -69,9 +69,9 @@ def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
 
 
 def check_regular(directory: epath.Path) -> None:
-    """Raises OSError if something below is no file that TensorStore can read.
+    """Raises OSError if something below is not a file that TensorStore can read.
 
-    It would wait at a FIFO for ever, and ends the process if it gets no memory for a file that it reads whole.
+    TensorStore waits at a FIFO for ever. It ends the process if a file that it reads whole needs too much memory.
     """
     todo = [str(directory)] if is_local(directory) else []
     for folder in todo:  # grows while it is walked
@@ -79,20 +79,20 @@ def check_regular(directory: epath.Path) -> None:
             for entry in entries:
                 try:
                     found = entry.stat()
-                except OSError as problem:  # a symlink that leads nowhere, a file that has gone
+                except OSError as problem:  # a symlink without a target, a file that was deleted
                     refuse_exhausted(problem)
                     continue
                 mode = found.st_mode
                 if stat.S_ISDIR(mode) and not entry.is_symlink():
                     todo.append(entry.path)
                 elif not stat.S_ISREG(mode):
-                    raise OSError(f"{entry.path} is no regular file")
+                    raise OSError(f"{entry.path} is not a regular file")
                 elif found.st_size > _MEMORY and os.path.basename(folder) != "d":  # there it reads what it needs
-                    raise OSError(f"{entry.path} has {found.st_size} bytes, more than this machine has memory")
+                    raise OSError(f"{entry.path} has {found.st_size} bytes, more than the memory of this machine")
 
 
 def flush(path: epath.Path) -> None:
-    """Makes the content of a local file that another hand wrote durable."""
+    """Makes the content of a local file durable, whoever wrote it."""
     if is_local(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:

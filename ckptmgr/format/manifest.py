@@ -30,8 +30,8 @@ PARAMS, OPT_STATE, STEP, METRICS = "params", "opt_state", "step", "metrics"
 RESERVED = frozenset({PARAMS, OPT_STATE, STEP, METRICS})
 """The items that every step may have; the others are the entries of extras."""
 FORMAT = 2
-"""Format 2 adds items that lie in another folder, items that are not read, and leaves that are a str: what only
-others write; and items of which each process has its own: format 1 would give all of them the first.
+"""Format 2 adds items of other libraries: in another folder, not read, or with leaves that are a str. It also adds
+items of which each process has its own; a reader of format 1 would give the first to all processes.
 A manifest without these is still written as format 1, so that older versions read it."""
 
 _BLOCK_BYTES = 16 << 20
@@ -43,7 +43,7 @@ NO_TREE = TreeSpec((), None)
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One item of a checkpoint: a tree of arrays, or a JSON value in `file` (bytes are one in base64).
+    """One item of a checkpoint: a tree of arrays, a JSON value in `file`, or bytes (in base64 in `file`).
 
     An item of another library that ckptmgr does not read is "unread", and `why` says what to do.
     """
@@ -53,13 +53,13 @@ class Item:
     file: str = ""
     zarr3: bool = True
     ocdbt: bool = True
-    """How the arrays lie on disk; stock Orbax also writes zarr2, and arrays without a database."""
+    """How the arrays are stored; stock Orbax also writes zarr2, and arrays without a database."""
     compression: str | None = None
     folder: str = ""
-    """Where it lies in the step; "" is a folder of the item's name, "." the step itself."""
+    """The folder of the item in the step; "" means a folder with the name of the item, "." the step itself."""
     why: str = ""
     processes: int = 1
-    """How many processes have each saved their own of it; the first is where stock Orbax looks."""
+    """How many processes have saved their own value; stock Orbax reads that of process 0."""
 
     def place(self, name: str) -> str:
         """The folder of the item in the step."""
@@ -71,7 +71,7 @@ class Item:
 
     @functools.cached_property
     def text(self) -> str:
-        """The item as JSON. It is long, and the same for each step of one structure: so it is made once."""
+        """The item as JSON. The text is long, and equal for all steps of one structure: it is made once."""
         return _dumps(_item_to_json(self))
 
     @functools.cached_property
@@ -81,12 +81,12 @@ class Item:
 
 
 def json_file(item: str) -> str:
-    """The file of an item that is a JSON value; Orbax reads metrics from a file of that name."""
+    """The file of an item that is a JSON value; the name for metrics is Orbax's."""
     return METRICS if item == METRICS else "metadata"
 
 
 def own_place(process: int, file: str = "") -> str:
-    """Where in an item a process has its own: stock Orbax reads that of process 0."""
+    """The folder or file in an item for the value of one process; stock Orbax reads that of process 0."""
     if file:
         return f"process_{process}.json" if process else file
     return f"process_{process}" if process else ""
@@ -96,9 +96,9 @@ _SMALL_BYTES = 8 << 20
 
 
 def checks_itself(name: str, size: int) -> bool:
-    """Whether each part of this file of a step is checked as it is read: OCDBT's nodes, and chunks.
+    """Whether the parts of this file (OCDBT's nodes, and chunks) have checksums, so that each read checks them.
 
-    A small one has a checksum all the same: a file of another save in its place would be whole as well.
+    A small file gets a checksum in the manifest too: it tells the file from a whole file of another save.
     """
     return "/d/" in name and size > _SMALL_BYTES
 
@@ -279,7 +279,7 @@ def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:
 def record_files(
     directory: epath.Path, sizes: Mapping[str, int], checks_itself: Callable[[str, int], bool]
 ) -> dict[str, File]:
-    """Size of every file below `directory`, and the CRC-32 of those that do not check themselves."""
+    """The size of every file below `directory`, and the CRC-32 of files that do not check themselves."""
     return {
         name: File(size, None if checks_itself(name, size) else checksum(directory / name)[1])
         for name, size in sorted(sizes.items())
@@ -289,7 +289,7 @@ def record_files(
 
 def checksum(path: epath.Path) -> tuple[int, int]:
     """Size and CRC-32 of a file, which need not fit into memory."""
-    if not paths.is_local(path):  # there only small files have one
+    if not paths.is_local(path):  # in a bucket only small files have a checksum
         data = paths.read_bytes(path)
         return len(data), zlib.crc32(data)
     size = found = 0
@@ -309,7 +309,7 @@ def check_files(manifest: Manifest, directory: epath.Path, items: Iterable[str])
 
 
 def missing_file(manifest: Manifest, directory: epath.Path) -> str | None:
-    """A file of a step on a disk that is not there with its size, and why; None if all are. No file is read."""
+    """Which file of a step on a disk is missing or has another size; None if none. No file is read."""
     for name, file in manifest.files.items():
         try:
             size = os.stat(os.path.join(directory, name)).st_size

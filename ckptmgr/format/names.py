@@ -1,8 +1,8 @@
-"""Names of files: those of ours in a run, and those that others give to steps.
+"""Names of files: ours in a run, and the names that others give to steps.
 
-Others name a step `run_9` (Orbax's step_prefix, flax), `000009` (zero-padded) or `ckpt-9`. Orbax's own manager is
-told the form; we find it: all steps of a run have one prefix, then digits. A prefix with a dot in it belongs to
-what is being written.
+Others name a step `run_9` (Orbax's step_prefix, flax), `000009` (zero-padded) or `ckpt-9`. Orbax's manager gets
+the form as an option. ckptmgr finds it: all steps of a run have one prefix, then digits. A prefix with a dot
+belongs to an unfinished checkpoint.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import re
 from collections.abc import Sequence
 
 OURS = ".ckptmgr"
-"""The folder for all of ours in a run that is no step. Outside of it, nothing but steps is renamed or removed."""
+"""The folder for everything of ours that is not a step. Outside of it ckptmgr renames and removes steps only."""
 LOCK = f"{OURS}/lock"
 JOURNAL = f"{OURS}/journal.jsonl"
 TOKEN = f"{OURS}/shared"
-"""What every process of a job must find while the run is opened."""
+"""A file that every process of a job must find when the run is opened."""
 VERSION = f"{OURS}/version"
-"""Says that what version 1 left beside the steps has been moved."""
+"""A file that shows that the files of version 1 have been moved."""
 SAVING = f"{OURS}/saving"
 DELETING = f"{OURS}/deleting"
 REPLACED = f"{OURS}/replaced"
@@ -25,23 +25,23 @@ DAMAGED = f"{OURS}/damaged"
 ABANDONED = f"{OURS}/abandoned"
 """Steps that a rewind has set aside."""
 REWINDING = f"{OURS}/rewinding"
-"""What a rewind has still to move."""
+"""The moves that a rewind has not made yet."""
 
 STEP = re.compile(r"0|[1-9][0-9]*")
 PIN = "PINNED"
 COMMITTED = "commit_success.txt"
-"""Orbax's marker, the last file of a step where nothing can be renamed."""
+"""Orbax's marker; in a bucket, which has no rename, it is the last file of a step."""
 STEP_METADATA = "_CHECKPOINT_METADATA"
 SIGNATURE = {"ckptmgr": {"format": 1}}
-"""In Orbax's metadata of a step of ours: one that has it and no manifest has lost its manifest."""
+"""In Orbax's metadata of our steps: a step with it and without a manifest has lost its manifest."""
 UNFINISHED = ".orbax-checkpoint-tmp"
-"""Orbax's ending for what is being written."""
+"""Orbax's ending for unfinished checkpoints."""
 
 _NAME = re.compile(r"(?P<prefix>[^.]*[^.0-9])?(?P<digits>[0-9]{1,18})")
 
 
 def number(name: str) -> int | None:
-    """The step that a name stands for; None if it is no name of a step."""
+    """The number of a step, from its name; None if it is not the name of a step."""
     found = _NAME.fullmatch(name)
     return int(found["digits"]) if found else None
 
@@ -52,17 +52,19 @@ def _prefix(name: str) -> str:
 
 
 def refuse(steps: Sequence[str]) -> str | None:
-    """Why these are not the steps of one run; None if they are."""
+    """Why these cannot be the steps of one run; None if they can."""
     by_prefix = {_prefix(name): name for name in sorted(steps)}
     if len(by_prefix) > 1:
         first, second = sorted(by_prefix.values())[:2]
         return (
-            f"holds checkpoints named as {first} is and as {second} is: these are two runs. Move each into a "
-            "directory of its own"
+            f"holds checkpoints with two forms of names, {first} and {second}: these are two runs. Move each run "
+            "into its own directory"
         )
     found = [number(name) for name in steps]
     twice = [name for name in sorted(steps) if found.count(number(name)) > 1]
-    return f"holds one step under several names: {' and '.join(twice)}. Move all but one away" if twice else None
+    if not twice:
+        return None
+    return f"holds one step under several names: {' and '.join(twice)}. Keep one and move the others away"
 
 
 def newest(steps: Sequence[str]) -> str:
@@ -71,8 +73,8 @@ def newest(steps: Sequence[str]) -> str:
 
 
 def refuse_file(name: str) -> str:
-    """What to do with a step that is a file, as flax.training.checkpoints writes it."""
+    """How to import a step that is a file, as flax.training.checkpoints writes it."""
     return (
-        f"has no step that ckptmgr reads as it is: {name} is a file of msgpack, as flax writes it. Import it into "
-        f"a new run: ckptmgr import NEW_RUN {name} --step {number(name)}"
+        f"has no step that ckptmgr reads directly: {name} is a msgpack file, as flax writes it. Import it into a "
+        f"new run: ckptmgr import NEW_RUN {name} --step {number(name)}"
     )

@@ -16,9 +16,9 @@ from ckptmgr.errors import CheckpointError
 _NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
-"""Errors that say that there is no such file; after any other there may be one."""
-_MOST_BYTES = 1 << 30  # of a file that is read whole: what is larger is none of ours
-_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # a FIFO would be waited for
+"""Errors that mean that there is no such file; after any other error there may be one."""
+_MOST_BYTES = 1 << 30  # the largest file that is read whole; ours are smaller
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # without it, open waits at a FIFO
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -26,14 +26,14 @@ def is_local(path: str | os.PathLike[str]) -> bool:
 
 
 def open_to_write(path: str | os.PathLike[str], flags: int) -> int:
-    """A descriptor of a local file that is made if it is not there; a symlink in its place is refused."""
+    """Opens a local file, or makes it; raises OSError if it is a symlink."""
     try:
         descriptor = os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | _AT_ONCE, 0o666)
     except OSError as problem:
         if problem.errno == errno.ELOOP or os.path.islink(path):
             raise OSError(
-                f"{path} is a symlink, and what it leads to might be a file of others: ckptmgr does not write to "
-                "it. Remove the symlink"
+                f"{path} is a symlink, and ckptmgr does not write through symlinks: the target may be of others. "
+                "Remove the symlink"
             ) from problem
         if problem.errno == errno.EISDIR:
             raise IsADirectoryError(
@@ -44,9 +44,9 @@ def open_to_write(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def open_to_read(path: epath.Path) -> BinaryIO:
-    """Opens a file, or the file that a symlink leads to; anything else in its place is an OSError.
+    """Opens a regular file, also through a symlink; raises OSError for anything else.
 
-    A FIFO is not waited for, and a device without an end is not read.
+    It does not wait at a FIFO, and does not read a device without an end.
     """
     if not is_local(path):
         return cast(BinaryIO, path.open("rb"))
@@ -57,7 +57,7 @@ def _regular(descriptor: int, path: str | os.PathLike[str]) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(f"{path} is no regular file")
+    raise OSError(f"{path} is not a regular file")
 
 
 def read_bytes(path: epath.Path) -> bytes:
@@ -65,13 +65,13 @@ def read_bytes(path: epath.Path) -> bytes:
     if not is_local(path):
         return bytes(backend.fsspec_backend.fs(str(path)).cat_file(str(path)))
     if (found := size(path)) > _MOST_BYTES:
-        raise OSError(f"{path} has {found} bytes, which no such file has")
+        raise OSError(f"{path} has {found} bytes, too many for such a file")
     with open_to_read(path) as file:
         return file.read()
 
 
 def size(path: epath.Path) -> int:
-    """The size of a file; it is opened, which tells whether it can be read."""
+    """The size of a file; it is opened, to see that it can be read."""
     if not is_local(path):
         return int(path.stat().length)
     with open_to_read(path) as file:
@@ -79,7 +79,7 @@ def size(path: epath.Path) -> int:
 
 
 def may_exist(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file of this name, or that cannot be known now."""
+    """Whether there is a file of this name; True also if that cannot be found out."""
     if not is_local(path):
         return bool(epath.Path(path).exists())
     try:
@@ -90,24 +90,24 @@ def may_exist(path: str | os.PathLike[str]) -> bool:
 
 
 def refuse_exhausted(problem: BaseException) -> None:
-    """Raises CheckpointError if a file could not be read for want of memory or open files: it may be whole."""
+    """Raises CheckpointError if memory or open files ran out: then the file itself may be whole."""
     is_said = str(problem).startswith("RESOURCE_EXHAUSTED")  # by TensorStore
     if is_said or isinstance(problem, MemoryError) or getattr(problem, "errno", None) in _EXHAUSTED:
         raise CheckpointError(
-            f"this process has run out of memory, or of files that it may have open (ulimit -n): {problem}"
+            f"this process has run out of memory or of open files (ulimit -n): {problem}"
         ) from problem
 
 
 def refuse_link(path: str | os.PathLike[str]) -> None:
-    """Raises if this directory, to which something is to be written, is a symlink."""
+    """Raises OSError if this directory, in which a file is to be written, is a symlink."""
     if is_local(path) and os.path.islink(path):
         raise OSError(
-            f"{path} is a symlink; ckptmgr writes only to the directory itself, {os.path.realpath(path)}"
+            f"{path} is a symlink; ckptmgr writes only into the directory itself: use {os.path.realpath(path)}"
         )
 
 
 def resolve(directory: str | os.PathLike[str], option: str = "directory") -> epath.Path:
-    """The directory as an absolute path: `~` and what is relative mean what they mean now."""
+    """The directory as an absolute path; `~` and relative paths are resolved now."""
     if not isinstance(directory, str | os.PathLike) or not str(directory):
         raise TypeError(f"{option} takes a path, not {directory!r}")
     if is_local(directory):

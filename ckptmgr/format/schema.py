@@ -1,8 +1,8 @@
-"""What a manifest must look like: types and bounds of every field, before anything is made of it.
+"""The schema of a manifest: types and bounds of every field, checked before anything is made of it.
 
-A checksum says that a manifest is as it was written. It does not say that a program with the same idea of a
-manifest wrote it. A schema is a type, a predicate, or a container of schemas: {"name": schema} (a name that ends
-in "?" may be left out), [schema] for a list, {str: schema} for a mapping with any names.
+A checksum proves that a manifest is as it was written. It does not prove that a program with the same definition
+of a manifest wrote it. A schema is a type, a predicate, or a container of schemas: {"name": schema} (a name that
+ends in "?" may be left out), [schema] for a list, {str: schema} for a mapping with any names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ckptmgr.trees.structure import numpy_dtype
 
 
 def check(schema: Any, value: Any, where: str = "it") -> None:
-    """Raises ValueError that names the first field that is not as the schema says."""
+    """Raises ValueError that names the first field that does not match the schema."""
     if isinstance(schema, list):
         _require(isinstance(value, list), where, value)
         for place, each in enumerate(value):
@@ -32,7 +32,7 @@ def check(schema: Any, value: Any, where: str = "it") -> None:
 
 
 def checked(schema: Any, value: Any) -> Any:
-    """The value, if it is as the schema says."""
+    """Returns the value if it matches the schema."""
     check(schema, value)
     return value
 

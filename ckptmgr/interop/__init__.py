@@ -1,4 +1,4 @@
-"""Plain trees in from other formats, and out to them. Knows no manager."""
+"""Reads plain trees from other formats, and writes them. Uses no manager."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _WRITES = "FILE.safetensors, FILE.npz, or a directory for stock Orbax"
 
 
 def write(tree: Any, path: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> list[pathlib.Path]:
-    """Writes a tree; the ending of the name tells the format. Gives the files written.
+    """Writes a tree; the ending of the name gives the format. Returns the files that were written.
 
     Args:
       tree: arrays and numbers.
-      path: FILE.safetensors, FILE.npz, or a new directory, for stock Orbax.
+      path: FILE.safetensors, FILE.npz, or a new directory (for stock Orbax).
       max_shard_bytes: the largest safetensors file; a larger tree makes several, with an index.
     """
     path = pathlib.Path(path).expanduser()
@@ -31,5 +31,5 @@ def write(tree: Any, path: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
     if path.suffix == ".npz":
         return npz.save(tree, path)
     if path.suffix:
-        raise ValueError(f"{path} is of no known format; known are {_WRITES}")
+        raise ValueError(f"{path} has an unknown format; known are {_WRITES}")
     return one_tree.save(tree, path)

@@ -1,4 +1,4 @@
-"""Steps that stock Orbax wrote, given the manifest that ours have: from then on their files are checked."""
+"""Gives steps of stock Orbax a manifest. From then on their files are checked as those of our own steps are."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ckptmgr.run.catalog import Catalog, open_catalog
 
 
 def adopt(run: str | os.PathLike[str]) -> list[int]:
-    """Reads every array of each step that has no manifest, then writes one; the steps it was done for.
+    """Reads every array of each step without a manifest, then writes the manifest; returns these steps.
 
-    What the arrays were when stock Orbax wrote them cannot be known: from now on every change is seen.
-    Raises CorruptCheckpointError for a step that cannot be read; those before it stay adopted.
+    From now on every change is detected; a change before that cannot be.
+    Raises CorruptCheckpointError for a step that cannot be read; earlier steps stay adopted.
     """
     catalog = open_catalog(paths.resolve(run))
     return [step for step in catalog.steps() if _adopt(catalog, step)]
@@ -31,7 +31,7 @@ def _adopt(catalog: Catalog, step: int) -> bool:
     manifest = catalog.manifest(step)
     report = verifying.verify(manifest, directory, None)
     if not report:
-        raise CorruptCheckpointError(f"step {step} is not adopted: {report}", step=step)
+        raise CorruptCheckpointError(f"step {step} gets no manifest: {report}", step=step)
     recorded = manifests.record_files(directory, files.walk(directory)[1], lambda name, size: False)
     _write(directory, manifests.encode(dataclasses.replace(manifest, files=recorded)))
     catalog.forget(step)
@@ -39,9 +39,9 @@ def _adopt(catalog: Catalog, step: int) -> bool:
 
 
 def _write(directory: epath.Path, data: bytes) -> None:
-    """Under its name at once, or not at all."""
+    """Writes the manifest atomically."""
     if not paths.is_local(directory):
-        files.write(directory / manifests.NAME, data)  # an object is there as a whole
+        files.write(directory / manifests.NAME, data)  # an object appears as a whole
         return
     paths.refuse_link(directory)
     unfinished = directory / f".{manifests.NAME}.part"

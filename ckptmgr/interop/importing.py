@@ -1,4 +1,4 @@
-"""What `ckptmgr import` saves: every entry of a file is saved, or an error names it."""
+"""`ckptmgr import`: every entry of a file is saved, or an error names it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_PLACES = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Incoming:
-    """The arguments of a save."""
+    """The arguments for `save`."""
 
     step: int
     params: Any
@@ -31,7 +31,7 @@ class Incoming:
 
     @property
     def items(self) -> list[str]:
-        """The names of what is saved."""
+        """The names of the items to save."""
         trees = {"params": self.params, "opt_state": self.opt_state}
         return [*(name for name, tree in trees.items() if tree is not None), *sorted(self.extras)]
 
@@ -50,16 +50,16 @@ def incoming(
     allow: Iterable[str] = (),
     skip: Collection[str] = (),
 ) -> Incoming:
-    """Reads what is to be saved.
+    """Reads files of other formats, to be saved as a checkpoint.
 
     Args:
-      state: a file with a dict of params, opt_state, step, metrics and others, which become extras; or a directory
-        of flax's checkpoint_N, of which the newest is taken, or `step`.
+      state: a file with a dict of params, opt_state, step and metrics; other entries become extras. Or a directory
+        with flax's checkpoint_N: the newest is taken, or `step`.
       params: a file with the params alone.
       opt_state: a file with the opt_state alone.
-      step: the step it is saved as; without it the file says, or its name does.
-      allow: names that a pickle may use beside.
-      skip: entries of `state` that are left out.
+      step: the step to save it as; by default the entry "step" of the file, or the number in its name.
+      allow: names ("module.name") that a pickle may use in addition.
+      skip: entries of `state` to leave out.
     """
     entries: dict[str, Any] = {}
     allow = tuple(allow)
@@ -84,7 +84,7 @@ def incoming(
 
 
 def one_of(path: pathlib.Path, step: int | None = None) -> pathlib.Path:
-    """The newest of flax's checkpoint_N in a directory, or that of a step; any other path as it is."""
+    """In a directory of flax's checkpoint_N: the newest file, or that of `step`. Other paths are returned."""
     if not path.is_dir():
         return path
     found = {int(match[1]): entry for entry in path.iterdir() if (match := _CHECKPOINT.fullmatch(entry.name))}
@@ -97,8 +97,8 @@ def _entries(path: pathlib.Path, whole: Any, skip: Collection[str]) -> dict[str,
     if not isinstance(whole, Mapping) or not {"params", "opt_state"} & set(whole):
         has = f"; it has {', '.join(map(str, list(whole)[:10]))}" if isinstance(whole, Mapping) else ""
         raise ValueError(
-            f"{path} is no dict with params or opt_state{has}. If it is one of them, say "
-            "so: --params or --opt-state"
+            f"{path} is not a dict with params or opt_state{has}. If it is one of them, use --params FILE or "
+            "--opt-state FILE"
         )
     unknown = sorted(set(skip) - set(whole))
     if unknown:
@@ -111,7 +111,7 @@ def _step(path: pathlib.Path, said: Any) -> int | None:
         try:
             return operator.index(np.asarray(said)[()])
         except TypeError:
-            raise ValueError(f"the step in {path} is no whole number. Say which step this is: --step N") from None
+            raise ValueError(f"the step in {path} is not a whole number. Give the step: --step N") from None
     match = _CHECKPOINT.fullmatch(path.name)
     return int(match[1]) if match else None
 
@@ -124,7 +124,7 @@ def _metrics(found: Any) -> Mapping[str, Any]:
     ):
         return found
     raise ValueError(
-        "metrics is no dict of numbers, so it cannot be saved as metrics; --skip metrics leaves it out"
+        "metrics is not a dict of numbers, so it cannot be saved as metrics; --skip metrics leaves it out"
     )
 
 
@@ -135,7 +135,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _extra(value: Any) -> Any:
-    """A tree of arrays as it is. What holds text can only be JSON, which has lists for tuples."""
+    """A tree of arrays as it is; a tree with text as JSON, where tuples become lists."""
     if isinstance(value, str | bytes) or not any(isinstance(leaf, str) for leaf in _leaves(value)):
         return value
     return _json(value)
@@ -159,10 +159,10 @@ def _json(value: Any) -> Any:
 
 
 def with_sequences(state: Any, params: Any) -> Any:
-    """An opt_state whose dicts with the keys "0", "1", ... are tuples again, as its optimizer has them.
+    """Turns dicts with the keys "0", "1", ... in an opt_state into tuples again, as the optimizer has them.
 
-    `flax.serialization` and files of named tensors have no other word for a sequence. Where a part of the state
-    mirrors the params (Adam's mu and nu) it keeps the dicts that the params have.
+    `flax.serialization` and files of named tensors write a sequence as such a dict. Parts of the state that mirror
+    the params (Adam's mu and nu) keep the dicts of the params.
     """
     if not isinstance(state, Mapping) or (isinstance(params, Mapping) and params and _mirrors(state, params)):
         return state
@@ -175,14 +175,14 @@ def with_sequences(state: Any, params: Any) -> Any:
 
 
 def _labels(states: Any, params: Any) -> Any:
-    """`inner_states` of optax.multi_transform: its keys are the user's labels, digits or not."""
+    """`inner_states` of optax.multi_transform: its keys are labels of the user, which may be digits."""
     if not isinstance(states, Mapping):
         return states
     return {label: with_sequences(each, params) for label, each in states.items()}
 
 
 def _mirrors(state: Any, params: Any) -> bool:
-    """Whether a part of a state has the containers of the params, but for those that a mask has emptied."""
+    """Whether a part of a state has the containers of the params, except those that a mask has emptied."""
     if not isinstance(params, Mapping):
         return not isinstance(state, Mapping) or not state
     if not isinstance(state, Mapping):

@@ -1,4 +1,4 @@
-"""What `flax.serialization.to_bytes` wrote, also under flax's own names `checkpoint_N`."""
+"""Files of `flax.serialization.to_bytes`, also flax's own `checkpoint_N`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def _check(data: memoryview, *, within: bool) -> None:
-    """Refuses headers that promise more values than there are bytes: msgpack makes room for them in advance.
+    """Refuses headers with more values than there are bytes: msgpack allocates memory for them in advance.
 
     Args:
-      within: also looks into extensions, which is where flax has its arrays.
+      within: also checks the inside of extensions, which hold flax's arrays.
     """
     at, promised, open_ = 0, 1, [1]
     while open_:
@@ -45,7 +45,7 @@ def _check(data: memoryview, *, within: bool) -> None:
             _check(data[body:end], within=False)
         at, promised = end, promised - 1 + children
         if at + promised > len(data):
-            raise ValueError(f"it promises more than its {len(data)} bytes can hold")
+            raise ValueError(f"it declares more values than its {len(data)} bytes can hold")
         if children:
             open_.append(children)
         if len(open_) > names.DEEPEST:
@@ -53,7 +53,7 @@ def _check(data: memoryview, *, within: bool) -> None:
 
 
 def _header(data: memoryview, at: int) -> tuple[int, int, int]:
-    """Where the body of the value at `at` begins and ends, and how many values follow that belong to it.
+    """Where the body of the value at `at` begins and ends, and how many values follow as its children.
 
     https://github.com/msgpack/msgpack/blob/master/spec.md
     """

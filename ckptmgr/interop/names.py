@@ -1,4 +1,4 @@
-"""Flat names for the leaves of a tree: what safetensors and .npz files have instead of containers."""
+"""Flat names for the leaves of a tree: safetensors and .npz files have names instead of containers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from ckptmgr.errors import UnsupportedLeafError
 
 DEEPEST = 100
-"""How many containers may lie within each other in a tree that is read: JAX and Python recurse into them."""
+"""How deep the containers of a tree that is read may be nested: JAX and Python recurse into them."""
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def flatten(tree: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = "/".join(_part(key) for key in path)
         if name in found:
-            raise UnsupportedLeafError(f"two leaves would both be named {name!r}", leaf=name)
+            raise UnsupportedLeafError(f"two leaves would have the name {name!r}; rename a key", leaf=name)
         found[name] = leaf
     return found
 
@@ -32,7 +32,7 @@ def _part(key: Any) -> str:
 
 
 def nest(flat: dict[str, Any]) -> Any:
-    """Nested dicts again, of names joined by "/"."""
+    """Nested dicts, from names joined by "/"."""
     root: dict[str, Any] = {}
     for name, leaf in flat.items():
         *above, last = name.split("/")
@@ -42,7 +42,7 @@ def nest(flat: dict[str, Any]) -> Any:
         for part in above:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{name!r} lies below a leaf")
+                raise ValueError(f"{name!r} is below another leaf")
         if last in node:
             raise ValueError(f"{name!r} is a leaf, and has leaves below it")
         node[last] = leaf
@@ -50,7 +50,10 @@ def nest(flat: dict[str, Any]) -> Any:
 
 
 def host(name: str, leaf: Any) -> np.ndarray[Any, Any]:
-    """A leaf as a numpy array, in the memory order that files have."""
+    """A leaf as a numpy array in C order, which files have."""
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # type: ignore[attr-defined]
-        raise UnsupportedLeafError(f"{name} holds PRNG keys; export jax.random.key_data of them", leaf=name)
+        raise UnsupportedLeafError(
+            f"{name} holds PRNG keys; export jax.random.key_data of them",
+            leaf=name,
+        )
     return np.asarray(leaf, order="C")

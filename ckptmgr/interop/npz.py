@@ -16,12 +16,12 @@ from ckptmgr.interop.replacing import replaced
 
 _ALWAYS_BYTES = 64 << 20
 _LARGEST = 100
-"""An archive may become so many times larger, or 64 MiB."""
+"""An archive may become so many times larger than its file; up to 64 MiB are always allowed."""
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0,
 }  # fmt: skip
 _MARK = "|"
-"""Ends the name of an array whose dtype numpy's format does not know: "w|bfloat16" holds its raw bytes."""
+"""Separates a name from a dtype that numpy's format does not know: "w|bfloat16" holds raw bytes."""
 
 
 def save(tree: Any, path: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -48,29 +48,29 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def _check(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuses an archive that would take much more memory than its size, and members that are no arrays."""
+    """Refuses an archive that would need much more memory than its size, and members that are not arrays."""
     members = archive.infolist()
     wanted = sum(member.file_size for member in members)
     if wanted > max(_ALWAYS_BYTES, _LARGEST * size):
         raise ValueError(
-            f"its {size} bytes would become {wanted}, which looks like a file that is made to fill the memory; if "
-            "you trust it, load it with numpy, and write it with numpy.savez, which does not compress"
+            f"its {size} bytes would become {wanted}, so it may be made to fill the memory. If you trust it, "
+            "load it with numpy, and write it with numpy.savez, which does not compress"
         )
     for member in members:
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{member.filename[:100]!r} is compressed as numpy never does")
+            raise ValueError(f"{member.filename[:100]!r} has a compression that numpy does not use")
         _check_member(archive, member)
 
 
 def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """numpy makes room for an array of the header's shape before it reads it."""
+    """Compares header and size: numpy allocates an array of the header's shape before it reads it."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         if version not in _HEADERS:
             raise ValueError(f"{member.filename[:100]!r} has a version of numpy's format that is not known")
         shape, _, dtype = _HEADERS[version](file)
         if dtype.hasobject:
-            return  # which numpy refuses with allow_pickle=False
+            return  # numpy refuses it: allow_pickle=False
         if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
             raise ValueError(f"{member.filename[:100]!r} does not hold the array that its header describes")
 

@@ -1,8 +1,8 @@
 """Runs the opcodes of a pickle, and nothing else.
 
-A pickle is a program for a stack machine. Python's own machine calls what the pickle names and sets attributes of
-what it got. This one only writes down what is asked for: a name becomes a `Name`, a call becomes a `Call`. Lists,
-dicts and tuples are made, of keys that are safe to hash. Whoever reads the result decides what a `Call` means.
+A pickle is a program for a stack machine. Python's machine calls the names in the pickle, and sets attributes of
+the results. This machine only records them: a name becomes a `Name`, a call becomes a `Call`. It makes lists,
+dicts and tuples; keys must be safe to hash. The caller of `run` decides what a `Call` means.
 https://github.com/python/cpython/blob/main/Lib/pickletools.py describes the opcodes.
 """
 
@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_PYTHON_2 = {"copy_reg": "copyreg", "__builtin__": "builtins"}  # protocols 0 to 2 have its names
+_PYTHON_2 = {"copy_reg": "copyreg", "__builtin__": "builtins"}  # protocols 0 to 2 use these names
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Name:
-    """What the pickle calls by "module.name"; `meaning` is whatever `find` returned for it."""
+    """A "module.name" in the pickle; `meaning` is what `find` has returned for it."""
 
     full: str
     meaning: Any
@@ -32,13 +32,13 @@ class Call:
     what: Name
     arguments: tuple[Any, ...]
     makes_object: bool = False
-    """Whether the name is a class, of which an object is made without `__init__`."""
+    """Whether the name is a class whose object is made without `__init__`."""
     state: Any = None
     items: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
 
 
 class OpcodeError(ValueError):
-    """The pickle wants something that no tree of arrays needs; `wanted` says what."""
+    """The pickle uses something that no tree of arrays needs; `wanted` names it."""
 
     def __init__(self, wanted: str) -> None:
         super().__init__(wanted)
@@ -46,7 +46,7 @@ class OpcodeError(ValueError):
 
 
 def run(data: bytes, find: Callable[[str, str], Any]) -> Any:
-    """What the pickle leaves on its stack. `find` is asked for each name, and raises to refuse it."""
+    """Returns what the pickle leaves on its stack. `find` is called with each name, and raises to refuse it."""
     machine = _Machine(find)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if opcode.name == "STOP":

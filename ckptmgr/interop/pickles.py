@@ -1,9 +1,9 @@
-"""Pickles of params and optimizer states, read without running anything of theirs.
+"""Reads pickles of params and optimizer states without running their code.
 
-A pickle is a program: it names functions, and pickle calls them. Here `opcodes` only writes the calls down. Each
-name must be one of those that arrays and optimizer states need; any other name is refused before it is looked up.
-The tree is then made by our own functions, one for each name, with every value checked. Nothing that a pickle
-does can outlast the reading of it.
+A pickle is a program: it names functions, and Python's pickle calls them. Here `opcodes` only records the calls.
+Each name must be one that arrays and optimizer states need; any other name is refused before it is looked up. Then
+our own functions, one for each name, make the tree and check every value. Nothing that a pickle does lasts longer
+than the reading of it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _ML_TYPES = {name for name in dir(ml_dtypes) if isinstance(getattr(ml_dtypes, na
 _ML_DTYPES = frozenset(_ML_TYPES - {"finfo", "iinfo"})
 _DTYPE = re.compile(r"[<>=|]?[A-Za-z?][A-Za-z0-9_]{0,31}")
 _LARGEST = 16
-"""A tree may be so many times larger than its file: an array that is named twice is in the file once."""
+"""A tree may be so many times larger than its file: an array that is used twice is in the file once."""
 
 
 def load(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> Any:
-    """Reads a pickle of arrays, numbers and containers, and runs nothing that it asks for.
+    """Reads a pickle of arrays, numbers and containers; runs no code of the pickle.
 
     Args:
       path: the file.
-      allow: names ("module.name") that it may use beside; what they name is called as the pickle wants.
+      allow: names ("module.name") that it may use in addition. These are called as the pickle says.
 
-    Raises UnsafePickleError that names what the pickle wanted, or says that the file is damaged.
+    Raises UnsafePickleError with the name that the pickle uses, or if the file is damaged.
     """
     with open(path, "rb") as file:
         data = file.read()
@@ -50,7 +50,7 @@ def load(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> Any:
 
 
 def loads(data: bytes, *, allow: Iterable[str] = ()) -> Any:
-    """The same from bytes."""
+    """Reads a pickle from bytes, as `load` does."""
     allowed = {name: _allowed(name) for name in allow}
 
     def find(module: str, name: str) -> Any:
@@ -62,11 +62,11 @@ def loads(data: bytes, *, allow: Iterable[str] = ()) -> Any:
     except (UnsafePickleError, ImportError):
         raise
     except opcodes.OpcodeError as problem:
-        what = f"the pickle wants {problem.wanted}, which no tree of arrays has; nothing of it was run"
+        what = f"the pickle uses {problem.wanted}, which no tree of arrays needs; no code was run"
         raise UnsafePickleError(what, name=problem.wanted) from problem
     except Exception as problem:  # a damaged pickle may raise anything
         why = f"{type(problem).__name__}: {str(problem)[:200]}"
-        raise UnsafePickleError(f"this is no whole pickle of arrays: {why}", name="") from problem
+        raise UnsafePickleError(f"the file is not a whole pickle of arrays: {why}", name="") from problem
 
 
 def _allowed(name: str) -> Any:
@@ -77,14 +77,14 @@ def _allowed(name: str) -> Any:
 def _refuse(name: str) -> UnsafePickleError:
     shown = name if len(name) <= 200 else f"{name[:200]}..."
     return UnsafePickleError(
-        f"the pickle wants {shown}, which is not among what is known to be harmless; nothing of it was run. If "
-        f"you trust the file, allow it by name: allow=[{shown!r}] (ckptmgr import --allow {shown})",
+        f"the pickle uses {shown}, which is not known to be harmless; no code was run. If you trust the file,"
+        f" allow it by name: allow=[{shown!r}] (ckptmgr import --allow {shown})",
         name=name,
     )
 
 
 def _known(module: str, name: str) -> Any:
-    """What a name means here: a class of NamedTuples, a type of ml_dtypes, or None if `MAKES` knows it."""
+    """The meaning of a name: a NamedTuple class, a type of ml_dtypes, or None for the names in `MAKES`."""
     full = f"{module}.{name}"
     if full == "jax.example_libraries.optimizers.OptimizerState":
         return _example_optimizers().OptimizerState
@@ -113,14 +113,14 @@ def _optax_state(module: str, name: str) -> Any:
     return found if found.__module__.partition(".")[0] == "optax" else None
 
 
-# ---------------------------------------------------------------- from what was written down to the tree
+# ---------------------------------------------------------------- from the recorded calls to the tree
 
 
 class _Maker:
-    """Makes the tree of one pickle; what is shared in the pickle is made once.
+    """Makes the tree of one pickle; a shared object is made once.
 
-    `most` bounds the values, in bytes and nodes, that the tree has once nothing of it is shared: a few bytes can
-    name a list of lists of lists often enough to fill any memory.
+    `most` bounds the size of the tree in bytes and nodes, with shared objects counted each time: a few bytes of
+    nested lists that share their items could otherwise fill any memory.
     """
 
     def __init__(self, allowed: frozenset[str], most: int) -> None:
@@ -135,7 +135,7 @@ class _Maker:
             raise ValueError(f"its tree would be more than {_LARGEST} times as large as the file")
 
     def real(self, node: Any) -> Any:
-        """What a node of the pickle stands for."""
+        """The value that a node of the pickle means."""
         if id(node) in self._made:
             _, value, amount = self._made[id(node)]
             self.spend(amount)
@@ -147,7 +147,7 @@ class _Maker:
         self.spend(1)
         value = self._make(node)
         self._depth -= 1
-        self._made[id(node)] = (node, value, self._spent - before)  # the node too, lest its id go to another
+        self._made[id(node)] = (node, value, self._spent - before)  # the node keeps its id in use
         return value
 
     def _make(self, node: Any) -> Any:
@@ -175,7 +175,7 @@ class _Maker:
         return MAKES[full](self, call)
 
     def _as_the_caller_allows(self, call: Call) -> Any:
-        """What Python's own machine would do."""
+        """Does what Python's pickle would do."""
         kind, arguments = call.what.meaning, [self.real(each) for each in call.arguments]
         made = kind.__new__(kind, *arguments) if call.makes_object else kind(*arguments)
         state = self.real(call.state)

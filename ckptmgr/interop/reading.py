@@ -1,4 +1,4 @@
-"""Reads a tree of another format: the ending of the name tells which, or else the first bytes."""
+"""Reads a tree of another format, which the ending of the name gives, or the first bytes."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ _KNOWN = (
 
 
 def read(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> Any:
-    """Reads a tree; the ending of the name tells the format, or else the first bytes do.
+    """Reads a tree. The ending of the name gives the format; without a known ending the first bytes do.
 
     Args:
       path: a file, or a directory.
-      allow: names ("module.name") that a pickle may use beside what is known to be harmless.
+      allow: names ("module.name") that a pickle may use in addition to those known to be harmless.
 
-    Raises UnsafePickleError for a pickle that wants more, ValueError for a format that is not known, or a file
-    that is damaged or would take much more memory than its size.
+    Raises UnsafePickleError for a pickle that uses other names, ValueError for an unknown format, a damaged file,
+    or a file that would need much more memory than its size.
     """
     path = pathlib.Path(path).expanduser()
     if not path.exists() and path.suffix != ".safetensors":
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(f"there is no file {path}")
     if path.is_dir():
         has_tensors = any(path.glob("*.safetensors")) or (path / safetensors.INDEX).exists()
         return _checked("safetensors", path) if has_tensors else one_tree.load(path)
     if path.suffix == ".safetensors":
         path = safetensors.found(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a regular file")
     format_ = _ENDINGS.get(path.suffix) or _by_content(path)
     if format_ is None:
-        raise ValueError(f"{path} is of no known format; known are {_KNOWN}")
+        raise ValueError(f"{path} has an unknown format; known are {_KNOWN}")
     return pickles.load(path, allow=allow) if format_ == "pickle" else _checked(format_, path)
 
 

@@ -1,4 +1,4 @@
-"""Files of an export: whole under their name, or not there."""
+"""Writes a file of an export atomically."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A name beside `path` for a new file, which takes the name of `path` at the end.
+    """Yields a path for a new file, which gets the name `path` at the end.
 
-    A symlink of either name is replaced: what it leads to is not written to.
+    A symlink with one of these names is replaced; its target is not written to.
     """
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)

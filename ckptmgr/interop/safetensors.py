@@ -1,4 +1,4 @@
-"""safetensors files, in one piece or in shards as Hugging Face lays them out."""
+"""safetensors: one file, or shards with an index as Hugging Face writes them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DTYPES = {
 _NUMPY = {code: np.dtype(getattr(ml_dtypes, name, None) or name) for name, code in _DTYPES.items()}
 _ALONE = "model.safetensors"
 _OURS = {"written_by": "ckptmgr"}
-"""In the metadata of each file, so that the next export knows what it may remove."""
+"""In the metadata of each file, so that the next export knows which files it may remove."""
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -40,16 +40,16 @@ def save(tree: Any, path: str | os.PathLike[str], *, max_shard_bytes: int = 5_00
       path: FILE.safetensors, or a directory. A tree larger than `max_shard_bytes` makes several files and an
         index beside them, in the directory or in that of the file.
 
-    Files of older exports to this place are removed. Until the new ones are whole, the old ones are read, or an
-    error is raised; never a mixture.
+    Files of older exports to this place are removed. A reader gets the old files, the new ones, or an error, and
+    never a mixture.
 
-    Raises UnsupportedLeafError for a leaf that safetensors has no type for, FileExistsError for a file of others
-    that would be read in place of what is written; then nothing is written.
+    Raises UnsupportedLeafError for a dtype that safetensors does not have, and FileExistsError for a file of
+    others that would be read instead of the new ones; in both cases nothing is written.
     """
     arrays = {name: names.host(name, leaf) for name, leaf in names.flatten(tree).items()}
     for name, array in arrays.items():
         if array.dtype.name not in _DTYPES:
-            raise UnsupportedLeafError(f"{name} is {array.dtype}, which safetensors has no type for", leaf=name)
+            raise UnsupportedLeafError(f"{name} has dtype {array.dtype}, unknown to safetensors", leaf=name)
     path = pathlib.Path(path)
     folder, stem = (path.parent, path.stem) if path.suffix == ".safetensors" else (path, "model")
     shards = _shards(arrays, max_shard_bytes)
@@ -70,7 +70,7 @@ def _write_one(folder: pathlib.Path, stem: str, arrays: Arrays) -> list[pathlib.
 
 
 def _write_shards(folder: pathlib.Path, stem: str, shards: Sequence[Arrays]) -> list[pathlib.Path]:
-    """Writes the shards, then their index. No index ever leads to the shards of two exports."""
+    """Writes the shards, then their index. At no moment does an index name shards of two exports."""
     files = [folder / name for name in _shard_names(stem, len(shards))]
     index = folder / f"{stem}{_INDEX_ENDING}"
     with contextlib.ExitStack() as unfinished:
@@ -80,7 +80,7 @@ def _write_shards(folder: pathlib.Path, stem: str, shards: Sequence[Arrays]) -> 
         with open(part_of_index, "xb") as file:
             file.write(_index({path.name: shard for path, shard in zip(files, shards, strict=True)}))
         index.unlink(missing_ok=True)
-    return [*files, index]  # the stack ends in reverse: the index had its name last
+    return [*files, index]  # the stack unwinds in reverse: the index gets its name last
 
 
 def _index(shards: Mapping[str, Arrays]) -> bytes:
@@ -97,7 +97,7 @@ def _shard_names(stem: str, count: int) -> list[str]:
 
 
 def _files(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
-    """What exports of this name may have left; the index first, so that no index leads to what is gone."""
+    """Files of older exports with this name; the index first, so that no index names removed files."""
     pattern = re.compile(re.escape(stem) + r"-\d{5,}-of-\d{5,}\.safetensors")
     shards = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
     return [
@@ -120,19 +120,18 @@ def _is_ours(path: pathlib.Path) -> bool:
             with _library().safe_open(path, framework="numpy") as file:
                 said = file.metadata()
         return bool(said["written_by"] == _OURS["written_by"])
-    except Exception:  # whatever others may have written there
+    except Exception:  # a file of others may hold anything
         return False
 
 
 def _refuse_files_of_others(folder: pathlib.Path, stem: str, count: int) -> None:
-    """Only files of older exports are removed. A file of others that would be read in their place is refused."""
+    """Raises FileExistsError for a file of others that would be read instead of the new files."""
     index, single = folder / f"{stem}{_INDEX_ENDING}", folder / f"{stem}.safetensors"
     shards = [folder / name for name in _shard_names(stem, count)]
     for path in [index] if count == 1 else [index, single, *shards]:
         if _is_there(path) and not _is_ours(path):
             raise FileExistsError(
-                f"{path} is in the way, and was not written by an export of this version; remove it, or export to "
-                "another place"
+                f"{path} is in the way, and ckptmgr did not write it; remove it, or export to another place"
             )
 
 
@@ -162,7 +161,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def found(path: pathlib.Path) -> pathlib.Path:
-    """The file or index that is meant: a large export to FILE.safetensors has only its index under that name."""
+    """The file or the index to read: a large export to FILE.safetensors has only an index of that name."""
     single, index = (
         (path / _ALONE, path / INDEX) if path.is_dir() else (path, path.with_name(f"{path.name}{_JSON}"))
     )
@@ -170,25 +169,24 @@ def found(path: pathlib.Path) -> pathlib.Path:
     if first.exists() or then.exists():
         return first if first.exists() else then
     raise FileNotFoundError(
-        f"{path} has neither {_ALONE} nor {INDEX}. Name the file that is meant, or export again if an export was "
-        "interrupted"
+        f"{path} has neither {_ALONE} nor {INDEX}. Name a file, or export again if an export was interrupted"
     )
 
 
 def _of_index(index: pathlib.Path) -> dict[str, Any]:
-    """The tensors of all shards, which must be those that the index promises."""
+    """The tensors of all shards; they must be exactly those of the index."""
     promised = _weight_map(index)
     there: dict[tuple[str, str], Any] = {}
     for file in sorted(set(promised.values())):
         if not (index.parent / file).exists():
-            raise ValueError(f"{index.name} names {file}, which is not beside it")
+            raise ValueError(f"{index.name} names {file}, which is missing")
         there |= {(name, file): array for name, array in _read(index.parent / file)}
     for name, file in promised.items():
         if (name, file) not in there:
-            raise ValueError(f"{index.name} promises {name!r} in {file}, which does not have it")
+            raise ValueError(f"{index.name} names {name!r} in {file}, which lacks it")
     for name, file in there:
         if promised.get(name) != file:
-            raise ValueError(f"{file} has {name!r}, which {index.name} does not name; they are of two exports")
+            raise ValueError(f"{file} has {name!r}, which {index.name} does not name: they are of two exports")
     return {name: array for (name, _), array in there.items()}
 
 
@@ -196,21 +194,23 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     try:
         found = json.loads(index.read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{index.name} is no index of safetensors files") from None
+        raise ValueError(f"{index.name} is not an index of safetensors files") from None
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise ValueError(f"{index.name} is no index of safetensors files: its weight_map is no dict of file names")
+        raise ValueError(
+            f"{index.name} is not an index of safetensors files: its weight_map is not a dict of file names"
+        )
     for file in found.values():
         if pathlib.PurePath(file).name != file or file == ".." or "\0" in file:
-            raise ValueError(f"the index names {file!r}, which is not a file beside it")
+            raise ValueError(f"the index names {file!r}, which is not in its directory")
     return found
 
 
 def _read(path: pathlib.Path) -> Iterable[tuple[str, np.ndarray[Any, Any]]]:
     if not path.is_file():
-        raise ValueError(f"{path.name} is no file")
+        raise ValueError(f"{path.name} is not a regular file")
     for name, found in _library().deserialize(path.read_bytes()):
         if found["dtype"] not in _NUMPY:
-            raise ValueError(f"{name[:100]!r} is {found['dtype']}, which numpy has no type for")
+            raise ValueError(f"{name[:100]!r} has dtype {found['dtype']}, which numpy does not have")
         yield name, np.frombuffer(found["data"], _NUMPY[found["dtype"]]).reshape(found["shape"])
 
 

@@ -1,4 +1,4 @@
-"""The only room that imports Orbax: its manager writes a step, what stock wrote is read, its policies are adapted.
+"""The only room that imports Orbax: it writes steps with its manager, reads its steps, and adapts its policies.
 
 If Orbax changes, this room changes.
 """

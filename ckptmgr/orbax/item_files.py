@@ -1,6 +1,6 @@
-"""The JSON files Orbax keeps beside the arrays of an item: written as Orbax does, and read.
+"""Writes and reads the JSON files that Orbax has beside the arrays of an item.
 
-`_METADATA` holds the tree, `_sharding` where each array was, and `array_metadatas/process_N` the
+`_METADATA` holds the tree, `_sharding` the sharding of each array, and `array_metadatas/process_N` the
 chunks and the generator of PRNG keys. Source: orbax.checkpoint 0.12, `metadata/tree.py`,
 `metadata/sharding.py` and `metadata/array_metadata_store.py`.
 """
@@ -31,7 +31,7 @@ _files: weakref.WeakKeyDictionary[Plan, Mapping[str, bytes]] = weakref.WeakKeyDi
 
 
 def files(plan: Plan) -> Mapping[str, bytes]:
-    """Orbax's own files about the leaves of an item: the same for every step, so they are made once."""
+    """Orbax's own files about the leaves of an item. They are made once for each plan."""
     if plan not in _files:
         shapes, cuts = [each.shape for each in plan.stored], [each.chunks for each in plan.stored]
         _files[plan] = describe(plan.tree, shapes, cuts, plan.shardings)

@@ -1,4 +1,4 @@
-"""Directories of stock Orbax: one tree, without a run around it."""
+"""Directories of stock Orbax that hold one tree and are not part of a run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def save(tree: Any, directory: str | os.PathLike[str]) -> list[pathlib.Path]:
     path = pathlib.Path(os.path.abspath(directory))
     for name in (path, path.with_name(f"{path.name}.orbax-checkpoint-tmp")):
         if name.is_symlink():  # Orbax would fail in the background, and then wait for minutes
-            raise FileExistsError(f"{name} is a symlink, and what it leads to is not written to; remove it")
+            raise FileExistsError(f"{name} is a symlink, and ckptmgr does not write through symlinks; remove it")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, tree)
     return [path]
 
 
 def load(directory: str | os.PathLike[str]) -> Any:
-    """Reads what Orbax's StandardCheckpointer or PyTreeCheckpointer wrote, as numpy arrays in plain containers."""
+    """Reads a tree of Orbax's StandardCheckpointer or PyTreeCheckpointer as numpy arrays in plain containers."""
     path = pathlib.Path(os.path.abspath(directory))
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata.tree

@@ -1,7 +1,7 @@
-"""The manifest of a step that stock Orbax wrote, from Orbax's own files.
+"""Makes the manifest of a step that stock Orbax wrote, from Orbax's own files.
 
-What is found is an item that is read, or one that is not read and says why: none is left out. A tree that was
-saved straight into the step's directory, without items, is its params.
+No item is left out: an item that ckptmgr does not read is in the manifest, with the reason. A tree that was saved
+directly into the step's directory, without items, becomes the params.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _JSON_FILES = ("metadata", METRICS, "data.json")
 _PROTO = "proto.pbtxt"
 _JAX_KEY, _NUMPY_KEY = "jax_random_key", "np_random_key"
 _WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, OSError)
-"""What a reader of somebody's JSON raises if it is not what it should be."""
+"""What reading the JSON of others raises if its content is unexpected."""
 
 
 def read(step: int, directory: epath.Path) -> manifests.Manifest:
-    """Raises CorruptCheckpointError if the step cannot be read, or nothing in it is known."""
+    """Raises CorruptCheckpointError if the step cannot be read, or holds nothing that Orbax writes."""
     try:
         return _Step(step, directory).manifest()
     except CorruptCheckpointError:
@@ -44,7 +44,7 @@ def read(step: int, directory: epath.Path) -> manifests.Manifest:
 
 
 class _Step:
-    """One step while it is looked at."""
+    """One step that is being read."""
 
     def __init__(self, step: int, directory: epath.Path) -> None:
         self._step, self._directory = step, directory
@@ -59,7 +59,7 @@ class _Step:
         items = self._items(metadata.get("item_handlers"))
         if not items:
             raise CorruptCheckpointError(
-                f"step {self._step}: nothing in {self._directory} is known to ckptmgr or Orbax", step=self._step
+                f"step {self._step}: {self._directory} holds nothing that ckptmgr or Orbax writes", step=self._step
             )
         return manifests.Manifest(
             step=self._step,
@@ -72,7 +72,7 @@ class _Step:
         )
 
     def _metadata(self) -> dict[str, Any]:
-        """What Orbax says of the step; it restores without that too, and so do we."""
+        """Orbax's metadata of the step. If it cannot be read, Orbax restores without it, and so do we."""
         path = self._directory / STEP_METADATA
         try:
             found = _json(path)
@@ -82,7 +82,7 @@ class _Step:
             return {}
 
     def _is_ours(self) -> bool:
-        """Whether a step without Orbax's metadata is one of ckptmgr that has lost its manifest too.
+        """Whether ckptmgr wrote a step that lacks Orbax's metadata: then it has lost its manifest too.
 
         Orbax either marks the step and its items as committed, or neither; ckptmgr marks the step alone.
         """
@@ -92,7 +92,7 @@ class _Step:
 
     def _pass_over(self, name: str, problem: object) -> None:
         path = self._directory / name
-        _log.warning("step %d: %s cannot be read, and is not needed: %s", self._step, path, problem)
+        _log.warning("step %d: %s cannot be read, and is read on without it: %s", self._step, path, problem)
         self._unreadable[name] = f"cannot be read: {_first_line(problem)}"
 
     # ------------------------------------------------------------ the items
@@ -107,14 +107,14 @@ class _Step:
         return {name: self._item(name, str(known.get(name, ""))) for name in finished}
 
     def _straight(self, handler: str) -> dict[str, Item]:
-        """A tree without items is the params; what else was saved so has no name of its own, as in Orbax."""
+        """A tree without items becomes the params; anything else gets the name "default", as in Orbax."""
         is_tree = _kind(handler) not in ("Array", "Json", "Proto", "JaxRandomKey", "NumpyRandomKey")
         name = "params" if is_tree else "default"
         item = self._item(name, handler, ".")
         return {name: dataclasses.replace(item, folder=item.folder or ".")}
 
     def _item(self, name: str, handler: str, folder: str = "") -> Item:
-        """One item; `handler` is the class that Orbax wrote it with, "" if that is not known."""
+        """One item; `handler` is the class with which Orbax wrote it, "" if that is not known."""
         folder = folder or name
         if not schema.stays_inside(name):
             raise self._damaged(STEP_METADATA, f"names {name!r}, which would lie outside of the checkpoint")
@@ -166,7 +166,7 @@ class _Step:
         return Item("arrays", tree, zarr3=zarr3, ocdbt=ocdbt)
 
     def _read(self, folder: str, name: str) -> Any:
-        """A JSON file beside the tree; without the one about shardings the arrays are still known."""
+        """A JSON file beside the tree. The arrays can be restored without that of the shardings."""
         file = _join(folder, name)
         try:
             found = _json(self._directory / file)
@@ -180,7 +180,7 @@ class _Step:
     # ------------------------------------------------------------ what is one array, or a key
 
     def _array(self, folder: str) -> Item:
-        """What ArraySave wrote: Orbax makes it a tree whose only leaf is called "checkpoint"."""
+        """An item of Orbax's ArraySave: on disk a tree with one leaf, "checkpoint"."""
         item = self._tree(folder)
         leaf = item.tree.leaves[0] if len(item.tree.leaves) == 1 else None
         if leaf is None or leaf.keys != ("checkpoint",) or item.ocdbt:
@@ -207,7 +207,7 @@ class _Step:
         return dataclasses.replace(item, tree=TreeSpec(item.tree.leaves, outline), folder=folder)
 
     def _says(self, folder: str, field: str) -> bool:
-        """What the JSON beside a key says of it."""
+        """A flag from the JSON file beside a key."""
         file = f"{folder}_metadata/metadata"
         try:
             return bool(schema.checked(bool, _json(self._directory / file)[field]))
@@ -255,12 +255,12 @@ def _json(path: epath.Path) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a metric is a number that a float can be; an int that is too large is left out, as a str is."""
+    """Whether a metric fits into a float; other values are left out."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
 
 
 def _seconds(metadata: Mapping[str, Any]) -> float:
-    """When it was committed, or begun; 0 if that is not known."""
+    """The time of the commit, or of the start of the save; 0 if neither is known."""
     times = (metadata.get("commit_timestamp_nsecs"), metadata.get("init_timestamp_nsecs"))
     return next((time / 1e9 for time in times if schema.COUNT(time) and time), 0.0)
 

@@ -1,8 +1,8 @@
-"""Writes the items of a step with Orbax's own manager, synchronously, into the directory that it is given.
+"""Writes the items of a step into a directory, with Orbax's own manager, synchronously.
 
-Orbax makes the directories, calls the writers of the items in their order, and writes its metadata, so that the
-files stay Orbax's. The writers are ours. What Orbax calls a commit is left out: the commit is a rename, or the
-last file in a bucket, and comes after the manifest (`ckptmgr/saving/committing.py`).
+Orbax makes the directories, calls the writers of the items in order, and writes its metadata, so that the files
+are Orbax's. The writers are ours. Orbax's own commit is left out: ours is a rename, or the last file in a bucket,
+and it comes after the manifest (`ckptmgr/saving/committing.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ckptmgr.format import manifest as manifests
 from ckptmgr.orbax import item_files
 
 Item = writing.Snapshot | Callable[[], Any]
-"""The copies of arrays, or a function that gives a JSON value once it has arrived."""
+"""The copies of arrays, or a function that returns a JSON value once it has arrived."""
 
 
 def write(
@@ -35,21 +35,21 @@ def write(
     made: Callable[[], None] = lambda: None,
     written: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes a step into a directory, which Orbax makes. In several processes only process 0 calls it.
+    """Writes a step into a directory, which Orbax makes. In a job only process 0 calls this.
 
-    It tells Orbax that it is alone: Orbax's own barriers take no bound from us, and some of them run programs on
-    the devices, between those of the training.
+    It tells Orbax that there is one process only: Orbax's own barriers have no bound that we can set, and some of
+    them run programs on the devices, between those of the training.
 
     Args:
-      directory: named after the step; what is there is removed.
-      made: called once the directories of the items are there.
-      written: called once the arrays are written; may wait for those of other processes, which are then merged.
+      directory: its name is the number of the step; if it exists, it is removed first.
+      made: called once the directories of the items exist.
+      written: called once the arrays are written. It may wait for other processes, whose arrays are merged then.
     """
     everything = {
         name: ocp.args.StandardSave(item) if isinstance(item, writing.Snapshot) else ocp.args.JsonSave(item)
         for name, item in items.items()
     }
-    with concurrent.futures.ThreadPoolExecutor() as threads:  # at the first failure the others are waited for
+    with concurrent.futures.ThreadPoolExecutor() as threads:  # after a failure the other writers are waited for
         arrays = _ArraysHandler(compression, made, written, threads)
         with _open(directory.parent, arrays, threads) as manager:
             manager.save(
@@ -61,7 +61,7 @@ def write(
 
 
 def _open(root: epath.Path, arrays: _ArraysHandler, threads: concurrent.futures.Executor) -> ocp.CheckpointManager:
-    """A manager for one save: it costs 0.25 ms, and remembers nothing of the save before."""
+    """A new manager for each save: that costs 0.25 ms, and nothing of an earlier save is left in it."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add(None, ocp.args.StandardSave, arrays)
     registry.add(None, ocp.args.JsonSave, _JsonHandler(manifests.json_file(""), threads))
@@ -82,12 +82,12 @@ def _open(root: epath.Path, arrays: _ArraysHandler, threads: concurrent.futures.
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Not asked here: JAX's counter of steps must only go up, and `processes.signals` counts it."""
+        """Does not ask JAX: its counter of steps must only go up, and `processes.signals` counts it."""
         return False
 
 
 class _Unlisted(ocp.path.step.NameFormat[Any]):
-    """Plain numbers, and nothing is listed: in a bucket Orbax would make a request for each step that is there."""
+    """Plain numbers. Nothing is listed: in a bucket Orbax would make a request for each step."""
 
     def build_name(self, step: int) -> str:
         return str(step)
@@ -103,9 +103,9 @@ class _Unlisted(ocp.path.step.NameFormat[Any]):
 
 
 class _InPlace(ocp.path.atomicity.CommitFileTemporaryPath):
-    """A step, or an item in it, that is written where it is to be, and has no marker yet.
+    """Writes a step, or an item, directly under its final name, and without Orbax's marker.
 
-    In a bucket the marker shows the step to every reader, so it must come after the manifest. Items need none.
+    In a bucket the marker makes the step visible to readers, so it must come after the manifest. Items need none.
     """
 
     _metadata: Any = None
@@ -113,7 +113,7 @@ class _InPlace(ocp.path.atomicity.CommitFileTemporaryPath):
     @classmethod
     def from_final(cls, final_path: epath.Path, **options: Any) -> _InPlace:
         made = cls(final_path, final_path, **options)
-        made._metadata = options.get("checkpoint_metadata_store")  # only that of the step
+        made._metadata = options.get("checkpoint_metadata_store")  # given for the step, not for items
         return made
 
     async def finalize(self) -> None:
@@ -127,7 +127,7 @@ class _InPlace(ocp.path.atomicity.CommitFileTemporaryPath):
 
 
 class _ArraysHandler(ocp.StandardCheckpointHandler):
-    """Writes the Snapshot it is given; recorded on disk under the name of the handler it stands for."""
+    """Writes a Snapshot; recorded on disk under the name of Orbax's own handler."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
 
 
 class _JsonHandler(ocp.JsonCheckpointHandler):
-    """Writes what the function it is given returns: the caller of `save` waits for no metric."""
+    """Writes what a function returns, called here, so that the caller of `save` waits for no metric."""
 
     def __init__(self, filename: str, threads: concurrent.futures.Executor) -> None:
         super().__init__(filename)
@@ -179,7 +179,7 @@ class _JsonHandler(ocp.JsonCheckpointHandler):
 
 
 async def _in(threads: concurrent.futures.Executor, write: Callable[[], None]) -> None:
-    """Writes an item beside the others."""
+    """Writes an item in a thread, beside the other items."""
     await asyncio.get_running_loop().run_in_executor(threads, write)
 
 

@@ -83,7 +83,7 @@ def test_what_is_no_checkpoint_is_told_once_by_ls_and_doctor(runs):
     assert told["count"] == 12
     shown = "2024, [bold], 'a\\nb', " + "x" * 60 + "..., y0, y1, y2, y3, y4, y5"
     assert ", ".join(told["names"]) == shown
-    assert ok("ls", run).count(f"no checkpoints, left alone: {shown}, and 2 more\n") == 1
+    assert ok("ls", run).count(f"not checkpoints, left alone: {shown}, and 2 more\n") == 1
     found = facts.left_alone(epath.Path(run))
     assert doctor._left_alone(epath.Path(run), []) == found == told
     assert doctor._left_alone(epath.Path(runs), []) is None  # no run
@@ -181,9 +181,9 @@ def test_rewind_and_what_gc_says_of_it(runs, monkeypatch):
     ]
     assert json.loads(here("rewind", good, 1, "--json"))["set_aside"] == [2, 3]
     assert ckptmgr.CheckpointManager(good, read_only=True).steps() == [1]
-    assert "the steps are 1, and those that were set aside 2, 3" in here("rewind", good, 4)
+    assert "the steps are 1, and the steps that were set aside are 2, 3" in here("rewind", good, 4)
     kept = json.loads(here("gc", good, "--yes", "--json"))["leftovers"]
-    assert ["rewind to one of its steps brings it back" in each["why"] for each in kept] == [True, True]
+    assert ["`rewind` to one of these steps brings it back" in each["why"] for each in kept] == [True, True]
     assert "came back: 2" in here("rewind", good, 2)
     (left,) = json.loads(here("gc", good, "--yes", "--abandoned", "--json"))["leftovers"]
     assert (left["path"].rpartition("/")[2], left["goes"], left["nbytes"] > 0) == ("3", True, True)
@@ -276,7 +276,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path):
     (tmp_path / "params.pkl").write_bytes(b"cposix\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
     code, _, err = run("import", tmp_path / "run", "--params", tmp_path / "params.pkl", "--step", 1)
     assert code == 3
-    assert "the pickle wants posix.system" in err
+    assert "the pickle uses posix.system" in err
     assert not marker.exists()
 
 
@@ -300,7 +300,7 @@ def test_what_is_not_there_and_what_is_wrong_is_said_in_one_line(tmp_path):
     code, out, _ = run("ls", tmp_path / "nothing", "--json")
     assert (code, json.loads(out)["error"]) == (2, "CheckpointNotFoundError")
     code, _, err = run("keep", tmp_path, "--policy", "newest:3")
-    assert (code, "'newest:3' is no policy; known are latest:N" in err) == (2, True)
+    assert (code, "unknown policy 'newest:3'; known are latest:N" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_it_shows_what_the_run_holds_logs_no_error_and_asks_for_nothing(browser,
     for words in (
         "2 checkpoints", "9", "loss", "latest(n=3)", "best(metric='loss'", "(pinned)", "damaged, passed over",
         "seconds until durable", "megabytes saved per second", "12 smaller leaves", "params['w']", EVIL,
-        "1 values are no numbers", "manifest.json",
+        "1 values are NaN or infinite", "manifest.json",
     ):  # fmt: skip
         assert words in said, words
     titles = [each.get_attribute("textContent") for each in browser.find_elements("css selector", "svg g title")]
@@ -140,7 +140,7 @@ def test_a_long_run_stays_a_small_file(browser, tmp_path):
             manager._journal.record("deleted", step - 1, why="no policy keeps it")
     page = written(tmp_path / "long")
     assert page.stat().st_size < 500_000
-    assert "One of 17 is shown" in opened(browser, page).page_source
+    assert "Only one of 17 is shown" in opened(browser, page).page_source
 
 
 def test_a_step_of_a_newer_format_needs_a_newer_ckptmgr_and_is_not_damaged(tmp_path):

@@ -96,7 +96,7 @@ def test_what_safetensors_has_no_type_for_is_refused_by_name_and_nothing_is_writ
 
 
 def test_two_leaves_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ckptmgr.UnsupportedLeafError, match="would both be named 'a/b'"):
+    with pytest.raises(ckptmgr.UnsupportedLeafError, match="would have the name 'a/b'"):
         interop.write({"a": {"b": np.ones(1)}, "a/b": np.ones(1)}, tmp_path / "x.npz")
 
 
@@ -124,7 +124,7 @@ def test_stock_orbax_reads_what_is_written_and_we_read_what_it_writes(tmp_path):
 
 def test_an_unknown_ending_is_said_with_those_that_are_known(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"x\.bin is of no known format; known are \.pkl"):
+    with pytest.raises(ValueError, match=r"x\.bin has an unknown format; known are \.pkl"):
         interop.read(tmp_path / "x.bin")
     with pytest.raises(ValueError, match=r"FILE\.safetensors"):
         interop.write({}, tmp_path / "x.bin")
@@ -212,7 +212,7 @@ def test_an_index_and_its_shards_must_agree(tmp_path):
         said = {**whole["weight_map"], name: "model-00003-of-00003.safetensors"}
         index.write_text(json.dumps({"weight_map": said}))
         with pytest.raises(
-            ValueError, match=f"promises '{name}' in model-00003-of-00003.safetensors, which does not"
+            ValueError, match=f"names '{name}' in model-00003-of-00003.safetensors, which lacks it"
         ):
             interop.read(tmp_path)
     said = {name: file for name, file in whole["weight_map"].items() if name != "w3"}

@@ -192,10 +192,10 @@ def test_a_directory_of_flax_and_orbax_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("entry", "value", "why"),
-    [("metrics", {"loss": [1.0, 2.0]}, "metrics is no dict of numbers.*--skip metrics"),
+    [("metrics", {"loss": [1.0, 2.0]}, "metrics is not a dict of numbers.*--skip metrics"),
      ("history of it", 3, "'history of it' cannot name an entry"),
      ("config", {"name": "x", "w": np.ones(2)}, r"config\['name'\]"),
-     ("step", 2.5, "step .* is no whole number")],
+     ("step", 2.5, "step .* is not a whole number")],
 )  # fmt: skip
 def test_what_cannot_be_saved_is_an_error_that_names_it_or_is_left_out(entry, value, why, tmp_path):
     whole = {"params": {"w": np.ones(2)}, "step": 1, entry: value}
