@@ -160,7 +160,9 @@ class CheckpointManager:
             self._saver.is_open = False  # in a forked child: the run is the parent's
         elif self._pending.is_current():  # a callback, which cannot wait for itself
             self._saver.is_open = False
-            self._shared.background.add(background.Task("the closing", self._let_go, self._options.timeout_s))
+            self._shared.background.add(
+                background.Task("the call of close", self._let_go, self._options.timeout_s)
+            )
         else:
             with self._shared.turn:
                 self._pending.join()
@@ -400,7 +402,7 @@ class CheckpointManager:
             self._job.together(call, self._pending.wait)
 
             moved = self._job.decide(call, lambda: self._aftermath.rewind(step))
-            self._saver.has_gone_back()
+            self._saver.after_rewind()
             self._aftermath.go_on_from(step, moved)
 
     def pin(self, step: int) -> None:

@@ -53,9 +53,9 @@ class Mirror:
         self._home, self._keep = home, keep
         self._timeout_s, self._background = timeout_s, background
         self._at_work = threading.Lock()  # a rewind does not run beside copies and deletions
-        self._owed: set[int] | None = None  # None before the first look
+        self._to_copy: set[int] | None = None  # None before the first look
         self._announced: set[int] = set()
-        self._spoilt: set[tuple[int, float]] = set()
+        self._known_bad: set[tuple[int, float]] = set()
 
     def steps(self, *, needed: bool) -> list[int]:
         """The steps of the mirror; none if it cannot be reached. If they are `needed`, that raises."""
@@ -74,7 +74,7 @@ class Mirror:
             _log.warning("the mirror %s cannot be read: %s", self.catalog.directory, problem)
             return []
 
-    def follow(self, then: Callable[[], None], *saved: int) -> None:
+    def copy_later(self, then: Callable[[], None], *saved: int) -> None:
         """Notes new steps to copy; returns at once.
 
         `then` is called once everything is copied, or copying has failed.
@@ -82,15 +82,15 @@ class Mirror:
         self._announced.update(saved)
         ahead = [task for task in self._background.waiting() if task.about is self and not task.has_begun]
         if not ahead:  # a task that has not begun will copy them
-            what = f"the copying to {self.catalog.directory}"
+            what = f"the copy to {self.catalog.directory}"
             self._background.add(lifecycle.Task(what, lambda: self._run(then), self._timeout_s, self))
 
-    def owes(self, step: int) -> bool:
+    def not_yet_copied(self, step: int) -> bool:
         """Whether a step is still to be copied: then it must not be deleted at home yet.
 
         If copying fails, retention may still delete local steps, so that the disk does not fill.
         """
-        return self._owed is None or step in self._owed or step in self._announced
+        return self._to_copy is None or step in self._to_copy or step in self._announced
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being copied."""
@@ -110,22 +110,22 @@ class Mirror:
                 "the mirror %s cannot be written to; the next save tries again: %s",
                 self.catalog.directory, problem,
             )  # fmt: skip
-            self._owed = set()
+            self._to_copy = set()
             self._announced.clear()
         then()
 
     def _catch_up(self) -> None:
         self.catalog.prepare()
         self.catalog.finish_rewind()
-        while owed := self._look():
-            step = max(owed)
-            if not self._copied(step, owed[step]):
-                self._spoilt.add((step, owed[step]))
-        self._carry_pins()
+        while to_copy := self._look():
+            step = max(to_copy)
+            if not self._copied(step, to_copy[step]):
+                self._known_bad.add((step, to_copy[step]))
+        self._copy_pins()
         retention.retain(self.catalog, self.history)
         self.catalog.tidy()
 
-    def _carry_pins(self) -> None:
+    def _copy_pins(self) -> None:
         """Pins and unpins steps in the mirror as they are at home."""
         here, there = self._home.pinned(), self.catalog.pinned()
         shared = set(self._home.steps()) & set(self.catalog.steps())
@@ -164,10 +164,10 @@ class Mirror:
         there = {info.step: info for info in self.history.all()}
         wanted = {info.step for info in history.explain(list((there | here).values()), self._keep) if info.kept}
         missing = {step for step in here if step in wanted and self._lacks(step)}
-        owed = {step: here[step].time for step in missing if (step, here[step].time) not in self._spoilt}
-        self._owed = set(owed)  # before the next line: `owes` looks at both sets
+        to_copy = {step: here[step].time for step in missing if (step, here[step].time) not in self._known_bad}
+        self._to_copy = set(to_copy)  # before the next line: `not_yet_copied` looks at both sets
         self._announced.difference_update(taken)
-        return owed
+        return to_copy
 
     def _lacks(self, step: int) -> bool:
         """Whether the mirror lacks this save of the step: it has none, or an earlier one of the same number."""

@@ -86,7 +86,7 @@ class Aftermath:
         options = self._options
         return Mirror(self._home, found, options.mirror_keep, options.timeout_s, self._shared.mirroring)
 
-    def follow(self, info: CheckpointInfo) -> None:
+    def after_commit(self, info: CheckpointInfo) -> None:
         """Called once a step is durable."""
         if self._job.leads:
             self._keep_for_now(info.step)
@@ -195,7 +195,7 @@ class Aftermath:
     def update_mirror(self, *new: int) -> None:
         """Lets the mirror copy what it lacks, `new` steps for certain; returns at once."""
         if self.mirror is not None and self._job.leads:
-            self.mirror.follow(self._retain, *new)
+            self.mirror.copy_later(self._retain, *new)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being copied to the mirror."""
@@ -232,5 +232,5 @@ class Aftermath:
         """Whether a step stays for now: it is still to be copied, or its save, by any manager, is not over."""
         saves = [task.about for task in self._shared.background.waiting()]
         return any(isinstance(save, Save) and save.step == step for save in saves) or (
-            self.mirror is not None and self.mirror.owes(step)
+            self.mirror is not None and self.mirror.not_yet_copied(step)
         )

@@ -27,7 +27,7 @@ class Pending:
         self._background = shared.background
         self._saves: list[Save] = []
 
-    def follow(
+    def start(
         self,
         step: int,
         commit: Callable[[], CheckpointInfo],

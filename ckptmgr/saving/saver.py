@@ -98,7 +98,7 @@ class Saver:
             self._last = dataclasses.replace(newest, time=self._clock.since(newest.time))
         return self._last
 
-    def has_gone_back(self) -> None:
+    def after_rewind(self) -> None:
         """After a rewind the policies of `save_every` look at the steps that are listed now."""
         self._last = None
         self._shared.newest = None
@@ -201,7 +201,7 @@ class Saver:
         self._last, before = CheckpointInfo(step=step, time=self._clock.now()), self._last
         self._shared.newest = max(step, self._shared.newest or 0)
         try:
-            save = self._pending.follow(step, commit, failed, self._aftermath.follow, copied.release)
+            save = self._pending.start(step, commit, failed, self._aftermath.after_commit, copied.release)
             if not copied.wait(save.wait_for, self._options.timeout_s):
                 self._pending.join(0)  # raises CheckpointTimeoutError
         except BaseException:

@@ -117,7 +117,7 @@ def test_a_mirror_that_takes_too_long_is_said_and_close_may_be_called_again(tmp_
     manager = CheckpointManager(tmp_path / "home", mirror=tmp_path / "away", timeout_s=0.5)
     manager.save(1, {"w": np.arange(9.0)}).result(20)
     for _ in range(2):
-        with pytest.raises(CheckpointTimeoutError, match=r"the copying to .* took longer than 0\.5 s"):
+        with pytest.raises(CheckpointTimeoutError, match=r"the copy to .* took longer than 0\.5 s"):
             manager.close()
     assert (tmp_path / "home" / names.LOCK).exists()  # it may still delete what is copied
     released.set()
