@@ -89,7 +89,7 @@ def _writer(run: str) -> Iterator[CheckpointManager]:
 
 @app.command(epilog="Example: ckptmgr ls runs/digits")
 def ls(run: Run, as_json: AsJson = False) -> None:
-    """Lists the checkpoints of a run: step, age, size, metrics, why each is kept."""
+    """Lists the checkpoints of a run. Shows step, age, size, metrics, and why each is kept."""
     _show(facts.run(facts.reader(run)), as_json, tables.run)
 
 
@@ -134,7 +134,7 @@ def verify(
 
 @app.command(epilog="Example: ckptmgr keep runs/digits --policy latest:3 --policy best:loss --dry-run")
 def keep(run: Run, policy_: Policies, dry_run: DryRun = False, as_json: AsJson = False) -> None:
-    """Deletes the checkpoints that no policy keeps; --dry-run shows which, and why the others stay."""
+    """Deletes the checkpoints that no policy keeps. --dry-run shows which, and why the others stay."""
     policies = [policy.parse(each) for each in policy_]
     reader = facts.reader(run)
     found, past = facts.run(reader, policies), facts.history(reader.directory, policies)
@@ -216,7 +216,7 @@ def gc(
     abandoned: Annotated[bool, typer.Option("--abandoned", help="Also steps a rewind has set aside.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Shows what interrupted processes have left over; --yes removes it."""
+    """Shows what interrupted processes have left over. --yes removes it."""
     manager = facts.reader(run)
     asked_for = {KEPT: damaged, BRANCH: abandoned}
     found = [each | {"goes": asked_for.get(each["why"], True)} for each in facts.leftovers(manager.directory)]
@@ -241,7 +241,7 @@ def export(
     max_shard_bytes: Annotated[int, typer.Option(help="The largest safetensors file.")] = 5_000_000_000,
     as_json: AsJson = False,
 ) -> None:
-    """Writes the params of a checkpoint to safetensors, .npz or a directory for stock Orbax."""
+    """Writes params to safetensors, .npz or stock Orbax."""
     manager = facts.reader(run)
     number = facts.chosen(manager, step)
     with working("exporting"):
@@ -281,7 +281,7 @@ def import_(
     skip: Annotated[list[str] | None, typer.Option(help="An entry of FILE to leave out; may be repeated.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Saves files of other formats as a checkpoint; no code of a pickle is run."""
+    """Saves files of other formats as a checkpoint. No code of a pickle is run."""
     with working("importing"):
         if state is None and params is None and opt_state is None:
             adopted = interop.adopt(str(facts.reader(run).directory))
@@ -305,7 +305,7 @@ def report_(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Writes one HTML file about a run: what is kept and why, metrics, sizes, times, failures."""
+    """Writes one HTML file about a run. Shows what is kept and why, metrics, sizes, times, failures."""
     with working("reporting"):
         pathlib.Path(output).write_text(report.html(facts.reader(run)))
     _show({"run": run, "file": output}, as_json, lambda _: f"wrote {output}")

@@ -194,7 +194,7 @@ def test_strangers_in_a_mirror_and_at_home_stay_and_the_others_are_copied(run, t
     assert [strangers.seen(place, names) for place in (run, away)] == before
     for place in (run, away):
         assert set(os.listdir(place)) == {"20", ".ckptmgr", *names}
-    assert "no checkpoint" not in caplog.text
+    assert "not a checkpoint" not in caplog.text
 
 
 def test_a_stranger_in_a_mirror_that_has_the_number_of_a_step_is_said_and_stays(run, tmp_path, caplog):
