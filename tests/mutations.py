@@ -428,6 +428,11 @@ MUTATIONS = [
         "tests/run/test_sharing.py::test_two_managers_of_one_run_save_in_turn_and_lose_nothing",
     ),
     Mutation(
+        "12b", "an interrupt while a run is locked locks its own process out",
+        "run/lock.py", "            self._close_opened()\n            self.opened =", "            self.opened =",
+        "tests/run/test_sharing.py::test_an_interrupt_while_the_lock_is_taken_does_not_lock_this_process_out",
+    ),
+    Mutation(
         "12b", "a forked child may write",
         "saving/saver.py",
         "        if self._shared.process != os.getpid():\n            raise",
