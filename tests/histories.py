@@ -309,6 +309,7 @@ class World:
             with self.may_fail_to_save():
                 manager.wait()
             self.flying = None
+            self.check()  # what is deleted by now is not counted by the next
         second.close()
         if self.mirrored:  # the first has not been told of the last save, and copies it when it is opened again
             self.close()
