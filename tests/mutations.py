@@ -315,6 +315,11 @@ MUTATIONS = [
         "tests/run/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
     ),
     Mutation(
+        "11b", "a folder that is named as Orbax's metadata makes a step",
+        "run/recognize.py", "paths.may_exist(path) and not os.path.isdir(path)", "paths.may_exist(path)",
+        "tests/run/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+    ),
+    Mutation(
         "11b", "a symlink to a step of the run counts as one",
         "run/recognize.py", "    if _leads_beside(path):\n",
         "    if False:\n",
