@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 
-_MOST_DOUBTS = 6
+_MOST_LISTINGS = 4096
 
 
 class Books:
@@ -49,14 +49,21 @@ class Books:
             self.harmed.add(step)
 
     def release(self, keep, committed=None):
-        """Retention may delete what it would not keep, whichever of the doubtful steps it counts."""
+        """Retention may delete what it would not keep, whichever of the doubtful steps and values it counts.
+
+        A step has one value at a time: it counts with the metrics and the time of that one.
+        """
         if not keep:
             return
-        doubtful = [(step, value) for step in self.may if step not in self.must for value in self.may[step]]
-        sure = [(step, value) for step in self.must for value in self.may[step]]
-        for n in range(len(doubtful[:_MOST_DOUBTS]) + 1):
-            for beside in itertools.combinations(doubtful[:_MOST_DOUBTS], n):
-                self.must &= self.kept(keep, {*sure, *beside}, committed)
+        found = [
+            [(step, value) for value in values] + [None] * (step not in self.must)
+            for step, values in self.may.items()
+        ]
+        if math.prod(map(len, found)) > _MOST_LISTINGS:  # sure is only what retention never deletes (guarantee 7)
+            self.must &= {committed, max(self.may)} | self.pinned
+            return
+        for listing in itertools.product(*found):
+            self.must &= self.kept(keep, list(filter(None, listing)), committed)
 
     def kept(self, keep, counted, committed):
         times = {step: self.about[value][0] for step, value in counted}

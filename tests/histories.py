@@ -119,6 +119,7 @@ class World:
         self.flying = None  # the save that was not waited for: step, value, the books before it
         self.theirs = {}  # what strangers have put, by path
         self.parked = {}  # steps that they have renamed: path -> step, its values, whether it was whole and pinned
+        self.came_back, self.unseen = set(), None  # steps renamed back; one of them, saved without a look at it
         self.aside = {}  # what a rewind has set aside: step -> the values that it may bring back
         self.harmed_aside, self.pinned_aside = set(), set()  # steps; steps with their values
         self.aside_gone = set()  # strangers have removed what was set aside of these
@@ -176,17 +177,22 @@ class World:
 
     @contextlib.contextmanager
     def may_fail_to_save(self):
-        """A save that was accepted may fail, and say so, if something of others has come into its place."""
+        """A save that was accepted may fail, and say so, if something has come into its place, which then stays.
+
+        The call of `save` does not look whether a step above every step that it has seen is there. So it may also
+        be a step that a stranger has renamed back: the save fails, and takes nothing with it (guarantee 6).
+        """
         try:
             yield
         except ckptmgr.SaveError as problem:
             if self.flying is None or problem.step != self.flying[0]:
                 raise
             step, value, before = self.flying
+            before.about = self.books.about  # what a value is holds whether the save has failed or not
             self.flying, self.books = None, before
             self.books.ever[step].add(value)
             self.tell(f"failed: {problem}")
-            claim(self.place(step) == "other", problem)
+            claim(self.place(step) == "other" or step == self.unseen, problem)
 
     # ------------------------------------------------------------ saving
 
@@ -253,6 +259,8 @@ class World:
         else:
             assert result or (on_exists == "skip" and place != "free"), result
             if result:
+                self.unseen = step if on_exists == "error" and step in self.came_back else None
+                claim(place != "good" or on_exists == "replace" or step == self.unseen, (step, place, on_exists))
                 self.accept(step, value, keep, before)
 
     def accept(self, step, value, keep, before):
@@ -301,6 +309,7 @@ class World:
             with self.may_fail_to_save():
                 manager.wait()
             self.flying = None
+            self.check()  # what is deleted by now is not counted by the next
         second.close()
         if self.mirrored:  # the first has not been told of the last save, and copies it when it is opened again
             self.close()
@@ -782,6 +791,7 @@ class World:
         self.tell(f"a stranger renames {path.name} back to {step}")
         path.rename(home)
         del self.parked[path]
+        self.came_back.add(step)
         self.theirs.pop(path, None)
         for known in self.all_books():
             known.may[step] = set(values)

@@ -3,7 +3,8 @@
 A moment is a place where CPython may run a signal handler or deliver an exception of another thread: where a
 function begins, after each call, and where a loop goes back (`eval_breaker` in its ceval.c). They are found by
 tracing the bytecode of ckptmgr, and of the standard library's threads and context managers under it. Nothing is
-raised between a lock that `with` has taken and the block: CPython does not do that either.
+raised between a lock that `with` has taken and the block: CPython does not do that either. Nor between the last
+call of the block and the release: what comes after a call is raised as if the call had raised it.
 
 Each time the arrays are overwritten afterwards, as a program may do that catches Ctrl-C, and the manager is used
 again. At the end every save that was accepted must be there, and every listed step what was given to its call.
@@ -44,8 +45,19 @@ def moments(code):
     """The offsets of the bytecode at which an exception may come from outside."""
     steps = list(dis.get_instructions(code))
     begin = {step.offset for step in steps if step.opname in ("RESUME", "JUMP_BACKWARD")}
-    called = {after.offset for before, after in itertools.pairwise(steps) if _is_call(before.opname)}
+    handlers = _handlers(code)
+    called = {
+        after.offset
+        for before, after in itertools.pairwise(steps)
+        if _is_call(before.opname) and handlers(before.offset) == handlers(after.offset)
+    }
     return begin | called
+
+
+def _handlers(code):
+    """Gives what handles an exception at an offset of the bytecode."""
+    entries = dis.Bytecode(code).exception_entries
+    return lambda offset: next((each.target for each in entries if each.start <= offset < each.end), None)
 
 
 def _is_call(name):

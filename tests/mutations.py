@@ -315,6 +315,11 @@ MUTATIONS = [
         "tests/run/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
     ),
     Mutation(
+        "11b", "a folder that is named as Orbax's metadata makes a step",
+        "run/recognize.py", "paths.may_exist(path) and not os.path.isdir(path)", "paths.may_exist(path)",
+        "tests/run/test_strangers.py::test_fifty_kinds_of_strangers_are_not_there_for_us_and_stay",
+    ),
+    Mutation(
         "11b", "a symlink to a step of the run counts as one",
         "run/recognize.py", "    if _leads_beside(path):\n",
         "    if False:\n",
@@ -426,6 +431,11 @@ MUTATIONS = [
         "12b", "a link to a run is another run",
         "run/lock.py", 'os.path.realpath(directory) if', 'str(directory) if',
         "tests/run/test_sharing.py::test_two_managers_of_one_run_save_in_turn_and_lose_nothing",
+    ),
+    Mutation(
+        "12b", "an interrupt while a run is locked locks its own process out",
+        "run/lock.py", "            self._close_opened()\n            self.opened =", "            self.opened =",
+        "tests/run/test_sharing.py::test_an_interrupt_while_the_lock_is_taken_does_not_lock_this_process_out",
     ),
     Mutation(
         "12b", "a forked child may write",

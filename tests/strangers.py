@@ -187,6 +187,17 @@ def metadata_of_somebody_else(path, run):
     (path / "album" / "_METADATA").write_text('{"author": "me"}')
 
 
+@named("2071")
+def folders_of_a_step_without_any_file(path, run):
+    """As `cp -r` leaves them that ends before the first file, of a step in which a folder is in a file's place."""
+    (path / _ORBAX).mkdir(parents=True)
+
+
+@named("2072")
+def folders_of_an_item_without_any_file(path, run):
+    (path / "params" / _ORBAX).mkdir(parents=True)
+
+
 @named("2048")
 def marker_of_somebody_else(path, run):
     path.mkdir()

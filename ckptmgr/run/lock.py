@@ -52,6 +52,9 @@ class Shared:
         self.owners: set[object] = set()
         self.path = ""
         self.descriptor: int | None = None
+        """The open file of the lock that is held."""
+        self.opened: int | None = None
+        """One that is being locked: Ctrl-C may come when that is done, and nobody has been told."""
         self.make_locks()
 
     def make_locks(self) -> None:
@@ -74,7 +77,8 @@ class Shared:
         if speaks and is_free and paths.is_local(path) and sys.platform != "win32":
             self.let_go()
             _refuse_version_1(directory)
-            self.path, self.descriptor = path, _lock(path)
+            self.path = path
+            self._lock()
         return speaks and is_first
 
     def hold(self) -> None:
@@ -83,10 +87,36 @@ class Shared:
             descriptor = self.descriptor
             if descriptor is not None and not _is_still(self.path, descriptor):
                 os.makedirs(os.path.dirname(self.path), exist_ok=True)
-                self.descriptor = _lock(self.path)
+                self._lock()
                 os.close(descriptor)
 
+    def _lock(self) -> None:
+        for _ in range(_ATTEMPTS):
+            self._close_opened()
+            self.opened = paths.open_to_write(self.path, os.O_RDWR)
+            try:
+                _take(self.opened, self.path)
+            except SaveError:
+                self._close_opened()
+                raise
+            except OSError:  # a file system without locks
+                break
+            if _is_still(self.path, self.opened):  # if not, its owner removed the file between our two calls
+                _sign(self.opened)
+                break
+        else:
+            raise SaveError(
+                f"{self.path} was removed {_ATTEMPTS} times while it was locked; find out what removes it", step=None
+            )
+        self.descriptor, self.opened = self.opened, None
+
+    def _close_opened(self) -> None:
+        opened, self.opened = self.opened, None
+        if opened is not None:
+            os.close(opened)
+
     def let_go(self) -> None:
+        self._close_opened()
         descriptor = self.descriptor
         if descriptor is not None:
             with contextlib.suppress(OSError):
@@ -116,9 +146,9 @@ class Writer:
         with _guard:
             _settle()
             self.shared = _runs.get(self._key) or Shared()
+            _runs[self._key] = self.shared  # first: if Ctrl-C comes, the next manager finds what is locked
             self.is_first = self.shared.enter(directory, speaks)
             self.shared.owners.add(self._owner)
-            _runs[self._key] = self.shared
 
     def is_held(self) -> bool:
         return self._owner in self.shared.owners
@@ -164,29 +194,13 @@ def _end() -> None:
             _runs.pop(key, None)
 
 
-def _lock(path: str) -> int:
-    for _ in range(_ATTEMPTS):
-        descriptor = paths.open_to_write(path, os.O_RDWR)
-        try:
-            _take(descriptor, path)
-        except SaveError:
-            os.close(descriptor)
-            raise
-        except OSError:  # a file system without locks
-            return descriptor
-        if _is_still(path, descriptor):
-            break
-        os.close(descriptor)  # its owner removed the file between our two calls
-    else:
-        raise SaveError(
-            f"{path} was removed {_ATTEMPTS} times while it was locked; find out what removes it", step=None
-        )
+def _sign(descriptor: int) -> None:
+    """Writes into the file of the lock who holds it."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     said = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now})
     with contextlib.suppress(OSError):  # on a full disk the lock holds without the text
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, said.encode(), 0)
-    return descriptor
 
 
 def _refuse_version_1(directory: epath.Path) -> None:
@@ -240,9 +254,10 @@ def _forget() -> None:
     _guard = threading.RLock()
     for shared in _runs.values():
         shared.make_locks()
-        if shared.descriptor is not None:
-            os.close(shared.descriptor)
-            shared.descriptor = None
+        for descriptor in (shared.descriptor, shared.opened):
+            if descriptor is not None:
+                os.close(descriptor)
+        shared.descriptor = shared.opened = None
     _runs.clear()
     _left.clear()
 

@@ -34,7 +34,12 @@ def is_step(path: str) -> bool:
         return head is None or int(head[1]) == own_number(path) or not _is_of_another_step(path, int(head[1]))
     if is_signed(path):
         return _has_lost_its_manifest(path)
-    return paths.may_exist(os.path.join(path, names.STEP_METADATA)) or _has_items(path)
+    return _may_be_file(os.path.join(path, names.STEP_METADATA)) or _has_items(path)
+
+
+def _may_be_file(path: str) -> bool:
+    """Whether there is a file, be it damaged or unreadable. A folder of that name is not by Orbax."""
+    return paths.may_exist(path) and not os.path.isdir(path)
 
 
 def stamp(path: str) -> tuple[int, ...] | None:
@@ -136,7 +141,7 @@ def _has_items(path: str) -> bool:
 
 def _is_item(folder: str) -> bool:
     """Whether a folder is a finished item of Orbax, and not a whole step."""
-    if os.path.lexists(os.path.join(folder, names.STEP_METADATA)):
+    if _may_be_file(os.path.join(folder, names.STEP_METADATA)):
         return names.number(os.path.basename(folder)) is None  # an item that was saved by itself has a name
     if os.path.lexists(os.path.join(folder, manifests.NAME)):
         return False

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import itertools
 import multiprocessing
 import os
 import random
@@ -17,6 +18,7 @@ import time
 import weakref
 
 import faults
+import moments
 import numpy as np
 import pytest
 from conftest import counted
@@ -168,6 +170,34 @@ def test_a_lock_that_somebody_removes_all_the_time_is_an_error(tmp_path, monkeyp
     monkeypatch.setattr(writer, "_is_still", lambda *_: False)
     with pytest.raises(ckptmgr.SaveError, match=r"lock was removed 1000 times while it was locked"):
         CheckpointManager(tmp_path)
+
+
+def interrupted(call, turn):
+    """What an interrupt at a moment of a call raises. As in a notebook, its traceback keeps what the call had."""
+    try:
+        with moments.Interrupt(turn, KeyboardInterrupt):
+            call()
+    except KeyboardInterrupt as problem:
+        return problem
+    return None
+
+
+def test_an_interrupt_while_the_lock_is_taken_does_not_lock_this_process_out(tmp_path):
+    """At each moment of the first locking of a run, and of locking it anew after the file was removed."""
+    (tmp_path / names.OURS).mkdir()
+    for turn in itertools.count(1):
+        raised = interrupted(lambda: writer.Writer(tmp_path), turn)
+        held = writer.Writer(tmp_path)
+        assert not is_free(tmp_path)
+        (tmp_path / names.LOCK).unlink()
+        raised_anew = interrupted(held.shared.hold, turn)
+        held.shared.hold()
+        assert not is_free(tmp_path)
+        held.release()
+        if raised is raised_anew is None:
+            break
+    assert turn > 50
+    assert is_free(tmp_path)
 
 
 # ---------------------------------------------------------------- threads
