@@ -5,8 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import member
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import warm
 from conftest import counted, free_port, visible
 from test_crash import last, rest
 
@@ -29,9 +28,8 @@ def start(count, directory, *what, devices=2, faults=None, timeout_s=60.0):
     """Starts the processes of a job; `faults` by index."""
     port = free_port()
     return [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(directory), str(port), str(count), str(index), str(devices), *what],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        warm.start(
+            [SCRIPT, directory, port, count, index, devices, *what],
             env=os.environ | {"CKPTMGR_FAULT": (faults or {}).get(index, ""), "CKPTMGR_TIMEOUT_S": str(timeout_s)},
         )
         for index in range(count)
