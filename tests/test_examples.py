@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import counted
 from tensorboardX.proto.event_pb2 import Event
 
@@ -55,10 +56,7 @@ def test_digits_goes_on_with_its_data_and_its_dropout(tmp_path):
 @pytest.mark.parametrize("name", RUNS)
 def test_each_example_runs_as_a_script_and_again(tmp_path, name):
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", tmp_path / "run"],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        done = warm.run(["-W", "error", EXAMPLES / f"{name}.py", tmp_path / "run"])
         assert done.returncode == 0, done.stderr
     if name in FRAMEWORKS:
         assert "resumed from step 200" in done.stdout

@@ -4,13 +4,14 @@
     done = warm.run(["-c", CODE, "word"])               as subprocess.run([sys.executable, "-c", CODE, "word"])
 
 The imports take a second, which is most of what a short script takes. A fork has a process, signals, an
-environment and devices of its own, and ends as an interpreter ends. The options of `python` cannot be given, nor
-what JAX reads when it is imported: such a script needs `subprocess`.
+environment and devices of its own, and ends as an interpreter ends. Of Python's options there are `-c` and
+`-W error`. What JAX reads when it is imported cannot be given: such a script needs `subprocess`.
 """
 
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import runpy
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 
 def start(words, env=None, cwd=None):
@@ -145,11 +147,15 @@ def play(words, env, cwd):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    if words[:2] == ["-W", "error"]:
+        warnings.simplefilter("error")
+        words = words[2:]
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = words
+        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
         runpy.run_path(words[0], run_name="__main__")
 
 
@@ -162,4 +168,6 @@ if __name__ == "__main__":
 
     import ckptmgr  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # no fork looks through it again, which would take longer than most scripts
     play(**serve(socket.socket(fileno=int(sys.argv[1]))))
