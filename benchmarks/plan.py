@@ -43,7 +43,7 @@ class Sizes:
 QUICK = Sizes(
     repeats=1, small_repeats=1, series_repeats=1, leaves=(30, 60), leaves_bytes=10**5, bytes=(10**5, 10**6),
     training=(32, 8, 20), training_turns=2, saves=5, steps=20, shards=(4, 64, 64), processes=(1, 2),
-    process_rows=8, group_timeout_s=25,
+    process_rows=8, group_timeout_s=100,
 )  # fmt: skip
 
 

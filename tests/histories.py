@@ -9,6 +9,7 @@ that finds something can be cut down, kept, and played again:
 
 import contextlib
 import functools
+import gc
 import grp  # noqa: F401  # another user may not import it
 import itertools
 import json
@@ -990,6 +991,7 @@ class Helper:
 
 
 def serve():
+    gc.freeze()  # no fork looks through the libraries again
     for line in sys.stdin:
         read, write = os.pipe()
         child = os.fork()

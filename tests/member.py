@@ -414,4 +414,6 @@ if __name__ == "__main__":
         known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:
         say("failed", type(problem).__name__, problem)
+        if mode == "attempt" and index == "0":  # the others may still be at it, and JAX ends them with process 0
+            time.sleep(60)
         os._exit(3)  # JAX would wait for the processes that are gone

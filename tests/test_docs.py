@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import typer
+import warm
 
 import ckptmgr
 from ckptmgr.cli.app import app
@@ -78,9 +79,10 @@ def each_page(test):
 RUN = """
 import contextlib, io, json, sys
 
+found = json.loads(sys.argv[1])
 page = {"__name__": "__main__"}
 printed = []
-for name, line, code in json.load(sys.stdin):
+for name, line, code in found:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile("\\n" * (line - 1) + code, name, "exec"), page)
@@ -92,14 +94,7 @@ json.dump(printed, sys.stdout)
 def run(found, page, directory):
     """What each python block of a page prints; fails with the traceback, in lines of the page."""
     code = [(name(page), block.line, block.text) for block in found]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN],
-        input=json.dumps(code),
-        capture_output=True,
-        text=True,
-        cwd=directory,
-        timeout=120,
-    )
+    done = warm.run(["-W", "error", "-c", RUN, json.dumps(code)], cwd=directory)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import counted
 from tensorboardX.proto.event_pb2 import Event
 
@@ -55,10 +56,7 @@ def test_digits_goes_on_with_its_data_and_its_dropout(tmp_path):
 @pytest.mark.parametrize("name", RUNS)
 def test_each_example_runs_as_a_script_and_again(tmp_path, name):
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", tmp_path / "run"],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        done = warm.run(["-W", "error", EXAMPLES / f"{name}.py", tmp_path / "run"])
         assert done.returncode == 0, done.stderr
     if name in FRAMEWORKS:
         assert "resumed from step 200" in done.stdout
@@ -110,12 +108,12 @@ def test_several_processes_train_as_one_and_go_on(tmp_path):
 
 
 def test_the_demo_ends_with_every_comparison_equal():
-    command = [sys.executable, EXAMPLES / "demo.py", "--steps", "120", "--save-every", "10"]
+    command = [sys.executable, EXAMPLES / "demo.py", "--steps", "60", "--save-every", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "half written" in done.stdout
     assert "resumed from step" in done.stdout
-    assert "120 of 120 equal" in done.stdout
+    assert "60 of 60 equal" in done.stdout
     assert "(1024, 1024) lies as (1024, 256) on each device" in done.stdout
     assert done.stdout.count("13 of 13 equal") == 2
     assert "All equal" in done.stdout
@@ -136,7 +134,7 @@ def test_the_demo_notices_what_is_not_resumed(tmp_path, forgotten):
     assert broken != source
     (tmp_path / "digits.py").write_text(broken)
     (tmp_path / "demo.py").write_text((EXAMPLES / "demo.py").read_text())
-    command = [sys.executable, tmp_path / "demo.py", "--steps", "60", "--save-every", "10"]
+    command = [sys.executable, tmp_path / "demo.py", "--steps", "60", "--save-every", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 1
     assert "NOT EQUAL" in done.stdout

@@ -2,8 +2,6 @@
 
 import logging
 import signal
-import subprocess
-import sys
 import uuid
 
 import faults
@@ -15,6 +13,7 @@ from conftest import counted
 from etils import epath
 from test_crash import last
 from test_crash import run as train
+from test_crash import start as start_trainer
 from test_job import finish, start
 
 import ckptmgr
@@ -101,14 +100,12 @@ def test_what_is_not_committed_is_no_step_and_goes_once_a_newer_one_is_there(run
 def test_watch_sees_what_another_process_saves(run):
     reader = ckptmgr.CheckpointManager(run, read_only=True)
     watching = reader.watch(timeout_s=60, poll_s=0.05)
-    process = subprocess.Popen(
-        [sys.executable, trainer.__file__, run, "2", "train"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start_trainer(run, 2, "train")
     try:
         assert [next(watching), next(watching)] == [1, 2]
         assert saved(reader) == (2, [])
     finally:
-        process.wait(60)
+        process.communicate(timeout=60)
 
 
 # ---------------------------------------------------------------- faults

@@ -1,14 +1,13 @@
 """Saved on one mesh of devices, restored on another by a process that has other devices."""
 
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import warm
 from conftest import counted
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -72,8 +71,7 @@ def test_saved_on_one_mesh_restored_on_others_by_other_processes(saved_on, tmp_p
     restored_on = [(1, {"a": 1}, "mesh", "default"), (2, {"a": 2}, "mesh", "auto"), (1, {"a": 1}, "host", "auto"),
                    (4, {"a": 4, "b": 1}, "mesh", "default"), (8, {"a": 2, "b": 4}, "mesh", "auto")]  # fmt: skip
     for devices, axes, where, kinds in restored_on:
-        command = [sys.executable, "-c", RESTORE, tmp_path, str(devices), str(axes), where, here, kinds]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = warm.run(["-c", RESTORE, tmp_path, devices, axes, where, here, kinds])
         assert done.stdout == "equal\n", done.stderr[-3000:]
 
 

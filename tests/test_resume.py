@@ -2,13 +2,12 @@
 
 import ast
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import optimizers
 import pytest
+import warm
 
 import ckptmgr
 from ckptmgr.testing import assert_trees_equal
@@ -23,15 +22,17 @@ SCRIPT = Path(__file__).with_name("optimizers.py")
 def resumed(tmp_path_factory):
     """The directory of runs that were killed once in mid-course and resumed to their end."""
     directory = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, str(SCRIPT), str(directory), str(STEPS)]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    command = [SCRIPT, directory, STEPS]
+    first = warm.start(command)
     while not any(int(path.name) >= 7 for path in directory.glob("*/[0-9]*") if path.name.isdigit()):
         assert first.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
     first.send_signal(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
     assert not list(directory.glob(f"*/{STEPS}"))
-    second = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    second = warm.run(command)
+    assert second.returncode == 0, second.stderr
     return directory, ast.literal_eval(second.stdout)
 
 

@@ -39,6 +39,18 @@ def _end_when_drained(number: int, _: FrameType | None) -> None:
     _thread.start_new_thread(finish, ())
 
 
+def _let_sigterm_end_a_fork() -> None:
+    """A fork has accepted nothing, so SIGTERM need not wait. It must not: Python runs a handler between two steps
+    of the main thread, and a fork may stand still in a library, at a lock that a thread of its parent held.
+    """
+    if signal.getsignal(signal.SIGTERM) is _end_when_drained:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_sigterm_end_a_fork)
+
+
 def _jax_listens() -> bool:
     """Whether JAX handles SIGTERM itself, to tell all processes of a job; `getsignal` does not show that."""
     is_on = bool(jax.config.jax_enable_preemption_service)  # type: ignore[attr-defined]

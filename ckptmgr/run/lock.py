@@ -106,7 +106,8 @@ class Shared:
                 break
         else:
             raise SaveError(
-                f"{self.path} was removed {_ATTEMPTS} times while it was locked; find out what removes it", step=None
+                f"{self.path} was removed {_ATTEMPTS} times while it was locked; find out what removes it",
+                step=None,
             )
         self.descriptor, self.opened = self.opened, None
 

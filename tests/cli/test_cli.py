@@ -1,4 +1,4 @@
-"""The commands, each run as a person types it: `ckptmgr ...`, in a process of its own."""
+"""The commands, each in a process of its own, as `ckptmgr ...` is when a person types it."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ import optax
 import optimizers
 import pytest
 import typer.testing
+import warm
 from etils import epath
 from jax.example_libraries import optimizers as example_libraries
 
@@ -24,16 +25,13 @@ from ckptmgr.cli import doctor, facts, tables
 from ckptmgr.cli.app import app
 from ckptmgr.testing import assert_trees_equal
 
-COMMAND = [sys.executable, "-c", "from ckptmgr.cli import main; main()"]
+COMMAND = ["-c", "from ckptmgr.cli import main; main()"]
 OPTIMIZER = optax.adam(1e-2)
 PARAMS = optimizers.PARAMS
 
 
-def run(*words, env=None):
-    done = subprocess.run(
-        [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"COLUMNS": "200"} | (env or {}),
-    )  # fmt: skip
+def run(*words):
+    done = warm.run([*COMMAND, *words], env=os.environ | {"COLUMNS": "200"})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -330,16 +328,19 @@ def test_help_has_an_example(command):
 
 def test_without_the_extra_it_says_what_to_install(tmp_path):
     (tmp_path / "typer.py").write_text("raise ImportError('no typer', name='typer')")
-    code, _, err = run("ls", tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert code == 1
-    assert err == "the command line needs typer: pip install 'ckptmgr[cli]'\n"
+    done = subprocess.run(
+        [sys.executable, *COMMAND, "ls", tmp_path], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "the command line needs typer: pip install 'ckptmgr[cli]'\n"
 
 
 def test_the_command_is_installed():
     assert (Path(sys.executable).parent / "ckptmgr").exists()
 
 
-@pytest.mark.parametrize(("lasts_s", "is_seen"), [(1.6, True), (0.2, False)])
+@pytest.mark.parametrize(("lasts_s", "is_seen"), [(1.6, True), (0, False)])
 def test_what_takes_longer_than_a_second_shows_a_bar_on_a_terminal(lasts_s, is_seen):
     program = (
         "import sys, time\n"

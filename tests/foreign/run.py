@@ -15,6 +15,7 @@ Answers each with a line of JSON: for each process its exit code, what it printe
 it ended with.
 """
 
+import gc
 import hashlib
 import importlib
 import json
@@ -106,6 +107,7 @@ def main(directory):
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_disable_most_optimizations", True)
+    gc.freeze()  # no fork looks through the libraries again
     for number, line in enumerate(sys.stdin):
         print(json.dumps(run(json.loads(line), directory / str(number))), flush=True)
 

@@ -637,7 +637,7 @@ def test_every_seconds_counts_from_the_step_that_is_gone_back_to(tmp_path):
 
 def test_an_evaluator_sees_what_is_saved_after_the_run_went_back(tmp_path):
     with CheckpointManager(tmp_path, keep=2) as manager:
-        watching = CheckpointManager(tmp_path, read_only=True).watch(timeout_s=5, poll_s=0.01)
+        watching = CheckpointManager(tmp_path, read_only=True).watch(timeout_s=60, poll_s=0.01)
         save(manager, 50, 90)
         assert [next(watching), next(watching)] == [50, 90]
         manager.rewind(50)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import ctypes
 import fcntl
 import functools
 import gc
@@ -439,6 +440,27 @@ def test_a_forked_child_reads_and_writes_nothing(tmp_path):
     manager.close()
     assert manager.steps() == list(range(1, counted(6, full=100)))
     assert is_whole(manager.restore(**HOST).params)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_sigterm_ends_a_forked_child_that_stands_still_in_a_library(tmp_path):
+    """As pools of data loaders end theirs, and wait for them."""
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    ours, theirs = os.pipe()
+    with CheckpointManager(tmp_path):
+        assert callable(signal.getsignal(signal.SIGTERM))
+        if (child := os.fork()) == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)  # a child that stands still is ended
+            lock(mutex)
+            os.write(theirs, b"locks")
+            lock(mutex)
+            os._exit(1)
+        assert os.read(ours, 5) == b"locks"
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    os.close(ours)
+    os.close(theirs)
 
 
 def _load(number):
