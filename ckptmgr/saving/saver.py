@@ -188,9 +188,9 @@ class Saver:
         def commit() -> CheckpointInfo:
             if self._writer is None or not self._writer.is_held():
                 raise SaveError("a callback has closed the manager", step=step)
-            self._committer.commit(copied, replaces=replaces)
+            manifest = self._committer.commit(copied, replaces=replaces)
             blocked_s = max(handed_over, copied.completed_at()) - called
-            info = self._history.glance(self._catalog.manifest(step, fresh=True))  # not that of a step it replaced
+            info = self._history.glance(manifest)
             return dataclasses.replace(info, blocked_s=blocked_s, durable_s=time.perf_counter() - called)
 
         def failed(failure: SaveError) -> None:
