@@ -65,8 +65,14 @@ MUTATIONS = [
         "tests/run/test_local.py::test_only_whole_numbers_are_steps",
     ),
     Mutation(
+        "1a", "what the small files hold is not flushed before the rename",
+        "saving/committing.py", "files.sync([*folders, *(draft / name for name in [*ours, manifests.NAME])])",
+        "files.sync(folders)",
+        "tests/orbax/test_orbax.py::test_everything_is_flushed_before_the_step_has_its_name",
+    ),
+    Mutation(
         "1a", "names are not flushed before the rename",
-        "saving/committing.py", "        files.sync(folders)\n", "",
+        "saving/committing.py", "files.sync([*folders, *(", "files.sync([*(",
         "tests/orbax/test_orbax.py::test_everything_is_flushed_before_the_step_has_its_name",
     ),
     Mutation(

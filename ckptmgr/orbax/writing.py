@@ -172,7 +172,8 @@ class _JsonHandler(ocp.JsonCheckpointHandler):
         return str(ocp.JsonCheckpointHandler.typestr())
 
     async def async_save(self, directory: epath.Path, *, args: Any) -> list[Any]:
-        await _in(self._threads, lambda: files.write(directory / self._name, json.dumps(args.item()).encode()))
+        path = directory / self._name
+        await _in(self._threads, lambda: files.write(path, json.dumps(args.item()).encode(), durable=False))
         return []
 
     def finalize(self, directory: epath.Path) -> None: ...
@@ -184,8 +185,8 @@ async def _in(threads: concurrent.futures.Executor, write: Callable[[], None]) -
 
 
 def _describe(directory: epath.Path, plan: Plan) -> None:
-    """Writes Orbax's own files about the arrays of an item."""
+    """Writes Orbax's own files about the arrays of an item. They are flushed with all others of the step."""
     for name, data in item_files.files(plan).items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, data)
+        files.write(path, data, durable=False)

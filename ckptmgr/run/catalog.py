@@ -173,6 +173,10 @@ class Catalog:
         known = None if fresh else self._manifests.get(step, stamp)
         return known or self._manifests.put(step, stamp, _read_manifest(step, self.require(step)))
 
+    def remember(self, manifest: manifests.Manifest) -> manifests.Manifest:
+        """The manifest of a step that was just published: it need not be read."""
+        return self._manifests.put(manifest.step, self.stamp(manifest.step), manifest)
+
     def stamp(self, step: int) -> Stamp:
         """What tells one save of a step from another, which another process may have put in its place."""
         return self._storage.stamp(self._name(step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
@@ -209,7 +210,7 @@ def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
         leaves={name: item.tree.leaves for name, item in manifest.items.items() if item.kind == "arrays"},
         unread={name: item.why for name, item in manifest.items.items() if item.kind == "unread"},
         metrics=dict(manifest.metrics),  # a policy or a callback may change it
-        metadata=manifest.metadata,
-        versions=manifest.versions,
+        metadata=copy.deepcopy(manifest.metadata),
+        versions=dict(manifest.versions),
         pinned=pinned,
     )

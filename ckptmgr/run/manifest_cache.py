@@ -43,7 +43,7 @@ class ManifestCache:
 
 def _shared(item: Item, known: Item | None) -> Item:
     """The item, with the tree of a known one if it says the same. (To `==`, a key 1 is a key True.)"""
-    if known is None or known.tree.leaves != item.tree.leaves:
+    if known is None or known.tree is item.tree or known.tree.leaves != item.tree.leaves:
         return item
     is_same = repr(known.tree.outline) == repr(item.tree.outline)
     return dataclasses.replace(item, tree=known.tree) if is_same else item

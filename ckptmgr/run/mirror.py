@@ -234,8 +234,7 @@ def _put(source: epath.Path, draft: epath.Path, names: Sequence[str]) -> None:
     """Copies files; each is durable when this returns."""
     if names:
         _client(draft).put([str(source / name) for name in names], [str(draft / name) for name in names])
-    for name in names:
-        files.flush(draft / name)
+    files.sync(draft / name for name in names)
 
 
 def _client(directory: epath.Path) -> Any:

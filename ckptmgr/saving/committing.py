@@ -37,16 +37,16 @@ class Committer:
         self._compression = compression
         self._job = job
 
-    def commit(self, copied: Copied, *, replaces: bool = False) -> None:
-        """Returns once the step is durable. If that fails, removes the draft and raises."""
+    def commit(self, copied: Copied, *, replaces: bool = False) -> manifests.Manifest:
+        """Returns the manifest once the step is durable. If that fails, removes the draft and raises."""
         stages = Stages(copied.step, self._job)
         try:
             with self._job.working(), stages.told():
-                if self._job.leads:
-                    self._lead(copied, stages, replaces)
-                else:
+                manifest = self._lead(copied, stages, replaces) if self._job.leads else None
+                if manifest is None:
                     self._follow(copied, stages)
                 stages.reach("commit")
+            return manifest or self._run.manifest(copied.step, fresh=True)
         except BaseException:
             if self._job.leads:
                 self._run.discard(copied.step)
@@ -54,7 +54,7 @@ class Committer:
         finally:
             copied.release()
 
-    def _lead(self, copied: Copied, stages: Stages, replaces: bool) -> None:
+    def _lead(self, copied: Copied, stages: Stages, replaces: bool) -> manifests.Manifest:
         self._look(copied.step, replaces)
         draft = self._begin(copied.step)
         orbax.write(
@@ -64,8 +64,9 @@ class Committer:
             made=lambda: stages.reach("directories"),
             written=lambda: stages.reach("arrays"),
         )
-        self._seal(copied, draft)
+        manifest = self._seal(copied, draft)
         self._publish(copied.step, draft, replaces)
+        return self._run.remember(manifest)
 
     def _look(self, step: int, replaces: bool) -> None:
         """Raises if the name of the step is taken. `save` looks only at what this process knows."""
@@ -85,7 +86,7 @@ class Committer:
         stages.reach("directories")
         for name in copied.own - copied.snapshots.keys():
             place = draft / name / manifests.own_place(here, manifests.json_file(name))
-            files.write(place, json.dumps(copied.contents[name]()).encode())
+            files.write(place, json.dumps(copied.contents[name]()).encode(), durable=False)
 
         def write(name: str) -> None:
             part = manifests.own_place(here) if name in copied.own else writing.own_part()
@@ -98,17 +99,19 @@ class Committer:
 
     # ------------------------------------------------------------ sealing
 
-    def _seal(self, copied: Copied, draft: epath.Path) -> None:
+    def _seal(self, copied: Copied, draft: epath.Path) -> manifests.Manifest:
         """Checks that the draft holds what was meant, writes the manifest, and makes the draft durable."""
         if paths.is_local(draft):
-            files.write(draft / names.COMMITTED, self._marker(copied.step))
-        files.flush(draft / names.STEP_METADATA)
+            files.write(draft / names.COMMITTED, self._marker(copied.step), durable=False)
         folders, sizes = files.walk(draft)
         found = manifests.record_files(draft, sizes, manifests.checks_itself)
         sealing.check(copied.step, draft, self._meant(copied, draft), found)
-        files.write(draft / manifests.NAME, copied.build_manifest(found))
+        manifest = copied.seal(found)
+        files.write(draft / manifests.NAME, manifests.encode(manifest), durable=False)
         self._run.keep_pin(copied.step)
-        files.sync(folders)
+        ours = [name for name in found if not sealing.is_of_database(name)]  # TensorStore flushes its own
+        files.sync([*folders, *(draft / name for name in [*ours, manifests.NAME])])
+        return manifest
 
     def _publish(self, step: int, draft: epath.Path, replaces: bool) -> None:
         """Gives the draft the name of the step, durably."""

@@ -92,14 +92,12 @@ class Copied:
         for snapshot in self.snapshots.values():
             snapshot.abandon()
 
-    def build_manifest(self, files: Mapping[str, manifests.File]) -> bytes:
+    def seal(self, files: Mapping[str, manifests.File]) -> manifests.Manifest:
         """The manifest, once the files are written and the metrics have arrived."""
         metrics = self.contents[manifests.METRICS]()
         each = self.manifest.items
         own = {name: dataclasses.replace(each[name], processes=jax.process_count()) for name in self.own}
-        return manifests.encode(
-            dataclasses.replace(self.manifest, items={**each, **own}, files=files, metrics=metrics)
-        )
+        return dataclasses.replace(self.manifest, items={**each, **own}, files=files, metrics=metrics)
 
 
 def _of_others(owners: Sequence[int], settled: Sequence[int]) -> list[int]:

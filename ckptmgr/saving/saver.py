@@ -188,9 +188,8 @@ class Saver:
         def commit() -> CheckpointInfo:
             if self._writer is None or not self._writer.is_held():
                 raise SaveError("a callback has closed the manager", step=step)
-            self._committer.commit(copied, replaces=replaces)
+            manifest = self._committer.commit(copied, replaces=replaces)
             blocked_s = max(handed_over, copied.completed_at()) - called
-            manifest = self._catalog.manifest(step, fresh=True)  # fresh: the step may have replaced another
             info = self._history.glance(manifest)
             return dataclasses.replace(info, blocked_s=blocked_s, durable_s=time.perf_counter() - called)
 

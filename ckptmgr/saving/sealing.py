@@ -39,6 +39,11 @@ class Meant(NamedTuple):
     compression: str | None
 
 
+def is_of_database(name: str) -> bool:
+    """Whether TensorStore wrote this file of a step, and has flushed it."""
+    return _DATABASE.fullmatch(name.partition("/")[2]) is not None
+
+
 def check(step: int, draft: epath.Path, meant: Meant, found: Mapping[str, manifests.File]) -> None:
     """Raises SaveError that names the first file or leaf that differs from what was meant."""
 
