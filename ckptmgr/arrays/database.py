@@ -32,6 +32,7 @@ def open_spec(directory: epath.Path) -> dict[str, Any]:
 
 def base(directory: epath.Path) -> Any:
     """The files of a database."""
+    _refuse_fork()
     return ts.KvStore.open(_base(str(directory)), context=ts.Context()).result()
 
 

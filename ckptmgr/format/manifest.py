@@ -7,6 +7,7 @@ itself; its last field is the CRC-32 of all bytes before it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -16,7 +17,8 @@ import os
 import platform
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
@@ -182,8 +184,41 @@ def _seal(text: bytes) -> bytes:
 _SEAL_BYTES = len(_seal(b""))
 
 
-def decode(data: bytes, *, step: int, path: str) -> Manifest:
-    """Reads a manifest.
+class KnownItems(NamedTuple):
+    """Items that a manifest holds, and the text that says so: manifests of one run mostly differ in the rest."""
+
+    text: bytes = b""
+    items: Mapping[str, Item] = MappingProxyType({})
+
+
+def items_text(data: bytes) -> bytes:
+    """What a manifest says of its items, as it stands there."""
+    return data[_items_place(data)]
+
+
+def _items_place(text: bytes) -> slice:
+    return slice(text.find(_ITEMS) + len(_ITEMS), text.rfind(b',"files":'))
+
+
+_ITEMS = b',"items":'
+
+
+def _parse(text: bytes, known: KnownItems) -> tuple[Any, bool]:
+    """A manifest as JSON, and whether its items are the known ones: those are not parsed again, and left out."""
+    place = _items_place(text)
+    if known.text and text[place] == known.text:
+        with contextlib.suppress(ValueError, TypeError):  # the metadata may hold the same words
+            body = json.loads(b"%bnull%b}" % (text[: place.start], text[place.stop :]))
+            if body["items"] is None:
+                return body | {"items": {}}, True
+    return json.loads(text + b"}"), False
+
+
+NO_ITEMS = KnownItems()
+
+
+def decode(data: bytes, *, step: int, path: str, known: KnownItems = NO_ITEMS) -> Manifest:
+    """Reads a manifest; one that says the same of its items as one before has the very items of that one.
 
     Raises CorruptCheckpointError unless every bit of it is as it was written and it says what a manifest says,
     NewerFormatError for one that a later version of ckptmgr wrote.
@@ -196,7 +231,7 @@ def decode(data: bytes, *, step: int, path: str) -> Manifest:
     if seal != _seal(text):
         raise damaged("its checksum does not match")
     try:
-        body = json.loads(text + b"}")
+        body, is_known = _parse(text, known)
         schema.check({"format": schema.COUNT}, body)
         if body["format"] > FORMAT:
             found = body["format"]
@@ -215,7 +250,7 @@ def decode(data: bytes, *, step: int, path: str) -> Manifest:
         metrics=body["metrics"],
         metadata=body["metadata"],
         versions=body["versions"],
-        items={name: _item_from_json(item) for name, item in body["items"].items()},
+        items=known.items if is_known else _items_from_json(body["items"]),
         files={name: File(*facts) for name, facts in body["files"].items()},
         written_here=not body.get("adopted", False),
     )
@@ -243,6 +278,10 @@ def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
     named = {"path": leaf.path, "keys": leaf.keys, "kind": leaf.kind, "shape": leaf.shape, "dtype": leaf.dtype}
     extra = {"weak": leaf.weak, "partition": leaf.partition, "impl": leaf.impl, "chunks": leaf.chunks}
     return named | {name: value for name, value in extra.items() if value not in (False, None)}
+
+
+def _items_from_json(items: Mapping[str, Any]) -> dict[str, Item]:
+    return {name: _item_from_json(item) for name, item in items.items()}
 
 
 def _item_from_json(item: Mapping[str, Any]) -> Item:
