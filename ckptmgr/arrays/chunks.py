@@ -79,8 +79,13 @@ def chunk_shape(shape: Sequence[int], shard: Sequence[int], itemsize: int, chunk
 
 def stored(spec: LeafSpec) -> Stored:
     """How a leaf of a committed step lies on disk."""
-    dtype = "uint8" if spec.dtype in BYTES_ALONE else spec.dtype
-    return Stored(spec.shape, dtype, spec.chunks or whole(spec.shape))
+    return _stored(spec.shape, spec.dtype, spec.chunks)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored(shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...] | None) -> Stored:
+    """Leaves have few forms."""
+    return Stored(shape, "uint8" if dtype in BYTES_ALONE else dtype, chunks or whole(shape))
 
 
 def whole(shape: Sequence[int]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ class Opener:
     @functools.cached_property
     def found(self) -> extents.Found:
         """Where each value lies in the files of a database on this machine."""
-        return extents.find(database.base(self._directory))
+        return extents.find(self._directory)
 
     @functools.cached_property
     def _context(self) -> Any:
@@ -68,7 +69,7 @@ class Opener:
 
     def small(self, plan: small.Plan) -> list[Values]:
         """Small arrays, read straight from the files; raises small.SmallArrayError."""
-        return small.read(plan, self._directory, self.found)
+        return small.read(plan, os.fspath(self._directory), self.found)
 
     def plan(self, spec: LeafSpec, pieces: Sequence[Index]) -> tuple[list[Values], list[extents.Job]] | None:
         """How the pieces of a large array are read straight from the files; None if TensorStore has to."""
@@ -112,7 +113,7 @@ class Plan:
 
     def __init__(self, wanted: Sequence[Read], sources: Sequence[Source], *, is_local: bool) -> None:
         self.wanted = wanted
-        ways = [_way(each.spec, sources[each.source], is_local) for each in wanted]
+        ways = [way(each.spec, sources[each.source], is_local=is_local) for each in wanted]
         self.small = {
             source: [n for n, each in enumerate(wanted) if ways[n] == "small" and each.source == source]
             for source in range(len(sources))
@@ -128,21 +129,15 @@ class Plan:
 _WAYS = ("chunk", "files", "array")
 
 
-def _way(spec: LeafSpec, source: Source, is_local: bool) -> str:
+def way(spec: LeafSpec, source: Source, *, is_local: bool) -> str:
     """How an array is read: with others ("small"), as the only chunk that it has in a bucket ("chunk"), straight
     from the files ("files"), or by TensorStore, which opens it ("array")."""
-    stored = chunks.stored(spec) if spec.kind not in ("key", "str") else None
-    if not source.plain or stored is None or 0 in spec.shape:
+    if not source.plain or spec.kind in ("key", "str") or 0 in spec.shape:
         return "array"
+    stored = chunks.stored(spec)
     if spec.chunks is None and stored.is_direct():
         return "small" if is_local else "chunk"
     return "files" if is_local and stored.is_raw() else "array"
-
-
-def held_twice(spec: LeafSpec, source: Source) -> int:
-    """Bytes of a leaf that JAX may copy on its way to the device: only of small ones."""
-    is_small = _way(spec, source, is_local=True) == "small"
-    return chunks.stored(spec).nbytes if is_small else 0
 
 
 def read(plan: Plan, openers: Sequence[Opener]) -> list[list[Values]]:

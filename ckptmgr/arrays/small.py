@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
-from etils import epath
 
 from ckptmgr.arrays import chunks
 from ckptmgr.arrays.chunks import RESIDUE, Values
@@ -49,7 +48,7 @@ class Plan:
         self.offsets = ends
 
 
-def read(plan: Plan, directory: epath.Path, found: Found) -> list[Values]:
+def read(plan: Plan, directory: str, found: Found) -> list[Values]:
     """All of them; raises SmallArrayError for the first that is missing or damaged."""
     memory: Any = chunks.aligned((plan.nbytes,), np.dtype(np.uint8))
     into = memoryview(memory)
@@ -105,18 +104,18 @@ def _runs(sources: Sequence[Extent | bytes]) -> list[list[_Chunk]]:
     return runs
 
 
-def _read(directory: epath.Path, run: Sequence[_Chunk]) -> Values:
+def _read(directory: str, run: Sequence[_Chunk]) -> Values:
     """The bytes of a file from the first chunk of a run to the last."""
     begin, end = run[0].offset, max(each.end for each in run)
     data: Values = np.empty(end - begin, np.uint8)
     into: Any = memoryview(data.data)
     got = 0
     try:
-        with paths.open_to_read(directory / run[0].file) as file:
+        with paths.open_to_read(f"{directory}/{run[0].file}") as file:
             while got < len(data):
                 more = os.preadv(file.fileno(), [into[got:]], begin + got)
                 if more == 0:
-                    raise ValueError(f"{directory / run[0].file} ends within its chunk")
+                    raise ValueError(f"{directory}/{run[0].file} ends within its chunk")
                 got += more
     except (OSError, ValueError) as problem:
         place = next((each.place for each in run if each.end > begin + got), run[0].place)

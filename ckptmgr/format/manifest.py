@@ -18,7 +18,7 @@ import platform
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from etils import epath
 
@@ -36,7 +36,7 @@ FORMAT = 2
 others write; and items of which each process has its own: format 1 would give all of them the first.
 A manifest without these is still written as format 1, so that older versions read it."""
 
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 1 << 20
 _LIBRARIES = ("ckptmgr", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
 
 
@@ -320,22 +320,25 @@ def record_files(
 ) -> dict[str, File]:
     """Size of every file below `directory`, and the CRC-32 of those that do not check themselves."""
     return {
-        name: File(size, None if checks_itself(name, size) else checksum(directory / name)[1])
+        name: File(size, None if checks_itself(name, size) else checksum(directory / name))
         for name, size in sorted(sizes.items())
         if name != NAME
     }
 
 
-def checksum(path: epath.Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file, which need not fit into memory."""
+def checksum(path: str | os.PathLike[str]) -> int:
+    """CRC-32 of a file, which need not fit into memory."""
     if not paths.is_local(path):  # there only small files have one
-        data = paths.read_bytes(path)
-        return len(data), zlib.crc32(data)
-    size = found = 0
+        return zlib.crc32(paths.read_bytes(epath.Path(path)))
     with paths.open_to_read(path) as file:
-        while block := file.read(_BLOCK_BYTES):
-            size, found = size + len(block), zlib.crc32(block, found)
-    return size, found
+        return _checksum(file)
+
+
+def _checksum(file: BinaryIO) -> int:
+    found = 0
+    while block := file.read(_BLOCK_BYTES):
+        found = zlib.crc32(block, found)
+    return found
 
 
 def check_files(manifest: Manifest, directory: epath.Path, items: Iterable[str]) -> None:
@@ -365,13 +368,8 @@ def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File)
             f"step {manifest.step}: {directory / name} {why}", step=manifest.step, path=name
         )
 
-    path = directory / name
     try:
-        if paths.is_local(path) or file.crc32 is None:
-            size = paths.size(path)
-            found = None if file.crc32 is None or size != file.size else checksum(path)[1]
-        else:
-            size, found = checksum(path)
+        size, found = _size_and_checksum(directory, name, file)
     except FileNotFoundError:
         raise damaged("is missing") from None
     except (OSError, ValueError) as problem:  # a directory in its place, a bad sector, a name with a NUL
@@ -381,3 +379,14 @@ def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File)
         raise damaged(f"has {size} bytes instead of {file.size}")
     if found != file.crc32:
         raise damaged("is damaged: its checksum does not match")
+
+
+def _size_and_checksum(directory: epath.Path, name: str, file: File) -> tuple[int, int | None]:
+    """Of a file that has another size, or none that is known, the checksum is not made."""
+    path = os.path.join(directory, name)
+    if not paths.is_local(path):
+        data = None if file.crc32 is None else paths.read_bytes(directory / name)
+        return (paths.size(directory / name), None) if data is None else (len(data), zlib.crc32(data))
+    with paths.open_to_read(path) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        return size, None if file.crc32 is None or size != file.size else _checksum(opened)

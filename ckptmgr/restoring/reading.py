@@ -83,11 +83,13 @@ class Plan:
 
     def group(self, leaves: Sequence[int]) -> list[Group]:
         """These leaves, as many at a time as may be held twice: JAX copies small ones once more."""
-        sizes = [
-            arrays.held_twice(each.spec, self.databases[each.source])
-            for each in map(self.wanted.__getitem__, leaves)
-        ]
+        sizes = [self._held_twice(self.wanted[n]) for n in leaves]
         return [Group(self, [leaves[n] for n in run]) for run in chunks.runs(sizes, _COPIED_BYTES)]
+
+    def _held_twice(self, each: arrays.Read) -> int:
+        """Bytes of a leaf while it goes to its device."""
+        way = arrays.way(each.spec, self.databases[each.source], is_local=self.is_local)
+        return chunks.stored(each.spec).nbytes if way in ("small", "chunk") else 0
 
 
 class Group:
