@@ -96,6 +96,11 @@ MUTATIONS = [
         "tests/arrays/test_arrays.py::test_no_bit_of_a_chunk_can_change_unnoticed",
     ),
     Mutation(
+        "2a", "the checksum of a small array is not compared",
+        "arrays/small.py", "if google_crc32c.value(data) != RESIDUE:", "if False:",
+        "tests/arrays/test_small.py",
+    ),
+    Mutation(
         "2a", "the checksum of a node of the database is not compared",
         "arrays/nodes.py",
         'if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):', "if False:",
@@ -278,6 +283,11 @@ MUTATIONS = [
         "trees/following.py",
         "if own is None:\n        return followed\n", "if own is None:\n        return HERE\n",
         "tests/test_exactness.py::test_bits_types_and_places_are_those_of_the_run",
+    ),
+    Mutation(
+        "10a", "a plan that is kept serves whatever is asked for",
+        "restoring/planning.py", "if _are(items, manifest.items) and is_alike(before, asked):", "if True:",
+        "tests/restoring/test_planning.py",
     ),
     Mutation(
         "10b", "a copy of a save is an implicit transfer",

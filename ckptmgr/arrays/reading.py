@@ -179,7 +179,7 @@ def _read_small(plan: Plan, source: int, some: small.Plan, opener: Opener, found
         raise plan.wanted[places[0]].damaged(problem) from problem
     for n in plan.cut:
         if plan.wanted[n].source == source:
-            found[n] = [chunks.at(found[n][0], index) for index in plan.wanted[n].pieces]
+            found[n] = [found[n][0][index] for index in plan.wanted[n].pieces]
 
 
 def _plan(each: Read, opener: Opener) -> tuple[list[Values], list[extents.Job]] | None:
