@@ -98,8 +98,13 @@ MUTATIONS = [
     ),
     Mutation(
         "2a", "the checksum of a small chunk is not compared",
-        "arrays/chunks.py", "if google_crc32c.value(data) != _RESIDUE:", "if False:",
+        "arrays/chunks.py", "if google_crc32c.value(data) != RESIDUE:", "if False:",
         "tests/arrays/test_arrays.py::test_no_bit_of_a_chunk_can_change_unnoticed",
+    ),
+    Mutation(
+        "2a", "the checksum of a small array is not compared",
+        "arrays/small.py", "if google_crc32c.value(data) != RESIDUE:", "if False:",
+        "tests/arrays/test_small.py",
     ),
     Mutation(
         "2a", "the checksum of a node of the database is not compared",
@@ -284,6 +289,11 @@ MUTATIONS = [
         "trees/following.py",
         "if own is None:\n        return followed\n", "if own is None:\n        return HERE\n",
         "tests/test_exactness.py::test_bits_types_and_places_are_those_of_the_run",
+    ),
+    Mutation(
+        "10a", "a plan that is kept serves whatever is asked for",
+        "restoring/planning.py", "if _are(items, manifest.items) and is_alike(before, asked):", "if True:",
+        "tests/restoring/test_planning.py",
     ),
     Mutation(
         "10b", "a copy of a save is an implicit transfer",
@@ -474,8 +484,8 @@ MUTATIONS = [
     ),
     Mutation(
         "13b", "files are mapped",
-        'arrays/reading.py', '        context = ts.Context()  # files are read',
-        '        context = ts.Context({"file_io_mode": {"mode": "memmap"}})  # files are read',
+        'arrays/reading.py', '        return ts.Context()  # files are read',
+        '        return ts.Context({"file_io_mode": {"mode": "memmap"}})  # files are read',
         'tests/test_truncated.py',
     ),
     Mutation(

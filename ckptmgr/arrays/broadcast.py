@@ -45,8 +45,10 @@ class _Copies(NamedTuple):
 class Shared:
     """The leaves that are read once; `leaves` are their places among all that are wanted."""
 
-    def __init__(self, wanted: Sequence[reading.Read], targets: Sequence[Target]) -> None:
-        self._wanted, self._targets = wanted, targets
+    def __init__(
+        self, wanted: Sequence[reading.Read], sources: Sequence[reading.Source], targets: Sequence[Target]
+    ) -> None:
+        self._wanted, self._sources, self._targets = wanted, sources, targets
         self._copies = {place: found for place, target in enumerate(targets) if (found := _copies(target))}
         self._chosen: dict[int, int] = {}
         """The copy of each leaf that is read: the one with least to read so far."""
@@ -63,11 +65,12 @@ class Shared:
         order = {copies: number for number, copies in enumerate(dict.fromkeys(self._copies.values()))}
         return sorted(self._copies, key=lambda place: (order[self._copies[place]], place))
 
-    def read(self) -> None:
+    def read(self, openers: Sequence[reading.Opener], *, is_local: bool) -> None:
         """Reads what this process reads for all; raises DamagedArrayError."""
         pieces = {place: self._pieces_read_here(place) for place in self._copies}
         wanted = [self._wanted[place]._replace(pieces=list(own.values())) for place, own in pieces.items()]
-        for (place, own), values in zip(pieces.items(), reading.read(wanted), strict=True):
+        plan = reading.Plan(wanted, self._sources, is_local=is_local)
+        for (place, own), values in zip(pieces.items(), reading.read(plan, openers), strict=True):
             self._read[place] = dict(zip(own, values, strict=True))
 
     def _pieces_read_here(self, place: int) -> dict[Spelled, Index]:

@@ -19,6 +19,7 @@ import google_crc32c
 import numpy as np
 import tensorstore as ts
 
+from ckptmgr.specs import LeafSpec
 from ckptmgr.trees.structure import numpy_dtype
 
 Values = np.ndarray[Any, Any]
@@ -31,7 +32,7 @@ _PACKED = frozenset({"int2", "int4", "float4_e2m1fn"})  # TensorStore normalises
 _DIRECT_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 20  # smaller chunks cost more than they save
 _ALIGNMENT = 64
-_RESIDUE = 0x48674BC7  # CRC-32C of anything followed by its own CRC-32C, little-endian
+RESIDUE = 0x48674BC7  # CRC-32C of anything followed by its own CRC-32C, little-endian
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,6 +77,17 @@ def chunk_shape(shape: Sequence[int], shard: Sequence[int], itemsize: int, chunk
     return tuple(chunk)
 
 
+def stored(spec: LeafSpec) -> Stored:
+    """How a leaf of a committed step lies on disk."""
+    return _stored(spec.shape, spec.dtype, spec.chunks)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored(shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...] | None) -> Stored:
+    """Leaves have few forms."""
+    return Stored(shape, "uint8" if dtype in BYTES_ALONE else dtype, chunks or whole(shape))
+
+
 def whole(shape: Sequence[int]) -> tuple[int, ...]:
     """The chunk that holds all of an array."""
     return tuple(max(1, size) for size in shape)
@@ -92,6 +104,11 @@ def runs(sizes: Sequence[int], bound: int | None) -> list[range]:
             held = 0
         held += size
     return [range(first, last) for first, last in itertools.pairwise([*starts, len(sizes)])]
+
+
+def round_up(nbytes: int) -> int:
+    """To where the next array may begin, as `aligned` has it."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> Values:
@@ -197,6 +214,6 @@ def decode(data: bytes, stored: Stored) -> Values:
     """The values of an array of one chunk; raises ValueError if a bit of them has changed."""
     if len(data) != stored.nbytes + 4:
         raise ValueError(f"its chunk has {len(data)} bytes instead of {stored.nbytes + 4}")
-    if google_crc32c.value(data) != _RESIDUE:
+    if google_crc32c.value(data) != RESIDUE:
         raise ValueError("the checksum of its chunk does not match")
     return np.frombuffer(data, numpy_dtype(stored.dtype), math.prod(stored.shape)).reshape(stored.shape)

@@ -14,7 +14,7 @@ from ckptmgr.format import paths
 _process: int | None = None
 
 
-def _refuse_fork() -> None:
+def refuse_fork() -> None:
     """TensorStore ends a process without a word that was forked after TensorStore had started its threads."""
     global _process
     _process = _process or os.getpid()
@@ -26,12 +26,13 @@ def _refuse_fork() -> None:
 
 
 def open_spec(directory: epath.Path) -> dict[str, Any]:
-    _refuse_fork()
+    refuse_fork()
     return {"driver": "ocdbt", "base": _base(str(directory))}
 
 
-def base(directory: epath.Path) -> Any:
+def base(directory: str | os.PathLike[str]) -> Any:
     """The files of a database."""
+    refuse_fork()
     return ts.KvStore.open(_base(str(directory)), context=ts.Context()).result()
 
 

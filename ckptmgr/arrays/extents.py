@@ -22,7 +22,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from ckptmgr.arrays import chunks, nodes
+from ckptmgr.arrays import chunks, database, nodes
 from ckptmgr.arrays.chunks import Index, Stored, Values
 from ckptmgr.arrays.nodes import Node, Place
 from ckptmgr.format import paths, schema
@@ -42,34 +42,47 @@ class Extent(NamedTuple):
 Found = dict[str, Extent | bytes]
 
 
-def find(store: Any) -> Found:
-    """Where every value of a database is, or the value itself if it is small; `store` is the item's directory.
+def find(path: str | os.PathLike[str]) -> Found:
+    """Where every value of a database on this machine is, or the value itself if it is small.
 
-    Raises ValueError for a database that cannot be read.
+    Raises ValueError or OSError for a database that cannot be read.
     """
-    found: Found = {}
-    versions = ts.ocdbt.dump(store).result()["versions"]
-    root = max(versions, key=lambda version: int(version["generation_number"]))["root"]
-    todo = [(b"", _place(root["location"]))] if "location" in root else []
+    database.refuse_fork()
+    directory, found = os.fspath(path), Found()
+    todo = [(b"", root) for root in _roots(directory)]
     while todo:
         prefix, place = todo.pop()
-        node = nodes.decode(_read_node(store, place), place.base) or _dumped(store, place)
+        node = nodes.decode(_read_node(directory, place), place.base) or _dumped(directory, place)
         todo += [(prefix + below, child) for below, child in node.children]
-        for key, value in zip(node.keys, node.values, strict=True):
-            found[(prefix + key).decode()] = value if isinstance(value, bytes) else _extent(value)
+        for key, value in zip(node.keys, node.values, strict=True):  # no Python calls: there are thousands
+            if isinstance(value, bytes):
+                found[(prefix + key).decode()] = value
+            else:
+                row = _inside(value.base + value.file), value.offset, value.nbytes
+                found[(prefix + key).decode()] = _extent(row)
     return found
 
 
-def _read_node(store: Any, place: Place) -> bytes:
-    where = slice(place.offset, place.offset + place.nbytes)
-    answer = store.read(_inside(place.base + place.file), byte_range=where).result()
-    if answer.state != "value":
-        raise ValueError("a node of the database is missing")
-    return bytes(answer.value)
+def _roots(directory: str) -> list[Place]:
+    """The root of the newest version; of an empty database none."""
+    known = nodes.roots(paths.read_bytes(f"{directory}/manifest.ocdbt"))
+    if known is not None:
+        return known
+    versions = ts.ocdbt.dump(database.base(directory)).result()["versions"]
+    root = max(versions, key=lambda version: int(version["generation_number"]))["root"]
+    return [_place(root["location"])] if "location" in root else []
 
 
-def _dumped(store: Any, place: Place) -> Node:
+def _read_node(directory: str, place: Place) -> bytes:
+    with paths.open_to_read(f"{directory}/{_inside(place.base + place.file)}") as file:
+        if place.offset + place.nbytes > os.fstat(file.fileno()).st_size:
+            raise ValueError("a node of the database is missing")
+        return os.pread(file.fileno(), place.nbytes, place.offset)
+
+
+def _dumped(directory: str, place: Place) -> Node:
     """A node that is compressed, as in steps of older versions."""
+    store = database.base(directory)
     spelled = ":".join(urllib.parse.quote(part, safe="") for part in (place.base, place.file))
     entries = ts.ocdbt.dump(store, f"btreenode:{spelled}:{place.offset}:{place.nbytes}").result()["entries"]
     if entries and "location" in entries[0]:
@@ -92,8 +105,7 @@ def _place(location: str) -> Place:
     return Place(unquoted(base), unquoted(file), int(offset), int(length))
 
 
-def _extent(place: Place) -> Extent:
-    return Extent(_inside(place.base + place.file), place.offset, place.nbytes)
+_extent = functools.partial(tuple.__new__, Extent)  # without Python for each: there are thousands
 
 
 @functools.lru_cache(maxsize=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple
 import tensorstore as ts
 from etils import epath
 
-from ckptmgr.arrays import chunks, database, extents
-from ckptmgr.arrays.chunks import BYTES_ALONE, Index, Stored, Values
+from ckptmgr.arrays import chunks, database, extents, small
+from ckptmgr.arrays.chunks import BYTES_ALONE, Index, Values
 from ckptmgr.format import paths
 from ckptmgr.specs import LeafSpec
 from ckptmgr.trees.structure import numpy_dtype
@@ -30,41 +31,52 @@ class DamagedArrayError(Exception):
         self.leaf = f"{item}{leaf}"
 
 
+class Source(NamedTuple):
+    """The database of an item, in a step or elsewhere. `plain` arrays are ours and uncompressed."""
+
+    folder: str
+    zarr3: bool = True
+    ocdbt: bool = True
+    plain: bool = False
+
+
 class Opener:
-    """Gives the arrays of one committed item. `plain` arrays are ours and uncompressed."""
+    """Gives the arrays of one committed item."""
 
-    def __init__(
-        self, directory: epath.Path, *, zarr3: bool = True, ocdbt: bool = True, plain: bool = False
-    ) -> None:
-        context = ts.Context()  # files are read, not mapped: a mapped one that is cut short ends the process
-        spec = database.open_spec(directory)
-        self._context = context
-        self._store = ts.KvStore.open(spec if ocdbt else spec["base"], context=context).result()
+    def __init__(self, directory: epath.Path, source: Source) -> None:
+        self._directory = directory / source.folder
+        self._source = source
+
+    @functools.cached_property
+    def found(self) -> extents.Found:
+        """Where each value lies in the files of a database on this machine."""
+        return extents.find(self._directory)
+
+    @functools.cached_property
+    def _context(self) -> Any:
+        return ts.Context()  # files are read, not mapped: a mapped one that is cut short ends the process
+
+    @functools.cached_property
+    def _store(self) -> Any:
+        spec = database.open_spec(self._directory)
+        return ts.KvStore.open(spec if self._source.ocdbt else spec["base"], context=self._context).result()
+
+    @functools.cached_property
+    def _spec(self) -> Any:
         unchanging = {"recheck_cached_metadata": False, "recheck_cached_data": False}  # what is committed stays
-        driver = "zarr3" if zarr3 else "zarr"
-        self._spec = ts.Spec({"driver": driver, "fill_missing_data_reads": False, **unchanging})
-        self._directory = directory
-        self._plain = plain
-        self._found: extents.Found | None = None
+        driver = "zarr3" if self._source.zarr3 else "zarr"
+        return ts.Spec({"driver": driver, "fill_missing_data_reads": False, **unchanging})
 
-    def is_direct(self, spec: LeafSpec) -> bool:
-        """Whether an array is one chunk that is read and checked without opening the array."""
-        alone = self._plain and spec.chunks is None and spec.kind != "key" and 0 not in spec.shape
-        return alone and _stored(spec).is_direct()
+    def small(self, plan: small.Plan) -> list[Values]:
+        """Small arrays, read straight from the files; raises small.SmallArrayError."""
+        return small.read(plan, os.fspath(self._directory), self.found)
 
     def plan(self, spec: LeafSpec, pieces: Sequence[Index]) -> tuple[list[Values], list[extents.Job]] | None:
         """How the pieces of a large array are read straight from the files; None if TensorStore has to."""
-        stored = _stored(spec)
-        if not (self._plain and spec.kind != "key" and 0 not in spec.shape and stored.is_raw()):
-            return None
-        if not paths.is_local(self._directory):
-            return None
-        if self._found is None:
-            self._found = extents.find(database.base(self._directory))
-        prefix = chunks.prefix(spec.name)
-        if self._found.get(f"{prefix}zarr.json") != chunks.zarr_json(stored):
+        stored, prefix = chunks.stored(spec), chunks.prefix(spec.name)
+        if self.found.get(f"{prefix}zarr.json") != chunks.zarr_json(stored):
             return None  # it is not what the manifest says: TensorStore's answer says what it is
-        return extents.plan(self._directory, self._found, prefix, stored, pieces)
+        return extents.plan(self._directory, self.found, prefix, stored, pieces)
 
     def chunk(self, spec: LeafSpec) -> Any:
         """A future of the only chunk of an array."""
@@ -82,54 +94,97 @@ class Opener:
         return tuple(array.shape), array.dtype.name
 
 
-def _stored(spec: LeafSpec) -> Stored:
-    dtype = "uint8" if spec.dtype in BYTES_ALONE else spec.dtype
-    return Stored(spec.shape, dtype, spec.chunks or chunks.whole(spec.shape))
-
-
 class Read(NamedTuple):
     """One leaf of an item that is to be read, in the pieces that are wanted of it."""
 
     item: str
-    opener: Opener
+    source: int
+    """Which of the databases it is in."""
     spec: LeafSpec
     pieces: Sequence[Index] = ((),)
-
-    @property
-    def copied_nbytes(self) -> int:
-        """Bytes that are held twice while the leaf goes to its device."""
-        return _stored(self.spec).nbytes if self.opener.is_direct(self.spec) else 0
 
     def damaged(self, reason: object) -> DamagedArrayError:
         first_line = str(reason).partition("\n")[0]
         return DamagedArrayError(self.item, self.spec.path, _SPEC.split(first_line)[0])
 
 
-def read(wanted: Sequence[Read]) -> list[list[Values]]:
-    """The pieces of every wanted leaf, as numpy arrays; all asked for at once."""
-    direct = [each.opener.is_direct(each.spec) for each in wanted]
-    plans = [None if fast else _plan(each) for each, fast in zip(wanted, direct, strict=True)]
-    asked = [
-        each.opener.chunk(each.spec) if fast else each.opener.open(each.spec.name) if plan is None else None
-        for each, fast, plan in zip(wanted, direct, plans, strict=True)
-    ]
+class Plan:
+    """How leaves are read: the same for each step of a structure. `is_local` if the files are on this machine."""
+
+    def __init__(self, wanted: Sequence[Read], sources: Sequence[Source], *, is_local: bool) -> None:
+        self.wanted = wanted
+        ways = [way(each.spec, sources[each.source], is_local=is_local) for each in wanted]
+        self.small = {
+            source: [n for n, each in enumerate(wanted) if ways[n] == "small" and each.source == source]
+            for source in range(len(sources))
+        }
+        """By database, the places of those that are read with few calls."""
+        self.small_plans = {
+            source: small.Plan([wanted[n].spec for n in places]) for source, places in self.small.items() if places
+        }
+        self.cut = [n for n, each in enumerate(wanted) if ways[n] == "small" and tuple(each.pieces) != ((),)]
+        self.chunks, self.files, self.arrays = ([n for n, way in enumerate(ways) if way == each] for each in _WAYS)
+
+
+_WAYS = ("chunk", "files", "array")
+
+
+def way(spec: LeafSpec, source: Source, *, is_local: bool) -> str:
+    """How an array is read: with others ("small"), as the only chunk that it has in a bucket ("chunk"), straight
+    from the files ("files"), or by TensorStore, which opens it ("array")."""
+    if not source.plain or spec.kind in ("key", "str") or 0 in spec.shape:
+        return "array"
+    stored = chunks.stored(spec)
+    if spec.chunks is None and stored.is_direct():
+        return "small" if is_local else "chunk"
+    return "files" if is_local and stored.is_raw() else "array"
+
+
+def read(plan: Plan, openers: Sequence[Opener]) -> list[list[Values]]:
+    """The pieces of every wanted leaf, as numpy arrays; all asked for at once. Each source has its opener."""
+    wanted = plan.wanted
+    found: list[Any] = [None] * len(wanted)
+    asked = [(n, openers[wanted[n].source].chunk(wanted[n].spec)) for n in plan.chunks]
+    opened = [(n, openers[wanted[n].source].open(wanted[n].spec.name)) for n in plan.arrays]
+    for source, some in plan.small_plans.items():
+        _read_small(plan, source, some, openers[source], found)
+    jobs = []
+    for n in plan.files:
+        direct = _plan(wanted[n], openers[wanted[n].source])
+        if direct is None:
+            opened.append((n, openers[wanted[n].source].open(wanted[n].spec.name)))
+        else:
+            found[n] = [_view(wanted[n], values) for values in direct[0]]
+            jobs += [(wanted[n], job) for job in direct[1]]
     window = _Window()
-    found = [
-        _cut(each, _result(each, future))
-        if fast
-        else _start(each, future, window)
-        if plan is None
-        else [_view(each, values) for values in plan[0]]
-        for each, fast, plan, future in zip(wanted, direct, plans, asked, strict=True)
-    ]
+    for n, future in asked:
+        found[n] = _cut(wanted[n], _result(wanted[n], future))
+    for n, future in opened:
+        found[n] = _start(wanted[n], future, window)
     window.drain(0)
-    _fill([(each, job) for each, plan in zip(wanted, plans, strict=True) if plan is not None for job in plan[1]])
+    _fill(jobs)
     return found
 
 
-def _plan(each: Read) -> tuple[list[Values], list[extents.Job]] | None:
+def _read_small(plan: Plan, source: int, some: small.Plan, opener: Opener, found: list[Any]) -> None:
+    places = plan.small[source]
     try:
-        return each.opener.plan(each.spec, each.pieces)
+        for n, values in zip(places, opener.small(some), strict=True):
+            found[n] = [values]
+    except small.SmallArrayError as problem:
+        paths.refuse_exhausted(problem.__cause__ or problem)
+        raise plan.wanted[places[problem.place]].damaged(problem) from problem
+    except (ValueError, OSError) as problem:  # of the database
+        paths.refuse_exhausted(problem)
+        raise plan.wanted[places[0]].damaged(problem) from problem
+    for n in plan.cut:
+        if plan.wanted[n].source == source:
+            found[n] = [found[n][0][index] for index in plan.wanted[n].pieces]
+
+
+def _plan(each: Read, opener: Opener) -> tuple[list[Values], list[extents.Job]] | None:
+    try:
+        return opener.plan(each.spec, each.pieces)
     except KeyError:
         raise each.damaged("a chunk of it is missing") from None
     except (ValueError, OSError) as problem:
@@ -148,9 +203,9 @@ def _fill(jobs: Sequence[tuple[Read, extents.Job]]) -> None:
             raise each.damaged(problem) from problem
 
 
-def opened(each: Read) -> Any:
+def opened(each: Read, opener: Opener) -> Any:
     """The opened array; raises DamagedArrayError."""
-    return _expected(each, each.opener.open(each.spec.name))
+    return _expected(each, opener.open(each.spec.name))
 
 
 def drain(each: Read, futures: Sequence[Any]) -> None:
@@ -202,7 +257,7 @@ def _expected(each: Read, future: Any) -> Any:
     shape, dtype = tuple(array.shape), array.dtype.name
     if spec.kind == "key":
         shape = shape[: len(spec.shape)]
-    elif dtype != _stored(spec).dtype:
+    elif dtype != chunks.stored(spec).dtype:
         raise each.damaged(f"it is stored as {dtype}, not {spec.dtype}")
     if shape != spec.shape:
         raise each.damaged(f"it is stored with shape {shape}, not {spec.shape}")
@@ -214,7 +269,7 @@ def _cut(each: Read, answer: Any) -> list[Values]:
     if answer.state != "value":
         raise each.damaged("its chunk is missing")
     try:
-        values = _view(each, chunks.decode(answer.value, _stored(each.spec)))
+        values = _view(each, chunks.decode(answer.value, chunks.stored(each.spec)))
     except ValueError as problem:
         raise each.damaged(problem) from problem
     return [chunks.at(values, index) for index in each.pieces]

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from ckptmgr.arrays.chunks import Index, Values
+from ckptmgr.specs import LeafSpec
 from ckptmgr.trees.layouts import HERE, Target
-from ckptmgr.trees.structure import dtype_name, numpy_dtype, weaken
+from ckptmgr.trees.structure import numpy_dtype, weaken
 
 
 def pieces(shape: tuple[int, ...], target: Target) -> Sequence[Index]:
@@ -33,41 +34,64 @@ def spell(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], .
     return tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
 
 
-def place(
-    values: Sequence[Sequence[Values]], shapes: Sequence[tuple[int, ...]], targets: Sequence[Target]
-) -> list[Any]:
-    """The leaves as their targets want them; all that goes to devices goes in one call."""
-    rows = list(zip(values, shapes, targets, strict=True))
-    moving = [_moves([_cast(piece, target) for piece in read], shape, target) for read, shape, target in rows]
-    free = [array for moves in moving for array, where in moves if where is HERE]
-    bound = [move for moves in moving for move in moves if move[1] is not HERE]
-    here = iter(jax.device_put(free))
-    there = iter(jax.device_put([array for array, _ in bound], [where for _, where in bound]))
-    leaves = [
-        _finish([next(here if where is HERE else there) for _, where in moves], *row)
-        for moves, row in zip(moving, rows, strict=True)
-    ]
-    return _weakly_typed(leaves, targets)
+class Plan:
+    """How leaves get from the host to their targets: the same for each step of a structure."""
+
+    def __init__(self, specs: Sequence[LeafSpec], targets: Sequence[Target]) -> None:
+        self.specs, self.targets = specs, targets
+        rows = list(enumerate(zip(specs, targets, strict=True)))
+        self.cast = [n for n, (spec, target) in rows if target.kind in _CAST and spec.dtype != target.dtype]
+        moves = [(n, piece, where) for n, row in rows for piece, where in _moves(*row)]
+        self.here = [(n, piece) for n, piece, where in moves if where is HERE]
+        """Leaf and number of each piece that goes to the default device; JAX may move it later."""
+        self.bound = [(n, piece) for n, piece, where in moves if where is not HERE]
+        """Those that stay where they go, which is the one of `places` beside each."""
+        self.places = [where for _, _, where in moves if where is not HERE]
+        self.ready = [n for n, (_, target) in rows if target.kind == "jax" and not is_sharded(target)]
+        """Leaves that are the one array that arrives."""
+        self.host = [n for n, (_, target) in rows if target.kind == "numpy"]
+        self.others = sorted(set(range(len(targets))) - {*self.ready, *self.host})
+        """Leaves in pieces, keys and numbers."""
+        self.weak = [n for n, (_, target) in rows if target.weak and target.kind == "jax"]
 
 
-def _cast(piece: Values, target: Target) -> Values:
-    unchanged = target.kind == "key" or dtype_name(piece.dtype) == target.dtype
-    return piece if unchanged else piece.astype(numpy_dtype(target.dtype))
+_CAST = ("jax", "numpy", "scalar")
 
 
-def _moves(read: Sequence[Values], shape: tuple[int, ...], target: Target) -> list[tuple[Values, Any]]:
-    """Each array of a leaf that goes to a device, and where to."""
+def _moves(spec: LeafSpec, target: Target) -> list[tuple[int, Any]]:
+    """Each array of a leaf that goes to a device: which of the leaf's pieces, and where to."""
     if target.kind not in ("jax", "key"):
         return []
-    if not is_sharded(target):
-        alone = isinstance(target.place, jax.sharding.Sharding) and target.kind == "jax"
-        return [(read[0], target.place if alone else HERE)]
-    by_index = dict(zip((spell(index, shape) for index in pieces(shape, target)), read, strict=True))
-    kind = target.place.memory_kind
+    if not is_sharded(target):  # keys are placed once they are made
+        is_placed = isinstance(target.place, jax.sharding.Sharding) and target.kind == "jax"
+        return [(0, target.place if is_placed else HERE)]
+    shape, kind = spec.shape, target.place.memory_kind
+    numbers = {spell(index, shape): number for number, index in enumerate(pieces(shape, target))}
     return [
-        (by_index[spell(index, shape)], jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
+        (numbers[spell(index, shape)], jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
         for device, index in target.place.addressable_devices_indices_map(shape).items()
     ]
+
+
+def place(plan: Plan, read: Sequence[Sequence[Values]]) -> list[Any]:
+    """The leaves as their targets want them; all that goes to devices goes in one call."""
+    values = list(read)
+    for n in plan.cast:
+        values[n] = [piece.astype(numpy_dtype(plan.targets[n].dtype)) for piece in read[n]]
+    here = jax.device_put([values[n][piece] for n, piece in plan.here])
+    bound = jax.device_put([values[n][piece] for n, piece in plan.bound], plan.places)
+    arrived: list[list[jax.Array]] = [[] for _ in values]
+    for moves, arrays in ((plan.here, here), (plan.bound, bound)):
+        for (n, _), array in zip(moves, arrays, strict=True):
+            arrived[n].append(array)
+    leaves: list[Any] = [None] * len(values)
+    for n in plan.ready:
+        leaves[n] = arrived[n][0]
+    for n in plan.host:
+        leaves[n] = values[n][0] if values[n][0].flags.writeable else values[n][0].copy()
+    for n in plan.others:
+        leaves[n] = _made(arrived[n], values[n], plan.specs[n].shape, plan.targets[n])
+    return _weakly_typed(leaves, plan.weak)
 
 
 _PYTHON: Mapping[str, Callable[[Any], Any]] = {
@@ -75,21 +99,16 @@ _PYTHON: Mapping[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-def _finish(arrived: Sequence[jax.Array], read: Sequence[Values], shape: tuple[int, ...], target: Target) -> Any:
+def _made(arrived: Sequence[jax.Array], values: Sequence[Values], shape: tuple[int, ...], target: Target) -> Any:
     """One leaf, of what was read and of what has arrived on the devices."""
     if target.kind in _PYTHON:
-        return _PYTHON[target.kind](read[0][()])
+        return _PYTHON[target.kind](values[0][()])
     if target.kind == "scalar":
-        return _cast(read[0], target)[()]
-    if target.kind == "numpy":
-        value = _cast(read[0], target)
-        return value if value.flags.writeable else value.copy()
+        return values[0][()]
     if target.kind == "key":
-        return _keys(arrived[0], read[0], target)
-    if is_sharded(target):
-        dtype = numpy_dtype(target.dtype)
-        return jax.make_array_from_single_device_arrays(shape, target.place, list(arrived), dtype=dtype)
-    return arrived[0]
+        return _keys(arrived[0], values[0], target)
+    dtype = numpy_dtype(target.dtype)
+    return jax.make_array_from_single_device_arrays(shape, target.place, list(arrived), dtype=dtype)
 
 
 def _keys(here: jax.Array, words: Values, target: Target) -> Any:
@@ -107,25 +126,24 @@ def _keys(here: jax.Array, words: Values, target: Target) -> Any:
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
-def _weakly_typed(leaves: list[Any], targets: Sequence[Target]) -> list[Any]:
+def _weakly_typed(leaves: list[Any], weak: Sequence[int]) -> list[Any]:
     """The same bits, with JAX's weak type where it was saved: one program for the leaves of each mesh.
 
     A program runs on the mesh of `jax.set_mesh`, and takes no arrays of another: each has the mesh of its leaves.
     One leaf that is committed to its device would commit all results of its program.
     """
     groups: dict[Any, list[int]] = {}
-    for place, target in enumerate(targets):
-        if target.weak and target.kind == "jax":
-            sharding = leaves[place].sharding
-            group = getattr(sharding, "mesh", sharding), leaves[place].committed
-            groups.setdefault(group, []).append(place)
+    for place in weak:
+        sharding = leaves[place].sharding
+        group = getattr(sharding, "mesh", sharding), leaves[place].committed
+        groups.setdefault(group, []).append(place)
     with jax.debug_nans(False), jax.debug_infs(False):  # a leaf may hold them: nothing is computed here
         for (where, _), places in groups.items():
             strong = [leaves[place] for place in places]
             with jax.set_mesh(where if isinstance(where, jax.sharding.Mesh) else _NO_MESH):
                 weakened = weaken([_in_default_memory(array) for array in strong])
-            for place, array, weak in zip(places, strong, weakened, strict=True):
-                leaves[place] = jax.device_put(weak, array.sharding) if array.committed else weak
+            for place, array, made in zip(places, strong, weakened, strict=True):
+                leaves[place] = jax.device_put(made, array.sharding) if array.committed else made
     return leaves
 
 

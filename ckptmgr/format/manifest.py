@@ -7,6 +7,7 @@ itself; its last field is the CRC-32 of all bytes before it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -16,7 +17,8 @@ import os
 import platform
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from etils import epath
 
@@ -34,7 +36,7 @@ FORMAT = 2
 items of which each process has its own; a reader of format 1 would give the first to all processes.
 A manifest without these is still written as format 1, so that older versions read it."""
 
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 1 << 20
 _LIBRARIES = ("ckptmgr", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
 
 
@@ -182,8 +184,41 @@ def _seal(text: bytes) -> bytes:
 _SEAL_BYTES = len(_seal(b""))
 
 
-def decode(data: bytes, *, step: int, path: str) -> Manifest:
-    """Reads a manifest.
+class KnownItems(NamedTuple):
+    """Items that a manifest holds, and the text that says so: manifests of one run mostly differ in the rest."""
+
+    text: bytes = b""
+    items: Mapping[str, Item] = MappingProxyType({})
+
+
+def items_text(data: bytes) -> bytes:
+    """What a manifest says of its items, as it stands there."""
+    return data[_items_place(data)]
+
+
+def _items_place(text: bytes) -> slice:
+    return slice(text.find(_ITEMS) + len(_ITEMS), text.rfind(b',"files":'))
+
+
+_ITEMS = b',"items":'
+
+
+def _parse(text: bytes, known: KnownItems) -> tuple[Any, bool]:
+    """A manifest as JSON, and whether its items are the known ones: those are not parsed again, and left out."""
+    place = _items_place(text)
+    if known.text and text[place] == known.text:
+        with contextlib.suppress(ValueError, TypeError):  # the metadata may hold the same words
+            body = json.loads(b"%bnull%b}" % (text[: place.start], text[place.stop :]))
+            if body["items"] is None:
+                return body | {"items": {}}, True
+    return json.loads(text + b"}"), False
+
+
+NO_ITEMS = KnownItems()
+
+
+def decode(data: bytes, *, step: int, path: str, known: KnownItems = NO_ITEMS) -> Manifest:
+    """Reads a manifest; one that says the same of its items as one before has the very items of that one.
 
     Raises CorruptCheckpointError unless every bit of it is as it was written and it says what a manifest says,
     NewerFormatError for one that a later version of ckptmgr wrote.
@@ -196,7 +231,7 @@ def decode(data: bytes, *, step: int, path: str) -> Manifest:
     if seal != _seal(text):
         raise damaged("its checksum does not match")
     try:
-        body = json.loads(text + b"}")
+        body, is_known = _parse(text, known)
         schema.check({"format": schema.COUNT}, body)
         if body["format"] > FORMAT:
             found = body["format"]
@@ -215,7 +250,7 @@ def decode(data: bytes, *, step: int, path: str) -> Manifest:
         metrics=body["metrics"],
         metadata=body["metadata"],
         versions=body["versions"],
-        items={name: _item_from_json(item) for name, item in body["items"].items()},
+        items=known.items if is_known else _items_from_json(body["items"]),
         files={name: File(*facts) for name, facts in body["files"].items()},
         written_here=not body.get("adopted", False),
     )
@@ -243,6 +278,10 @@ def _leaf_to_json(leaf: LeafSpec) -> dict[str, Any]:
     named = {"path": leaf.path, "keys": leaf.keys, "kind": leaf.kind, "shape": leaf.shape, "dtype": leaf.dtype}
     extra = {"weak": leaf.weak, "partition": leaf.partition, "impl": leaf.impl, "chunks": leaf.chunks}
     return named | {name: value for name, value in extra.items() if value not in (False, None)}
+
+
+def _items_from_json(items: Mapping[str, Any]) -> dict[str, Item]:
+    return {name: _item_from_json(item) for name, item in items.items()}
 
 
 def _item_from_json(item: Mapping[str, Any]) -> Item:
@@ -281,22 +320,25 @@ def record_files(
 ) -> dict[str, File]:
     """The size of every file below `directory`, and the CRC-32 of files that do not check themselves."""
     return {
-        name: File(size, None if checks_itself(name, size) else checksum(directory / name)[1])
+        name: File(size, None if checks_itself(name, size) else checksum(directory / name))
         for name, size in sorted(sizes.items())
         if name != NAME
     }
 
 
-def checksum(path: epath.Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file, which need not fit into memory."""
+def checksum(path: str | os.PathLike[str]) -> int:
+    """CRC-32 of a file, which need not fit into memory."""
     if not paths.is_local(path):  # in a bucket only small files have a checksum
-        data = paths.read_bytes(path)
-        return len(data), zlib.crc32(data)
-    size = found = 0
+        return zlib.crc32(paths.read_bytes(epath.Path(path)))
     with paths.open_to_read(path) as file:
-        while block := file.read(_BLOCK_BYTES):
-            size, found = size + len(block), zlib.crc32(block, found)
-    return size, found
+        return _checksum(file)
+
+
+def _checksum(file: BinaryIO) -> int:
+    found = 0
+    while block := file.read(_BLOCK_BYTES):
+        found = zlib.crc32(block, found)
+    return found
 
 
 def check_files(manifest: Manifest, directory: epath.Path, items: Iterable[str]) -> None:
@@ -326,13 +368,8 @@ def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File)
             f"step {manifest.step}: {directory / name} {why}", step=manifest.step, path=name
         )
 
-    path = directory / name
     try:
-        if paths.is_local(path) or file.crc32 is None:
-            size = paths.size(path)
-            found = None if file.crc32 is None or size != file.size else checksum(path)[1]
-        else:
-            size, found = checksum(path)
+        size, found = _size_and_checksum(directory, name, file)
     except FileNotFoundError:
         raise damaged("is missing") from None
     except (OSError, ValueError) as problem:  # a directory in its place, a bad sector, a name with a NUL
@@ -342,3 +379,14 @@ def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File)
         raise damaged(f"has {size} bytes instead of {file.size}")
     if found != file.crc32:
         raise damaged("is damaged: its checksum does not match")
+
+
+def _size_and_checksum(directory: epath.Path, name: str, file: File) -> tuple[int, int | None]:
+    """Of a file that has another size, or none that is known, the checksum is not made."""
+    path = os.path.join(directory, name)
+    if not paths.is_local(path):
+        data = None if file.crc32 is None else paths.read_bytes(directory / name)
+        return (paths.size(directory / name), None) if data is None else (len(data), zlib.crc32(data))
+    with paths.open_to_read(path) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        return size, None if file.crc32 is None or size != file.size else _checksum(opened)

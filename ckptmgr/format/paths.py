@@ -43,13 +43,13 @@ def open_to_write(path: str | os.PathLike[str], flags: int) -> int:
     return _regular(descriptor, path)
 
 
-def open_to_read(path: epath.Path) -> BinaryIO:
+def open_to_read(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a regular file, also through a symlink; raises OSError for anything else.
 
     It does not wait at a FIFO, and does not read a device without an end.
     """
     if not is_local(path):
-        return cast(BinaryIO, path.open("rb"))
+        return cast(BinaryIO, epath.Path(path).open("rb"))
     return open(_regular(os.open(path, os.O_RDONLY | _AT_ONCE), path), "rb")
 
 
@@ -60,13 +60,13 @@ def _regular(descriptor: int, path: str | os.PathLike[str]) -> int:
     raise OSError(f"{path} is not a regular file")
 
 
-def read_bytes(path: epath.Path) -> bytes:
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The content of a small file; in a bucket that is one request."""
     if not is_local(path):
         return bytes(backend.fsspec_backend.fs(str(path)).cat_file(str(path)))
-    if (found := size(path)) > _MOST_BYTES:
-        raise OSError(f"{path} has {found} bytes, too many for such a file")
     with open_to_read(path) as file:
+        if (found := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
+            raise OSError(f"{path} has {found} bytes, too many for such a file")
         return file.read()
 
 

@@ -150,7 +150,7 @@ class _Step:
             files.check_regular(self._directory / folder)
             metadata = _json(self._directory / path)
             zarr3, ocdbt = bool(metadata.get("use_zarr3")), bool(metadata.get("use_ocdbt", True))
-            opener = reading.Opener(self._directory / folder, zarr3=zarr3, ocdbt=ocdbt)
+            opener = reading.Opener(self._directory, reading.Source(folder, zarr3=zarr3, ocdbt=ocdbt))
             tree = item_files.read_tree(metadata, lambda name: self._read(folder, name), opener.facts)
         except CorruptCheckpointError:
             raise

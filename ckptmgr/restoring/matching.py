@@ -36,6 +36,8 @@ class Matched:
     rows: Sequence[Row]
     outline: Any = None
     """What to make of the leaves when there is no template: plain containers."""
+    treedef: Any = None
+    """The structure of the template."""
 
     @property
     def tree(self) -> Any:
@@ -43,9 +45,14 @@ class Matched:
         return self.assemble(list(range(len(self.rows)))) if self.template is None else self.template
 
     def assemble(self, values: Sequence[Any]) -> Any:
-        if self.template is None:
+        if self.treedef is None:
             return structure.rebuild(self.outline, values)
-        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(self.template), values)
+        return jax.tree_util.tree_unflatten(self.treedef, values)
+
+    def without_values(self) -> Matched:
+        """The same, which holds nothing that is the caller's."""
+        rows = [Row(row.saved, row.wants) for row in self.rows]
+        return dataclasses.replace(self, template=None, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +156,6 @@ def match(
     Raises StructureMismatchError that names all that differs, ValueError for a rule of `rename` that matches
     nothing.
     """
-    request.check_names({*manifest.items, *templates})
     rules, used = differences.rename_rules(request.rename), set[re.Pattern[str]]()
     refused, passed, matched = StructureDiff(), StructureDiff(), []
     for name, template in templates.items():
@@ -268,7 +274,8 @@ def _match_tree(
     known = differences.renamed(saved, rules, wants, set() if used is None else used)
     wants = _with_python_numbers(known, wants, template)
     rows = _rows(saved, known, wants, template, knows_weak)
-    return Matched(name, template, rows), differences.compare(known, wants, name)
+    treedef = jax.tree_util.tree_structure(template)
+    return Matched(name, template, rows, treedef=treedef), differences.compare(known, wants, name)
 
 
 def compare(manifest: Manifest, params: Any, opt_state: Any) -> StructureDiff:

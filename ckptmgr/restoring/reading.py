@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckptmgr.arrays import broadcast, chunks, reading, to_devices
+from ckptmgr.arrays import broadcast, chunks, to_devices
+from ckptmgr.arrays import reading as arrays
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.format import manifest as manifests
 from ckptmgr.restoring import matching
@@ -34,97 +36,138 @@ def reported(directory: epath.Path) -> Iterator[None]:
     )
 
 
-class Trees:
-    """The trees of arrays of a step, each leaf on its way to where its target wants it.
+class Plan:
+    """What is read of the trees of a step, and where each leaf goes: the same for each step of one structure.
 
     `sources` says whose state of an item is read, where the processes that saved it had each their own.
-    With `shares` what several processes hold is read once: `fetch` reads this process's part, and all must
-    have done so before `place` is called in any.
     """
 
     def __init__(
         self,
         manifest: manifests.Manifest,
-        directory: epath.Path,
         matched: Sequence[matching.Matched],
         targets: Sequence[Sequence[Target]],
-        *,
-        shares: bool,
         sources: Mapping[str, int | None],
+        *,
+        is_local: bool,
     ) -> None:
-        self.sources = sources
-        self._step = manifest.step
-        self._matched: list[matching.Matched] = []
-        self._targets: list[Target] = []
-        self._wanted: list[reading.Read] = []
-        self._folders: dict[str, epath.Path] = {}
+        self.is_local = is_local
+        self.matched: list[matching.Matched] = []
+        """One for each tree: of some items there is one for each process."""
+        self.lists = {each.item for each in matched if sources.get(each.item, 0) is None}
+        """Items of which the trees of all processes come back, as a list."""
+        self.databases: list[arrays.Source] = []
+        self.wanted: list[arrays.Read] = []
+        self.targets: list[Target] = []
         for each, places in zip(matched, targets, strict=True):
             item = manifest.items.get(each.item, manifests.Item("arrays"))
             source = sources.get(each.item, 0)
-            plain = manifest.written_here and item.compression is None
             for process in range(item.processes) if source is None else [source]:
-                folder = directory / item.place(each.item) / manifests.own_place(process)
-                opener = reading.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt, plain=plain)
-                self._folders[each.item] = folder
-                saved = [row.saved for row in each.rows if row.saved is not None]
-                self._matched.append(each)
-                self._targets += places
-                self._wanted += [
-                    reading.Read(each.item, opener, spec, to_devices.pieces(spec.shape, target))
-                    for spec, target in zip(saved, places, strict=True)
-                ]
-        self._shared = broadcast.Shared(self._wanted, self._targets) if shares else None
+                folder = f"{item.place(each.item)}/{manifests.own_place(process)}"
+                plain = manifest.written_here and item.compression is None
+                self._add(each, places, arrays.Source(folder, item.zarr3, item.ocdbt, plain))
+
+    def _add(self, each: matching.Matched, places: Sequence[Target], source: arrays.Source) -> None:
+        saved = [row.saved for row in each.rows if row.saved is not None]
+        self.wanted += [
+            arrays.Read(each.item, len(self.databases), spec, to_devices.pieces(spec.shape, target))
+            for spec, target in zip(saved, places, strict=True)
+        ]
+        self.targets += places
+        self.matched.append(each)
+        self.databases.append(source)
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        return self.group(range(len(self.wanted)))
+
+    def group(self, leaves: Sequence[int]) -> list[Group]:
+        """These leaves, as many at a time as may be held twice: JAX copies small ones once more."""
+        sizes = [self._held_twice(self.wanted[n]) for n in leaves]
+        return [Group(self, [leaves[n] for n in run]) for run in chunks.runs(sizes, _COPIED_BYTES)]
+
+    def _held_twice(self, each: arrays.Read) -> int:
+        """Bytes of a leaf while it goes to its device."""
+        way = arrays.way(each.spec, self.databases[each.source], is_local=self.is_local)
+        return chunks.stored(each.spec).nbytes if way in ("small", "chunk") else 0
+
+
+class Group:
+    """Leaves that are read and placed together."""
+
+    def __init__(self, plan: Plan, leaves: Sequence[int]) -> None:
+        self.leaves = leaves
+        wanted = [plan.wanted[n] for n in leaves]
+        self.texts = [n for n, each in enumerate(wanted) if each.spec.kind == "str"]
+        """Leaves that lie in a file of their own."""
+        self.wanted = wanted
+        stored = [each for each in wanted if each.spec.kind != "str"]
+        self.reading = arrays.Plan(stored, plan.databases, is_local=plan.is_local)
+        self.placing = to_devices.Plan([each.spec for each in wanted], [plan.targets[n] for n in leaves])
+
+
+class Trees:
+    """The trees of arrays of a step, each leaf on its way to where its target wants it.
+
+    With `shares` what several processes hold is read once: `fetch` reads this process's part, and all must
+    have done so before `place` is called in any.
+    """
+
+    def __init__(self, plan: Plan, step: int, directory: epath.Path, *, shares: bool) -> None:
+        self._plan, self._step, self._directory = plan, step, directory
+        self._openers = [arrays.Opener(directory, source) for source in plan.databases]
+        self._shared = broadcast.Shared(plan.wanted, plan.databases, plan.targets) if shares else None
 
     def fetch(self) -> None:
         """Reads what is to be sent to other processes."""
         if self._shared is not None:
             with self._damages():
-                self._shared.read()
+                self._shared.read(self._openers, is_local=self._plan.is_local)
 
     def place(self) -> dict[str, Any]:
-        """The trees by the names of their items; everything else is read in one batch."""
-        placed: dict[int, Any] = {}
-        shared = self._shared.leaves if self._shared is not None else []
+        """The trees by the names of their items; everything else is read in few batches."""
+        plan, groups = self._plan, self._plan.groups if self._shared is None else []
+        placed: list[Any] = [None] * len(plan.wanted)
         if self._shared is not None:  # before anything is read that may be damaged: all send, or none
-            for group in self._groups(shared):
-                sent = self._shared.send(group)
-                placed |= self._placed(group, [sent[place] for place in group])
+            for group in plan.group(self._shared.leaves):
+                sent = self._shared.send(group.leaves)
+                self._put(group, [sent[n] for n in group.leaves], placed)
+            groups = plan.group(sorted(set(range(len(plan.wanted))) - set(self._shared.leaves)))
         with self._damages():
-            for group in self._groups(sorted(set(range(len(self._wanted))) - set(shared))):
-                placed |= self._placed(group, self._read(group))
-        arrived = (placed[place] for place in range(len(self._wanted)))
+            for group in groups:
+                self._put(group, self._read(group), placed)
+        return self._assembled(iter(placed))
+
+    def _put(self, group: Group, values: Sequence[Sequence[chunks.Values]], placed: list[Any]) -> None:
+        for n, leaf in zip(group.leaves, to_devices.place(group.placing, values), strict=True):
+            placed[n] = leaf
+
+    def _assembled(self, placed: Iterator[Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for each in self._matched:
-            tree = each.assemble([row.given if row.saved is None else next(arrived) for row in each.rows])
-            if self.sources.get(each.item, 0) is None:
+        for each in self._plan.matched:
+            tree = each.assemble([row.given if row.saved is None else next(placed) for row in each.rows])
+            if each.item in self._plan.lists:
                 found.setdefault(each.item, []).append(tree)
             else:
                 found[each.item] = tree
         return found
 
-    def _read(self, group: Sequence[int]) -> list[list[chunks.Values]]:
-        """The values of these leaves; those that are a str lie in a file of their own."""
-        wanted = [self._wanted[place] for place in group]
-        stored = iter(reading.read([each for each in wanted if each.spec.kind != "str"]))
-        return [self._text(each) if each.spec.kind == "str" else next(stored) for each in wanted]
+    def _read(self, group: Group) -> list[list[chunks.Values]]:
+        """The values of these leaves."""
+        found = arrays.read(group.reading, self._openers)
+        for n in group.texts:  # in ascending order, so that each finds its place
+            found.insert(n, self._text(group.wanted[n]))
+        return found
 
-    def _text(self, each: reading.Read) -> list[chunks.Values]:
-        return [np.asarray(values.text(each, self._folders[each.item]), object)]
-
-    def _groups(self, places: Sequence[int]) -> Iterator[list[int]]:
-        for group in chunks.runs([self._wanted[place].copied_nbytes for place in places], _COPIED_BYTES):
-            yield [places[each] for each in group]
-
-    def _placed(self, group: Sequence[int], values: Sequence[Sequence[chunks.Values]]) -> dict[int, Any]:
-        shapes = [self._wanted[place].spec.shape for place in group]
-        where = [self._targets[place] for place in group]
-        return dict(zip(group, to_devices.place(values, shapes, where), strict=True))
+    def _text(self, each: arrays.Read) -> list[chunks.Values]:
+        folder = self._directory / self._plan.databases[each.source].folder
+        return [np.asarray(values.text(each, folder), object)]
 
     @contextlib.contextmanager
     def _damages(self) -> Iterator[None]:
         try:
             yield
-        except reading.DamagedArrayError as problem:
+        except arrays.DamagedArrayError as problem:
             raise CorruptCheckpointError(
                 f"step {self._step}: {problem.leaf} cannot be read: {problem}",
                 step=self._step, path=problem.item, leaf=problem.leaf,

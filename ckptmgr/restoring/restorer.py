@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import logging
 import time
@@ -14,10 +13,12 @@ import jax
 
 from ckptmgr.errors import CheckpointNotFoundError, CheckpointTimeoutError, CorruptCheckpointError
 from ckptmgr.format import manifest as manifests
+from ckptmgr.format import paths
 from ckptmgr.processes import job
 from ckptmgr.processes.job import Call, Job
-from ckptmgr.restoring import extras, matching, reading
+from ckptmgr.restoring import extras, reading
 from ckptmgr.restoring.matching import Request
+from ckptmgr.restoring.planning import Plan, Planner
 from ckptmgr.results import Checkpoint
 from ckptmgr.run import journal
 from ckptmgr.run import values as saved
@@ -50,6 +51,7 @@ class Restorer:
         self._home, self._history, self._mirror = home, history, mirror
         self._of_run, self._journal, self._timeout_s = job, journal, timeout_s
         self._job = job
+        self._planner = Planner()
 
     def among(self, request: Request) -> Restorer:
         """The same, agreeing with the processes that have to restore the same step.
@@ -197,32 +199,23 @@ class Restorer:
     def _read(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
         directory = home.path(step)
 
-        def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], StructureDiff, reading.Trees]:
+        def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], Plan, reading.Trees]:
             manifest = home.manifest(step, fresh=True)
             templates = request.templates(manifest)
-            matched, passed = matching.match(manifest, templates, request)
-            params = matching.params_of(manifest, matched)
-            if passed.missing and request.layout is not None:
-                kept = layouts.kept(request.layout, matched, params)
-                matched = [dataclasses.replace(each, rows=rows) for each, rows in zip(matched, kept, strict=True)]
-            targets = layouts.targets(request.layout, matched, params)
+            plan = self._planner.plan(manifest, templates, request, is_local=paths.is_local(directory))
             manifests.check_files(manifest, directory, {*templates, manifests.STEP, manifests.METRICS})
-            sources = {
-                name: extras.source(name, manifest.items[name], template, request.layout)
-                for name, template in templates.items()
-                if name in manifest.items
-            }
-            trees = reading.Trees(manifest, directory, matched, targets, shares=request.broadcast, sources=sources)
+            trees = reading.Trees(plan.trees, step, directory, shares=request.broadcast)
             trees.fetch()
-            return manifest, templates, passed, trees
+            return manifest, templates, plan, trees
 
         with reading.reported(directory):
             if request.broadcast:  # nothing is sent before all have read their part
                 call = Call(f"the reading from step {step}")
-                manifest, templates, passed, trees = self._job.together(call, open_trees)
+                manifest, templates, plan, trees = self._job.together(call, open_trees)
             else:
-                manifest, templates, passed, trees = open_trees()
-            values = trees.place() | saved.read_values(manifest, directory, trees.sources)
+                manifest, templates, plan, trees = open_trees()
+            values = trees.place() | saved.read_values(manifest, directory, plan.sources)
+        passed = plan.passed
         if request.optimizer is not None and passed.missing:
             values[manifests.OPT_STATE] = _with_new_state(request, values)
         _warn_of_partial(step, passed)

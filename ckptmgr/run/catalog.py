@@ -171,7 +171,10 @@ class Catalog:
         """
         stamp = self.stamp(step)
         known = None if fresh else self._manifests.get(step, stamp)
-        return known or self._manifests.put(step, stamp, _read_manifest(step, self.require(step)))
+        if known is not None:
+            return known
+        read, text = _read_manifest(step, self.require(step), self._manifests.items)
+        return self._manifests.put(step, stamp, read, text)
 
     def remember(self, manifest: manifests.Manifest) -> manifests.Manifest:
         """The manifest of a step that was just published: it need not be read."""
@@ -191,7 +194,7 @@ class Catalog:
 
     def check_whole(self, step: int, place: str) -> None:
         """Raises CorruptCheckpointError if a step is seen to be damaged; its arrays are not read."""
-        missing = self._storage.missing_file(_read_manifest(step, self.directory / place), place)
+        missing = self._storage.missing_file(_read_manifest(step, self.directory / place)[0], place)
         if missing is not None:
             raise CorruptCheckpointError(f"step {step}: {missing}", step=step)
 
@@ -360,15 +363,19 @@ def _refusing(step: int, what: str) -> Iterator[None]:
         raise SaveError(f"step {step} is not {what}: {problem}", step=step) from problem
 
 
-def _read_manifest(step: int, directory: epath.Path) -> manifests.Manifest:
+def _read_manifest(
+    step: int, directory: epath.Path, known: manifests.KnownItems = manifests.NO_ITEMS
+) -> tuple[manifests.Manifest, bytes]:
+    """A manifest, and the text of its items."""
     path = directory / manifests.NAME
     try:
         data = paths.read_bytes(path)
     except FileNotFoundError:
-        return stock.read(step, directory)
+        return stock.read(step, directory), b""
     except (OSError, MemoryError) as problem:  # a directory in its place, a bad sector
         paths.refuse_exhausted(problem)
         raise CorruptCheckpointError(
             f"step {step}: {path} cannot be read: {problem}", step=step, path=manifests.NAME
         ) from problem
-    return manifests.decode(data, step=step, path=manifests.NAME)
+    found = manifests.decode(data, step=step, path=manifests.NAME, known=known)
+    return found, manifests.items_text(data)

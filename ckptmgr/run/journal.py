@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -49,20 +49,21 @@ class Journal:
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:
     """The events of a run, without lines that a crash cut short or that no manager wrote."""
-    return _events(_lines(directory) if paths.is_local(directory) else ())
+    return list(_events(_lines(directory) if paths.is_local(directory) else ()))
 
 
-def _events(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    found = []
+def _events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [event for event in found if _is_event(event)]
+            event = json.loads(line)
+            if _is_event(event):
+                yield event
 
 
 def last_saved(directory: epath.Path) -> int | None:
     """The step that was saved last, if no rewind came after it; None if the end of the journal does not say."""
-    for event in reversed(_events(_end_of(directory / names.JOURNAL).splitlines())):
+    lines = _end_of(directory / names.JOURNAL).splitlines()
+    for event in _events(line for line in reversed(lines) if b'"saved"' in line or b'"rewound"' in line):
         if event["event"] in ("saved", "rewound"):
             return int(event["step"]) if event["event"] == "saved" else None
     return None

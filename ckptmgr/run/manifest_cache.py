@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 
-from ckptmgr.format.manifest import Item, Manifest
+from ckptmgr.format.manifest import Item, KnownItems, Manifest
 
 Stamp = tuple[int, ...] | None
 """What tells one save of a step from another of the same number; None where that is not known."""
@@ -16,19 +16,22 @@ class ManifestCache:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Stamp, Manifest]] = {}
-        self._last: Manifest | None = None
+        self.items = KnownItems()
+        """Those of the manifest that was read last."""
 
     def get(self, step: int, stamp: Stamp) -> Manifest | None:
         found = self._known.get(step)
         return found[1] if found is not None and found[0] == stamp else None
 
-    def put(self, step: int, stamp: Stamp, read: Manifest) -> Manifest:
-        """Remembers a manifest; also gives it, with the structures of the one before where they are equal."""
-        if self._last is not None:
-            known = self._last.items
-            items = {name: _shared(item, known.get(name)) for name, item in read.items.items()}
-            read = dataclasses.replace(read, items=items)
-        self._last = read
+    def put(self, step: int, stamp: Stamp, read: Manifest, text: bytes = b"") -> Manifest:
+        """Remembers a manifest; also gives it, with the structures of the one before where they are equal.
+
+        `text` is what its file says of its items.
+        """
+        known = self.items.items
+        items = {name: _shared(item, known.get(name)) for name, item in read.items.items()}
+        read = dataclasses.replace(read, items=items)
+        self.items = KnownItems(text, items)
         self._known[step] = stamp, read
         return read
 

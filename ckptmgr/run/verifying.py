@@ -98,12 +98,13 @@ def _damaged_files(manifest: manifests.Manifest, directory: epath.Path) -> Itera
 
 def _damages(name: str, item: manifests.Item, folder: epath.Path, spec: LeafSpec) -> list[Damage]:
     """What is wrong with one array, read whole but not held whole."""
-    read = reading.Read(name, reading.Opener(folder, zarr3=item.zarr3, ocdbt=item.ocdbt), spec)
+    read = reading.Read(name, 0, spec)
     try:
         if read.spec.kind == "str":
             values.text(read, folder)
             return []
-        array = reading.opened(read)
+        opener = reading.Opener(folder, reading.Source("", zarr3=item.zarr3, ocdbt=item.ocdbt))
+        array = reading.opened(read, opener)
         chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array without axes
         chunk_bytes = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
         for boxes in _batches(_boxes(array.shape, chunk), max(1, _BATCH_BYTES // max(1, chunk_bytes))):

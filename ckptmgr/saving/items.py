@@ -8,9 +8,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-import itertools
 import json
-import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -24,6 +22,7 @@ from ckptmgr.format.names import UNFINISHED
 from ckptmgr.specs import TreeSpec
 from ckptmgr.trees import structure
 from ckptmgr.trees.iterators import is_global, is_iterator
+from ckptmgr.trees.signatures import is_alike, signature
 from ckptmgr.trees.structure import is_key
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -82,10 +81,10 @@ class Composer:
 
     def tree(self, item: str, tree: Any) -> Tree:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
-        key = (treedef, _signature(leaves))
+        key = (treedef, signature(leaves))
         known = self._known.get(item)
-        is_alike = known is not None and _is_alike(known[0], key)
-        spec = known[1] if known and is_alike else structure.describe(tree, item=item)
+        is_known = known is not None and is_alike(known[0], key)
+        spec = known[1] if known and is_known else structure.describe(tree, item=item)
         self._known[item] = (key, spec)  # the newest key: its objects are most likely those of the next step
         return Tree(spec, leaves)
 
@@ -101,14 +100,6 @@ class Composer:
         return dataclasses.replace(self.tree(name, value), is_own=is_own)
 
 
-def _is_alike(one: Any, other: Any) -> bool:
-    """Whether two trees have the same structure; what a node holds as static may refuse to be compared."""
-    try:
-        return bool(one == other)
-    except ValueError:  # numpy arrays, whose comparison is an array
-        return False
-
-
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot name an entry of extras: use letters, digits, '_', '.' and '-'")
@@ -116,34 +107,6 @@ def _check_name(name: Any) -> None:
         raise ValueError(
             f"{name!r} cannot name an entry of extras: a checkpoint has an item or a file of that name"
         )
-
-
-def _signature(leaves: Sequence[Any]) -> list[Any]:
-    """Equal for leaves that are stored alike; deleted arrays never match.
-
-    A caller waits for this at each save. So leaves of one type are asked together, and what they say is compared
-    as lists: both without Python for each leaf, and an object that is the same as before is not looked into.
-    """
-    kinds = list(map(type, leaves))
-    found: list[Any] = [kinds]
-    for kind in dict.fromkeys(kinds):
-        some = list(itertools.compress(leaves, map(operator.is_, kinds, itertools.repeat(kind))))
-        if issubclass(kind, jax.core.Tracer):
-            found.append(object())  # matches nothing; `describe` refuses it
-        elif issubclass(kind, jax.Array):
-            facts = _KEY_FACTS if is_key(some[0]) else _AVAL
-            found += [list(map(facts, some)), list(map(_SHARDING, some)), any(map(_IS_DELETED, some)) and object()]
-        elif issubclass(kind, np.ndarray):
-            found.append(list(map(_SHAPE_AND_DTYPE, some)))
-        elif kind is int:
-            found.append((min(some) >= -(2**63), max(some) < 2**63))
-    return found
-
-
-_AVAL, _SHARDING = operator.attrgetter("aval"), operator.attrgetter("sharding")
-"""The first is shape, dtype and weak type in one object, which arrays share."""
-_IS_DELETED, _SHAPE_AND_DTYPE = operator.methodcaller("is_deleted"), operator.attrgetter("shape", "dtype")
-_KEY_FACTS = _SHAPE_AND_DTYPE  # each array of keys makes its aval anew
 
 
 def _to_base64(value: bytes) -> str:

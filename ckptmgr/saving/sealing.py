@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from ckptmgr.arrays import chunks, database, extents
+from ckptmgr.arrays import chunks, extents
 from ckptmgr.arrays.chunks import Stored
 from ckptmgr.arrays.to_host import Plan
 from ckptmgr.errors import SaveError
@@ -77,7 +77,7 @@ def _wrong(
     if not plan.stored:
         return
     try:
-        found = extents.find(database.base(directory))
+        found = extents.find(directory)
     except (ValueError, OSError) as problem:
         paths.refuse_exhausted(problem)
         yield f"({str(problem)[:300]})", "has no list of its arrays"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ckptmgr.specs import Keys, Row
 from ckptmgr.trees.layouts import HERE, Place, Wanted
@@ -55,5 +55,7 @@ def same(own: Place | None, followed: Place, shape: tuple[int, ...]) -> Place:
     P("x") are equal for JAX's programs, and not for `==`."""
     if own is None:
         return followed
+    if own is followed or (isinstance(own, SingleDeviceSharding) and isinstance(followed, SingleDeviceSharding)):
+        return own
     both = isinstance(own, Sharding) and isinstance(followed, Sharding)
     return followed if both and own.is_equivalent_to(followed, len(shape)) else own

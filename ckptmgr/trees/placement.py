@@ -14,7 +14,7 @@ from ckptmgr.specs import Row
 from ckptmgr.trees.following import follow, replicated, same
 from ckptmgr.trees.layouts import HERE, HOST, Host, Layout, LayoutFunction, Place, Target, Wanted
 from ckptmgr.trees.meshes import Meshes, carried
-from ckptmgr.trees.structure import abstract
+from ckptmgr.trees.structure import abstract, numpy_dtype
 
 _log = logging.getLogger("ckptmgr")
 
@@ -83,6 +83,8 @@ def _target(leaf: str, row: Row, place: Place) -> Target:
 
 
 def _check_fits(leaf: str, shape: tuple[int, ...], sharding: Sharding) -> None:
+    if isinstance(sharding, SingleDeviceSharding):
+        return
     try:
         if isinstance(sharding, NamedSharding) and len(sharding.spec) > len(shape):  # JAX says IndexError
             raise ValueError(f"the leaf has {len(shape)} axes, and {sharding.spec} has {len(sharding.spec)}")
@@ -92,6 +94,8 @@ def _check_fits(leaf: str, shape: tuple[int, ...], sharding: Sharding) -> None:
 
 
 def _check_dtype(leaf: str, dtype: str) -> None:
+    if numpy_dtype(dtype).itemsize < 8:  # JAX makes smaller what is wider
+        return
     made = jax.dtypes.canonicalize_dtype(dtype).name
     if made != dtype:
         raise LayoutError(

@@ -35,7 +35,7 @@ def describe(tree: Any, *, item: str, is_template: bool = False) -> TreeSpec:
     is to be saved may not.
     """
     walk = _Walk(is_template)
-    outline = walk.node(tree, (), ())
+    outline = walk.node(tree, "", ())
     problems = walk.problems + ([] if is_template else collisions(walk.leaves))
     if problems:
         lines = "\n".join(f"  {item}{path}: {reason}" for path, reason in problems)
@@ -55,27 +55,39 @@ class _Walk:
         self.empty: list[tuple[Keys, str]] = []
         self.problems: list[tuple[str, str]] = []
 
-    def node(self, node: Any, path: tuple[Any, ...], keys: Keys) -> Outline:
-        if isinstance(node, _ARRAYS):  # most nodes are; asking JAX costs as much as all the rest
-            return self.leaf(node, path, keys)
-        children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-        if len(children) == 1 and not children[0][0]:
+    def node(self, node: Any, path: str, keys: Keys) -> Outline:
+        children = None if isinstance(node, _ARRAYS) else _children(node)
+        if children is None:
             return self.leaf(node, path, keys)
         if not children:
             self.empty.append((keys, _empty_kind(node)))
-        below = [
-            (_key(entry), self.node(child, path + entry, keys + tuple(map(key_name, entry))))
-            for entry, child in children
-        ]
+        below = [(key, self.node(child, path + spelled, keys + names)) for key, names, spelled, child in children]
         return _container(node, below)
 
-    def leaf(self, leaf: Any, path: tuple[Any, ...], keys: Keys) -> Outline:
-        spelled = jax.tree_util.keystr(path)
+    def leaf(self, leaf: Any, path: str, keys: Keys) -> Outline:
         try:
-            self.leaves.append(describe_leaf(leaf, spelled, keys, is_template=self.is_template))
+            self.leaves.append(describe_leaf(leaf, path, keys, is_template=self.is_template))
         except _UnsupportedError as problem:
-            self.problems.append((spelled, str(problem)))
+            self.problems.append((path, str(problem)))
         return len(self.leaves) - 1
+
+
+def _children(node: Any) -> list[tuple[Any, Keys, str, Any]] | None:
+    """For each child of a container its key, Orbax's names for it, its path as `keystr` spells it, and the child;
+    None for a leaf.
+
+    JAX knows every container, and asking it costs as much as all the rest: most nodes are the plain ones.
+    """
+    if type(node) is dict and set(map(type, node)) == {str}:
+        return [(key, (key,), f"[{key!r}]", node[key]) for key in sorted(node)]
+    if type(node) is list or type(node) is tuple:
+        return [(n, (n,), f"[{n}]", child) for n, child in enumerate(node)]
+    found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    if len(found) == 1 and not found[0][0]:
+        return None
+    return [
+        (_key(entry), tuple(map(key_name, entry)), jax.tree_util.keystr(entry), child) for entry, child in found
+    ]
 
 
 def _container(node: Any, children: list[tuple[Any, Outline]]) -> Outline:

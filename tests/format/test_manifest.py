@@ -72,6 +72,31 @@ def test_every_single_flipped_bit_and_every_truncation_is_found():
             manifest.decode(small[:length], step=12, path="manifest.json")
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"items": {"a": 1}},
+        {"a": {"b": 1, "items": {"x": [2]}, "files": {}}},
+        {"a": 1, "items": None, "files": {}},
+        {"a": ',"items":{},"files":{}'},
+    ],
+)
+def test_items_that_are_spelled_as_those_before_are_those_before_whatever_the_metadata_holds(metadata):
+    written = dataclasses.replace(sample(), metadata=metadata)
+    data = manifest.encode(written)
+    first = manifest.decode(data, step=12, path="")
+    known = manifest.KnownItems(manifest.items_text(data), first.items)
+    later = manifest.encode(dataclasses.replace(written, metrics={"loss": 9.0}))
+    read, plain = (manifest.decode(later, step=12, path="", known=each) for each in (known, manifest.NO_ITEMS))
+    assert read == plain
+    assert (read.metadata, read.metrics) == (metadata, {"loss": 9.0})
+    if not metadata:
+        assert all(item is first.items[name] for name, item in read.items.items())
+    other = manifest.encode(dataclasses.replace(written, items={"opt_state": written.items["params"]}))
+    assert list(manifest.decode(other, step=12, path="", known=known).items) == ["opt_state"]
+
+
 def sealed(body):
     """The bytes of a manifest that says this; a str is taken as its text."""
     text = (body if isinstance(body, str) else json.dumps(body)).rstrip()[:-1].encode()
