@@ -9,6 +9,7 @@ clock               asks a clock of its own whether to save
 attempt STEP...     saves steps, and says what came of each; `2:0` is saved by process 0 alone
 differs             process 1 gives something else, in every way; says what came of it
 stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
+balanced            saves arrays that several processes hold, replicated and on a grid, and restores them
 own save|load       each process has iterators of its own
 rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
 reader              each process in turn reads alone beside the others, then all do
@@ -178,6 +179,38 @@ def stages(directory, mesh):
             assert np.array_equal(got.data, np.full(3, 7.0) if name == "mine" else shard.data), name
     manager.close()
     say("stages")
+
+
+def held_by_several():
+    """Odd and even sizes; one that is larger than a fair share, and many that are not."""
+    draw = np.random.default_rng(0)
+    large = {"odd": (1021, 517), "even": (64, 4096), "rows": (24, 128), "none": (4, 0), "scalar": ()}
+    small = {f"small {n}": (17 + n, 33) for n in range(100)}
+    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in (large | small).items()}
+
+
+def balanced(directory, _):
+    mesh = jax.make_mesh((jax.process_count(), jax.local_device_count()), ("data", "model"))
+    specs = {"even": P(None, "model"), "rows": P("data")}
+    params = {
+        name: jax.make_array_from_callback(
+            values.shape, NamedSharding(mesh, specs.get(name, P())), lambda index, values=values: values[index]
+        )
+        for name, values in held_by_several().items()
+    }
+    params["key"] = spread_keys(key_bits(7)["key"], NamedSharding(mesh, P()))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "compile" in event else None
+    )
+    with ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S) as manager:
+        manager.save(1, params).result()
+        assert not compiled, compiled
+        back = manager.restore(params=params).params
+    for name, values in held_by_several().items():
+        for shard in back[name].addressable_shards:
+            assert np.array_equal(shard.data, values[shard.index]), name
+    say("balanced")
 
 
 class Iterator:
@@ -409,7 +442,21 @@ if __name__ == "__main__":
     try:
         known = {
             each.__name__: each
-            for each in (save, load, shared, train, clock, slow, attempt, differs, stages, own, reader, rewind)
+            for each in (
+                save,
+                load,
+                shared,
+                train,
+                clock,
+                slow,
+                attempt,
+                differs,
+                stages,
+                balanced,
+                own,
+                reader,
+                rewind,
+            )
         }
         known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:

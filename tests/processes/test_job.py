@@ -237,6 +237,20 @@ def test_the_stages_of_a_pipeline_come_back_to_their_processes(count, devices, t
     assert all(np.array_equal(back[name], values) for name, values in found.items())
 
 
+@pytest.mark.parametrize(("count", "devices"), [(4, 2), (3, 1)])
+def test_processes_that_hold_the_same_share_the_writing(count, devices, tmp_path):
+    assert finish(start(count, tmp_path, "balanced", devices=devices)) == ["balanced"] * count
+    item, values = tmp_path / "1" / "params", member.held_by_several()
+    parts = [sum(map(os.path.getsize, (item / f"ocdbt.process_{n}" / "d").iterdir())) for n in range(count)]
+    expected = sum(each.nbytes for each in values.values())
+    assert max(parts) < 1.1 * expected / count
+    assert sum(parts) < 1.1 * expected
+    with ocp.CheckpointManager(tmp_path) as stock:
+        template = values | {"key": member.key_bits(7)["key"]}
+        back = stock.restore(1, args=ocp.args.Composite(params=ocp.args.StandardRestore(template))).params
+    assert all(np.array_equal(back[name], each) for name, each in template.items() if name != "key")
+
+
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
 def test_each_process_gets_its_own_iterator_back_and_another_number_is_told(count, devices, tmp_path):
     assert finish(start(count, tmp_path, "own", "save", devices=devices)) == ["own"] * count
