@@ -497,7 +497,7 @@ MUTATIONS = [
     ),
     Mutation(
         "14c", "a process that is slow is not waited for",
-        "processes/job.py", "if self._said and self._said.get(i) != each}", "if False}",
+        "processes/heartbeat.py", "if self._newest.get(i) != each}", "if False}",
         "tests/processes/test_job.py::test_a_save_that_is_slow_in_one_process_is_not_failed_by_the_others",
     ),
     Mutation(

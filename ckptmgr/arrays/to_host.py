@@ -16,7 +16,7 @@ from ckptmgr.arrays import chunks, shares
 from ckptmgr.arrays.chunks import BYTES_ALONE, Index, Stored, Values, chunk_shape, whole
 from ckptmgr.arrays.shares import Piece, Unit
 from ckptmgr.arrays.to_devices import spell
-from ckptmgr.processes import job
+from ckptmgr.processes import agreement
 from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees.structure import dtype_name, is_key, numpy_dtype
 
@@ -68,7 +68,7 @@ class Plan:
 
     @functools.cached_property
     def digest(self) -> str:
-        return job.digest(json.dumps([self.lines, self.tree.outline]))
+        return agreement.digest(json.dumps([self.lines, self.tree.outline]))
 
     @functools.cached_property
     def owners(self) -> Sequence[int]:
@@ -90,7 +90,7 @@ def _spell(leaf: LeafSpec, sharding: Any) -> str:
     mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
     order = sharding.device_set if mesh is None else mesh.devices.flat
     ids = [device.id for device in order]
-    where = f"{len(ids)} devices ({job.digest(str(ids if mesh else sorted(ids)))[:8]})"
+    where = f"{len(ids)} devices ({agreement.digest(str(ids if mesh else sorted(ids)))[:8]})"
     return (
         f"{said} {leaf.partition} over {dict(mesh.shape)} of {where}"
         if mesh is not None

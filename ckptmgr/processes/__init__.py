@@ -1,4 +1,4 @@
-"""This process and the others of its job: their agreement, the thread behind `save`, signals, and the end.
+"""This process and the others of its job: agreement, the thread behind `save`, signals, the end of the script.
 
 Nothing here knows what a checkpoint is.
 """

@@ -1,4 +1,4 @@
-"""Work that outlives the call that started it: finished before the script ends, or SIGTERM ends it."""
+"""Work that goes on after the call that started it, and is finished before the process ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CAN_OUTLIVE_MAIN = not (3, 12, 0) <= sys.version_info[:3] < (3, 12, 3)
 """Whether a save goes on after the end of the main thread. Orbax starts threads for it, and CPython 3.12.0 to
 3.12.2 start none then: https://github.com/python/cpython/issues/113964"""
 _SLICE_S = 0.5
-"""How long a wait goes on before it looks whether what it waits for still goes on."""
+"""How often a wait checks that a thread still works on what it waits for."""
 
 
 class Moment:
@@ -49,7 +49,7 @@ class Moment:
             self._waiting.popleft().release()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Whether it has come within these seconds. It looks now and then: `set` may be interrupted too."""
+        """Whether the moment has come within these seconds. It polls too: `set` may be interrupted."""
         ends = None if timeout_s is None else time.monotonic() + timeout_s
         own = threading.Lock()
         own.acquire()
@@ -59,34 +59,34 @@ class Moment:
             if left_s <= 0:
                 break
             own.acquire(timeout=left_s)
-        with contextlib.suppress(ValueError):  # `set` has taken it
+        with contextlib.suppress(ValueError):  # `set` has removed it
             self._waiting.remove(own)
         return self._has_come
 
 
 @dataclasses.dataclass(eq=False)
 class Task:
-    """Something that was accepted. It is run once, and `ended` is called after it, whatever happened in it."""
+    """Accepted work. It is run once, and `ended` is called after it, whatever happened."""
 
     what: str
-    """What it is called in a timeout."""
+    """Its name in messages."""
     run: Callable[[], None]
     timeout_s: float
     about: Any = None
     ended: Callable[[BaseException | None], None] = lambda problem: None
-    """Given what `run` has raised. Called again if an exception from outside interrupts it."""
+    """Called with what `run` has raised, or None. Called again if an exception from outside interrupts it."""
     has_begun: bool = False
     problem: BaseException | None = None
     done: Moment = dataclasses.field(default_factory=Moment)
 
 
 class Background:
-    """Runs one task after the other beside their callers.
+    """Runs tasks in a thread, one after the other.
 
-    A task is accepted at one point, `append`: an interrupt comes before it or after it. It is left in the queue
-    until it is done, so a thread that an exception ends leaves it to the next one, which every wait starts. The
-    callers wait for an event that the thread sets, never for the thread: in CPython 3.11 and 3.12 Ctrl-C in a
-    `join` marks a thread as ended that is still running.
+    A task is accepted at one point, `append`: an interrupt comes either before or after it. It stays in the queue
+    until it is done. So if an exception ends the thread, the next thread finds the task; every wait starts a
+    thread if none works. Callers wait for an event that the thread sets, never for the thread: in CPython 3.11
+    and 3.12 Ctrl-C in a `join` marks a thread as ended although it is still running.
     """
 
     def __init__(self) -> None:
@@ -97,9 +97,9 @@ class Background:
         _backgrounds.add(self)
 
     def start(self, task: Task) -> None:
-        """Starts a task once those before it are done.
+        """Starts a task once the tasks before it are done.
 
-        A task that starts another (a callback that saves, say) cannot wait for it: the other is run at once.
+        A task that starts another one (a callback that saves, say) cannot wait for it: the other is run at once.
         """
         if self.is_current():
             _run(task)
@@ -110,21 +110,21 @@ class Background:
     def add(self, task: Task) -> None:
         """Accepts a task; returns at once."""
         self._accepted.append(task)
-        self._start_thread()  # also if one works: it may have looked for the last time
+        self._start_thread()  # even if one works: it may already have found the queue empty
 
     def waiting(self) -> list[Task]:
         """The tasks that are not done, in order."""
         return [task for task in _copy(self._accepted) if not task.done.is_set()]
 
     def _start_thread(self) -> None:
-        """Starts a thread, which waits until no other works.
+        """Starts a thread. It waits until no other thread works.
 
-        Not a `threading.Thread`: its `start` waits for the new thread in Python code, where Ctrl-C leaves locks
-        behind, and it takes locks that a signal handler, or the garbage collector, may find taken.
+        It is no `threading.Thread`: its `start` waits for the new thread in Python code, where Ctrl-C leaves locks
+        held. It also takes locks, which code that is interrupted by a signal handler may hold already.
         """
         try:
             _thread.start_new_thread(self._work, ())
-        except RuntimeError:  # too many, or, in CPython 3.12.0 to 3.12.2, after the end of the main thread
+        except RuntimeError:  # too many threads, or, in CPython 3.12.0 to 3.12.2, after the end of the main thread
             if not self.is_current():
                 self._work()
 
@@ -135,17 +135,17 @@ class Background:
                 while self._accepted:
                     _run(self._accepted[0])
                     self._accepted.popleft()
-        except Exception:  # from outside of the thread; whoever waits starts another
-            _log.exception("the thread that saves was interrupted, and another goes on")
+        except Exception:  # raised into the thread from outside; the next wait starts another thread
+            _log.exception("the thread that writes checkpoints was interrupted; another thread goes on")
         finally:
             self._thread.is_ours = False
 
     def is_current(self) -> bool:
-        """Whether the caller is a task itself (a callback of it, say), which must not wait for itself."""
+        """Whether the caller is a task itself (a callback, say): it must not wait for itself."""
         return getattr(self._thread, "is_ours", False)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits until what was accepted so far is done; at most so long, or as long as its manager allows."""
+        """Waits until all tasks accepted so far are done; the bound of each is `timeout_s`, or its own."""
         for task in [] if self.is_current() else self.waiting():
             limit_s = task.timeout_s if timeout_s is None else timeout_s
             if not self.wait_for(task.done, limit_s):
@@ -154,17 +154,20 @@ class Background:
     def wait_for(self, moment: Moment, timeout_s: float) -> bool:
         """Whether a moment that a task sets has come within these seconds."""
         if not moment.is_set() and self._process != os.getpid():
-            raise SaveError(f"process {self._process} saves, and this one was forked from it", step=None)
+            raise SaveError(
+                f"this process was forked from process {self._process}, which saves; wait for the save there",
+                step=None,
+            )
         ends = time.monotonic() + timeout_s
         while not moment.is_set() and self.waiting():
-            if not self._works.locked():  # an interrupt came before a thread was started, or has ended it
+            if not self._works.locked():  # an interrupt has ended the thread, or came before it was started
                 self._start_thread()
             if not moment.wait(min(_SLICE_S, ends - time.monotonic())) and time.monotonic() >= ends:
                 break
         return moment.is_set()
 
     def forget(self) -> None:
-        """In a forked child: its threads are the parent's alone."""
+        """In a forked child, which has no threads: the tasks are the parent's."""
         self._accepted.clear()
         self._works = threading.Lock()
         self._thread = threading.local()
@@ -174,7 +177,7 @@ _backgrounds: weakref.WeakSet[Background] = weakref.WeakSet()
 
 
 def _run(task: Task) -> None:
-    """Runs a task unless an interrupted thread had begun it, and ends it."""
+    """Runs a task, unless an interrupted thread has begun it before, and ends it."""
     try:
         if not task.has_begun:
             task.has_begun = True
@@ -188,11 +191,11 @@ def _run(task: Task) -> None:
 
 
 def _copy(queue: Iterable[Any]) -> list[Any]:
-    """What is in a queue to which other threads may add meanwhile."""
+    """A copy of a queue to which other threads may add meanwhile."""
     while True:
         try:
             return list(queue)
-        except RuntimeError:  # it did
+        except RuntimeError:  # another thread has changed the queue
             continue
 
 
@@ -213,17 +216,17 @@ def _unfinished() -> list[tuple[Background, Task]]:
 
 
 def drain() -> None:
-    """Waits until nothing that was accepted is left, also what follows from it; each wait has its bound."""
+    """Waits until every accepted task is done, and every task that these add. Each wait has its bound."""
     given_up: set[Task] = set()
     while left := [each for each in _unfinished() if each[1] not in given_up]:
         background, task = left[0]
         if not background.wait_for(task.done, task.timeout_s):
-            _log.error("%s took longer than %s s, and the process ends without it", task.what, task.timeout_s)
+            _log.error("%s took longer than %s s; the process ends without it", task.what, task.timeout_s)
             given_up.update(background.waiting())
 
 
 def drain_at_exit() -> None:
-    """The same at the end of the main thread. Ctrl-C is told what is waited for; the second one there ends it."""
+    """Drains at the end of the main thread. Ctrl-C prints what is waited for; a second Ctrl-C ends the process."""
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_default or threading.current_thread() is not threading.main_thread():
         drain()
@@ -240,7 +243,7 @@ def _warn_first(number: int, _: FrameType | None) -> None:
     what = ", ".join(task.what for _, task in _unfinished())
     said = f"ckptmgr waits for {what}; press Ctrl-C again to end without it\n"
     with contextlib.suppress(OSError):
-        os.write(2, said.encode())  # a handler may interrupt the stream of the log
+        os.write(2, said.encode())  # the handler may interrupt a write to sys.stderr
 
 
 # A plain atexit hook is too late: by then Python has shut the executors that Orbax writes with, and the

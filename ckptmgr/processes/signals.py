@@ -1,4 +1,4 @@
-"""Signals: SIGTERM ends the process once what was accepted is durable; a preemption is noticed and told."""
+"""Signals: SIGTERM ends the process once accepted saves are durable; in a guard it makes the next save happen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ckptmgr.processes import background
 
 
 def drain_on_sigterm() -> None:
-    """From now on SIGTERM, where nobody handles it, ends the process once what was accepted is durable."""
+    """Unless SIGTERM has a handler: from now on it ends the process once every accepted save is durable."""
     is_main = threading.current_thread() is threading.main_thread()
     is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and not _jax_listens()
     if is_main and is_free:
@@ -26,11 +26,11 @@ def drain_on_sigterm() -> None:
 
 
 def _end_when_drained(number: int, _: FrameType | None) -> None:
-    """Waits in a thread: the interrupted code may hold a lock that what is waited for needs.
+    """Waits in a new thread: the interrupted code may hold a lock that the unfinished saves need.
 
-    Not in a `threading.Thread`, for the same reason.
+    It is no `threading.Thread`: its `start` takes locks too.
     """
-    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
 
     def finish() -> None:
         background.drain()
@@ -40,7 +40,7 @@ def _end_when_drained(number: int, _: FrameType | None) -> None:
 
 
 def _jax_listens() -> bool:
-    """Whether JAX takes SIGTERM itself (below Python, which does not know), to tell all processes of a job."""
+    """Whether JAX handles SIGTERM itself, to tell all processes of a job; `getsignal` does not show that."""
     is_on = bool(jax.config.jax_enable_preemption_service)  # type: ignore[attr-defined]
     return is_on and jax.distributed.is_initialized()
 
@@ -61,7 +61,7 @@ class Preemption:
         self._count = 0
 
     def is_due(self, step: int, decided: bool) -> bool:
-        """What becomes of a decision whether to save: after a signal every step in the guard is saved."""
+        """Whether to save this step; `decided` is what the policies say. After a signal every step is saved."""
         if self._guarded and _jax_listens() and step != self._asked:
             self._asked, self._count = step, self._count + 1
             self.signalled |= multihost_utils.reached_preemption_sync_point(self._count)
@@ -70,14 +70,14 @@ class Preemption:
 
     @property
     def reached(self) -> bool:
-        """Whether to stop now. Not yet if a signal came after the newest step was declined: the next is saved."""
+        """Whether to stop now. Not if the newest step was declined before the signal: the next step is saved."""
         return self.signalled and not self._declined
 
     @contextlib.contextmanager
     def guard(self, signals: Sequence[int]) -> Iterator[None]:
-        """Takes the signals; at the end they go back to those who had them."""
+        """Handles the signals; at the end the handlers from before are set again."""
         if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("preemption_guard takes signals, which Python delivers to the main thread alone")
+            raise RuntimeError("preemption_guard works in the main thread only: no other may set signal handlers")
         taken = [number for number in signals if number != signal.SIGTERM or not _jax_listens()]
         before: dict[int, Any] = {number: signal.getsignal(number) for number in taken}
 
@@ -87,7 +87,7 @@ class Preemption:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             if _jax_listens():
-                os.kill(os.getpid(), signal.SIGTERM)  # so that the other processes hear of it too
+                os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the other processes
             else:
                 self.signalled = True
             if callable(previous) and previous not in (_end_when_drained, signal.default_int_handler):

@@ -13,7 +13,7 @@ import jax
 from ckptmgr.arrays import to_host, writing
 from ckptmgr.format import manifest as manifests
 from ckptmgr.options import Options
-from ckptmgr.processes import job
+from ckptmgr.processes import agreement
 from ckptmgr.processes.background import Moment
 from ckptmgr.saving import items
 
@@ -40,7 +40,7 @@ class Copied:
     def snapshots(self) -> dict[str, writing.Snapshot]:
         return {name: each for name, each in sorted(self.contents.items()) if isinstance(each, writing.Snapshot)}
 
-    def spec(self) -> job.Spec:
+    def spec(self) -> agreement.Spec:
         """What the processes of a job must agree on before any of it is written."""
         kinds = [
             f"{name}\t{item.kind}{f' with {item.compression}' if item.compression else ''}"
@@ -52,8 +52,8 @@ class Copied:
             leaves = [f"{name}{line}" for name, plan in plans.items() for line in plan.lines]
             return kinds + leaves + [f"the containers of {name}\t{plan.digest}" for name, plan in plans.items()]
 
-        return job.Spec(
-            job.digest(json.dumps([kinds, [plan.digest for plan in plans.values()]])),
+        return agreement.Spec(
+            agreement.digest(json.dumps([kinds, [plan.digest for plan in plans.values()]])),
             lines,
             [owner for plan in plans.values() for owner in plan.owners],
             list(map(self._digest, self.may_differ)),
@@ -62,7 +62,7 @@ class Copied:
 
     def _digest(self, name: str) -> str:
         found = self.contents[name]
-        return found.digest() if isinstance(found, writing.Snapshot) else job.digest(json.dumps(found()))
+        return found.digest() if isinstance(found, writing.Snapshot) else agreement.digest(json.dumps(found()))
 
     def _settle(self, owners: Sequence[int], differs: Sequence[bool]) -> None:
         """Leaves to others what they write."""

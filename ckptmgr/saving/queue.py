@@ -76,7 +76,7 @@ class Pending:
         except CheckpointTimeoutError as late:
             if not self.job.waits_for:
                 raise
-            told = f"{late}; {self.job.waits_for} did not come"
+            told = f"{late}; still waiting for {self.job.waits_for}"
             raise CheckpointTimeoutError(told, waiting_for=late.waiting_for) from None
 
     def wait(self) -> None:
