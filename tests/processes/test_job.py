@@ -176,14 +176,27 @@ def test_a_process_that_never_comes_is_named(tmp_path):
 
 
 def test_a_call_that_one_process_leaves_out_is_told_by_its_step_and_the_job_goes_on(tmp_path):
-    said = lines(start(2, tmp_path, "attempt", "1", "2:0", "3", "4:1", "5"))
+    said = lines(start(2, tmp_path, "results", "1", "2:0", "3", "4:1", "5"))
     for who, step in ((0, 2), (1, 4)):
         (told,) = [line for line in said[who] if line.startswith(f"{step} ")]
-        assert told.startswith(f"{step} CheckpointError process {1 - who} left out the ")
+        assert told.startswith(f"{step} SaveError step {step} could not be saved: process {1 - who} left out the ")
         assert f"save of step {step}: it is at " in told
         said[who].remove(told)
         assert f"of step {step + 1}." in told
     assert said == [["1 True", "3 True", "5 True", "steps 1 3 5"]] * 2
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_save_waits_for_no_other_process_and_asks_nobody_anything(count, tmp_path):
+    assert finish(start(count, tmp_path, "apart", devices=1)) == ["apart True []"] * count
+
+
+def test_processes_that_have_left_out_calls_are_together_again_two_calls_later(tmp_path):
+    said = lines(start(2, tmp_path, "attempt", "1", "2:0", "3", "4", "5", "6", timeout_s=600))
+    told = [[line for line in one if "Error" in line] for one in said]
+    assert [line.partition(" could")[0] for line in told[0]] == ["3 SaveError step 2", "4 SaveError step 3"]
+    assert [line.partition(" could")[0] for line in told[1]] == ["4 SaveError step 3"]
+    assert [one[-1] for one in said] == ["steps 1 5 6"] * 2
 
 
 def test_a_failure_that_one_process_knows_is_raised_in_all_and_the_next_save_works(tmp_path):
@@ -217,7 +230,7 @@ def test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_wr
     }
     for index, said in enumerate(lines(start(count, tmp_path, "differs"))):
         for line, (name, why) in zip(said, first.items(), strict=False):
-            assert line.startswith(f"{name} {'process 0: ' if index else ''}the save of step ")
+            assert re.match(rf"{name} .*could not be saved: {'process 0: ' * (index > 0)}the save of step", line)
             assert why in line, line
         assert said[len(first) :] == ["same True", "steps 101"]
     assert visible(tmp_path) == ["101"]
