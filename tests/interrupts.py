@@ -53,7 +53,9 @@ def script(directory, seed):
 def each_moment(directory):
     """One interrupt at every fifth moment of each call."""
     command = [sys.executable, moments.__file__, directory, "5", "0"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=7200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=7200)
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
     return sum(int(line.split()[0]) for line in done.stdout.splitlines()), int(done.returncode != 0)
 
 

@@ -6,9 +6,12 @@ shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says ho
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
 slow                saves two steps, and waits for each, in vain if a fault makes it slow
 clock               asks a clock of its own whether to save
-attempt STEP...     saves steps, and says what came of each; `2:0` is saved by process 0 alone
+attempt STEP...     saves steps, and says what came of each call; `2:0` is saved by process 0 alone
+results STEP...     the same, and waits for each
+apart               each process but the first comes late to each save; says how long a call took, and asked whom
 differs             process 1 gives something else, in every way; says what came of it
 stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
+balanced            saves arrays that several processes hold, replicated and on a grid, and restores them
 own save|load       each process has iterators of its own
 rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
 reader              each process in turn reads alone beside the others, then all do
@@ -16,6 +19,7 @@ reader              each process in turn reads alone beside the others, then all
 
 import os
 import sys
+import threading
 import time
 
 import numpy as np
@@ -99,22 +103,59 @@ def load(directory, mesh, *step):
     say("restored", found.step, "skipped", *found.skipped)
 
 
+LATE_S = 2.0
 BITS = np.array([0x80000000, 0x7FC00001, 0xFF800001, 0], np.uint32).view(np.float32)  # -0.0 and NaNs
 
 
-def attempt(directory, mesh, *steps):
+def results(directory, mesh, *steps):
+    attempt(directory, mesh, *steps, waits=True)
+
+
+def attempt(directory, mesh, *steps, waits=False):
     own = directory.replace("INDEX", str(jax.process_index()))
     manager = ckptmgr.CheckpointManager(own, timeout_s=TIMEOUT_S)
     for each in steps:
         step, _, only = each.partition(":")
         if only in ("", str(jax.process_index())):
             try:
-                came_of_it = bool(manager.save(int(step), spread(mesh, int(step))))
+                result = manager.save(int(step), spread(mesh, int(step)))
+                came_of_it = bool(result.result() if waits and result else result)
             except ckptmgr.CheckpointError as problem:
                 came_of_it = f"{type(problem).__name__} {problem}"
             say(step, came_of_it)
     manager.close()
     say("steps", *manager.steps())
+
+
+class Watched:
+    """The client of the coordinator; notes which of its calls are made by this thread."""
+
+    def __init__(self, client):
+        self.client, self.thread, self.calls = client, threading.get_ident(), []
+
+    def __getattr__(self, name):
+        if threading.get_ident() == self.thread:
+            self.calls.append(name)
+        return getattr(self.client, name)
+
+
+def apart(directory, mesh):
+    took = []
+    with ckptmgr.CheckpointManager(directory, keep=2, timeout_s=TIMEOUT_S) as manager:
+        manager.save(1, spread(mesh, 1)).result()
+        manager.wait()
+        watched = Watched(manager._job._client)
+        manager._job._client = manager._pending.job._client = watched
+        for step in (2, 3, 4):
+            params = spread(mesh, step)
+            time.sleep(LATE_S * (jax.process_index() > 0))
+            began = time.perf_counter()
+            result = manager.save(step, params)
+            took.append(time.perf_counter() - began)
+            result.result()
+            manager.wait()
+        calls, watched.thread = list(watched.calls), None
+    say("apart", max(took) < LATE_S / 2, calls)
 
 
 OTHERS = {
@@ -139,7 +180,7 @@ def differs(directory, mesh):
 
         def attempt(step, params, **given):
             try:
-                return bool(manager.save(step, params, **given))
+                return bool(manager.save(step, params, **given).result())
             except ckptmgr.SaveError as problem:
                 return problem
 
@@ -178,6 +219,38 @@ def stages(directory, mesh):
             assert np.array_equal(got.data, np.full(3, 7.0) if name == "mine" else shard.data), name
     manager.close()
     say("stages")
+
+
+def held_by_several():
+    """Odd and even sizes; one that is larger than a fair share, and many that are not."""
+    draw = np.random.default_rng(0)
+    large = {"odd": (1021, 517), "even": (64, 4096), "rows": (24, 128), "none": (4, 0), "scalar": ()}
+    small = {f"small {n}": (17 + n, 33) for n in range(100)}
+    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in (large | small).items()}
+
+
+def balanced(directory, _):
+    mesh = jax.make_mesh((jax.process_count(), jax.local_device_count()), ("data", "model"))
+    specs = {"even": P(None, "model"), "rows": P("data")}
+    params = {
+        name: jax.make_array_from_callback(
+            values.shape, NamedSharding(mesh, specs.get(name, P())), lambda index, values=values: values[index]
+        )
+        for name, values in held_by_several().items()
+    }
+    params["key"] = spread_keys(key_bits(7)["key"], NamedSharding(mesh, P()))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "compile" in event else None
+    )
+    with ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S) as manager:
+        manager.save(1, params).result()
+        assert not compiled, compiled
+        back = manager.restore(params=params).params
+    for name, values in held_by_several().items():
+        for shard in back[name].addressable_shards:
+            assert np.array_equal(shard.data, values[shard.index]), name
+    say("balanced")
 
 
 class Iterator:
@@ -409,7 +482,23 @@ if __name__ == "__main__":
     try:
         known = {
             each.__name__: each
-            for each in (save, load, shared, train, clock, slow, attempt, differs, stages, own, reader, rewind)
+            for each in (
+                save,
+                load,
+                shared,
+                train,
+                clock,
+                slow,
+                attempt,
+                results,
+                apart,
+                differs,
+                stages,
+                balanced,
+                own,
+                reader,
+                rewind,
+            )
         }
         known[mode](directory, everything, *rest)
     except ckptmgr.CheckpointError as problem:

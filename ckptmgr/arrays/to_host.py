@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from ckptmgr.arrays import chunks
+from ckptmgr.arrays import chunks, shares
 from ckptmgr.arrays.chunks import BYTES_ALONE, Index, Stored, Values, chunk_shape, whole
+from ckptmgr.arrays.shares import Piece, Unit
+from ckptmgr.arrays.to_devices import spell
 from ckptmgr.processes import agreement
 from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees.structure import dtype_name, is_key, numpy_dtype
@@ -20,6 +23,8 @@ from ckptmgr.trees.structure import dtype_name, is_key, numpy_dtype
 Part = tuple[Index, Values]
 Take = Callable[[Any, bool], list[Part]]
 """Gives the pieces of a leaf that this process writes; told whether each process has a leaf of its own."""
+Pieces = Sequence[tuple[int, Sequence[tuple[Index, Index]]]]
+"""Of each local shard that is written here: where in the array a box is, and where in the shard; () is all."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,17 +114,52 @@ class Planner:
 
 def _plan(tree: TreeSpec, leaves: Sequence[Any], chunk_bytes: int) -> Plan:
     arrays = [_plain(leaf) for leaf in leaves]
-    stored = tuple(_stored(array, chunk_bytes) for array in arrays)
+    held = _held_by_several(arrays)
+    most_bytes = shares.largest_chunk(list(held.values()), [_piece_nbytes(arrays[place]) for place in held])
+    bounds = [min(chunk_bytes, most_bytes) if place in held else chunk_bytes for place in range(len(arrays))]
+    stored = tuple(map(_stored, arrays, bounds))
     cut = tuple(
         spec._replace(chunks=None if each.chunks == whole(each.shape) else each.chunks)
         for spec, each in zip(tree.leaves, stored, strict=True)
     )
     shardings = tuple(getattr(array, "sharding", None) for array in arrays)
+    takes = list(map(_take, arrays, leaves))
+    for place, mine in _own_share(held, stored, most_bytes).items():
+        takes[place] = _take_share(arrays[place], mine, is_key=arrays[place] is not leaves[place])
     starts = tuple(
-        place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not _in_host_memory(leaf)
+        place
+        for place, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.Array) and not _in_host_memory(leaf) and takes[place] is not _take_nothing
     )
-    takes = tuple(map(_take, arrays, leaves))
-    return Plan(dataclasses.replace(tree, leaves=cut), stored, shardings, starts, takes)
+    return Plan(dataclasses.replace(tree, leaves=cut), stored, shardings, starts, tuple(takes))
+
+
+def _held_by_several(arrays: Sequence[Any]) -> dict[int, list[Piece]]:
+    """The pieces of each array that more than one process has a part of; all processes must agree on these."""
+    found, known = dict[int, list[Piece]](), dict[Any, list[Piece]]()
+    for place, array in enumerate(arrays) if jax.process_count() > 1 else ():
+        sharding = getattr(array, "sharding", None)
+        if sharding is not None and len(_processes(sharding)) > 1:
+            key = sharding, array.shape
+            found[place] = known[key] if key in known else known.setdefault(key, shares.pieces(*key))
+    return found
+
+
+def _piece_nbytes(array: Any) -> int:
+    shape: tuple[int, ...] = array.sharding.shard_shape(array.shape)
+    return math.prod(shape) * int(array.dtype.itemsize)
+
+
+def _own_share(
+    held: Mapping[int, list[Piece]], stored: Sequence[Stored], most_bytes: int
+) -> dict[int, list[Unit]]:
+    """What this process writes of the arrays that several processes hold."""
+    work = [unit for place, some in held.items() for unit in shares.units(place, some, stored[place], most_bytes)]
+    mine: dict[int, list[Unit]] = {place: [] for place in held}
+    for unit, writer in zip(work, shares.assign(work), strict=True):
+        if writer == jax.process_index():
+            mine[unit.leaf].append(unit)
+    return mine
 
 
 def _in_host_memory(array: jax.Array) -> bool:
@@ -178,8 +218,21 @@ def _take(array: Any, leaf: Any) -> Take | None:
         return _take_nothing
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
         return _take_key if array is not leaf else _take_bytes if array.dtype in _BYTES_ALONE else None
-    pieces = [(n, shard.index) for n, shard in enumerate(array.addressable_shards) if shard.replica_id == 0]
+    pieces = [
+        (n, [(shard.index, ())]) for n, shard in enumerate(array.addressable_shards) if shard.replica_id == 0
+    ]
     return functools.partial(_take_pieces if array is leaf else _take_pieces_of_key, pieces)
+
+
+def _take_share(array: Any, mine: Sequence[Unit], *, is_key: bool) -> Take:
+    """How the units of an array that this process writes come to the host."""
+    if not mine:
+        return _take_nothing
+    shards = {spell(shard.index, array.shape): n for n, shard in reversed([*enumerate(array.addressable_shards)])}
+    boxes: dict[int, list[tuple[Index, Index]]] = {}
+    for unit in mine:
+        boxes.setdefault(shards[spell(unit.piece, array.shape)], []).append((unit.where, unit.inside))
+    return functools.partial(_take_pieces_of_key if is_key else _take_pieces, [*boxes.items()])
 
 
 def _take_numpy(leaf: Any, is_own: bool) -> list[Part]:
@@ -202,12 +255,16 @@ def _take_key(leaf: Any, is_own: bool) -> list[Part]:
     return [((), np.asarray(jax.random.key_data(leaf)))]
 
 
-def _take_pieces(pieces: Sequence[tuple[int, Index]], leaf: Any, is_own: bool) -> list[Part]:
-    """Of several replicas of a piece the first is written: by the process that holds it."""
-    return [(index, _as_bytes(np.asarray(leaf.addressable_data(n)))) for n, index in pieces]
+def _take_pieces(pieces: Pieces, leaf: Any, is_own: bool) -> list[Part]:
+    return [
+        (index, piece[inside] if inside else piece)
+        for n, boxes in pieces
+        for piece in [_as_bytes(np.asarray(leaf.addressable_data(n)))]
+        for index, inside in boxes
+    ]
 
 
-def _take_pieces_of_key(pieces: Sequence[tuple[int, Index]], leaf: Any, is_own: bool) -> list[Part]:
+def _take_pieces_of_key(pieces: Pieces, leaf: Any, is_own: bool) -> list[Part]:
     return _take_pieces(pieces, jax.random.key_data(leaf), is_own)
 
 

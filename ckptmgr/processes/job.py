@@ -179,6 +179,17 @@ class Job:
                 raise unpack(failed, self.index)
             return differs
 
+    def fail(self, call: Call, problem: Exception) -> bool:
+        """Tells all processes that a call has failed here; returns whether it has failed in each by itself."""
+        with self._turn:
+            report = Report(pack(problem))
+            if not self.leads:
+                return bool(self._answer(call, report).get("everywhere"))
+            reports = self._gather_or_say(call, report)
+            everywhere = all(each.error is not None for each in reports)
+            self._say(call, error=report.error, everywhere=everywhere)
+            return everywhere
+
     def _reconcile(self, call: Call, spec: Spec, is_other: bool, has_other_owners: bool, *is_own: bool) -> None:
         """Raises SaveError if the specs differ. To name the difference, all lines are sent: only then."""
         if is_other:
@@ -255,20 +266,25 @@ class Job:
 
     def _listen(self, call: Call, report: Report, *, is_late: bool = False) -> Any:
         """What process 0 has decided at this call; raises what failed in any process."""
+        said = self._answer(call, report, is_late=is_late)
+        if said.get("error") is not None:
+            raise unpack(said["error"], self.index)
+        return said.get("found")
+
+    def _answer(self, call: Call, report: Report, *, is_late: bool = False) -> Mapping[str, Any]:
+        """The entry of the log that is about this call."""
         while True:
             self._come(call, report)
             if is_late:  # this process has already timed out; it does not wait again
                 self._given_up.add(call)
-                return None
-            said = self._next(call)
+                return {}
+            said: Mapping[str, Any] = self._next(call)
             about = Call(*said["call"])
             if about == call:
                 self._number += 1
                 if said.get("is_note"):
                     continue
-                if said.get("error") is not None:
-                    raise unpack(said["error"], self.index)
-                return said.get("found")
+                return said
             if call.is_before(about):
                 raise self._left_out(call, {0: about})
             self._number += 1

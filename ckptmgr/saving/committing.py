@@ -42,6 +42,7 @@ class Committer:
         stages = Stages(copied.step, self._job)
         try:
             with self._job.working(), stages.told():
+                stages.agree(copied.spec)
                 manifest = self._lead(copied, stages, replaces) if self._job.leads else None
                 if manifest is None:
                     self._follow(copied, stages)

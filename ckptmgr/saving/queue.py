@@ -10,6 +10,7 @@ from ckptmgr.processes.background import Task
 from ckptmgr.processes.job import Job
 from ckptmgr.results import CheckpointInfo, Save
 from ckptmgr.run.lock import Shared
+from ckptmgr.saving import stages
 
 _log = logging.getLogger("ckptmgr")
 
@@ -39,6 +40,37 @@ class Pending:
 
         `let_go` is called at the end in any case.
         """
+        save, task = self._task(step, commit, failed, then, let_go)
+        if not self.is_current():
+            self.join()
+        self._saves.append(save)
+        self._background.start(task)
+        return save
+
+    def fail(self, step: int, problem: Exception) -> None:
+        """Tells the other processes of the job that the save of a step has failed here, and is not handed over.
+
+        All raise it at their next call, also this one, so that they stay together. If the save has failed in each
+        process by itself, none does.
+        """
+
+        def tell() -> CheckpointInfo:
+            with self.job.working():
+                save.was_raised = self.job.fail(stages.saved(step), problem)
+            raise problem
+
+        save, task = self._task(step, tell, lambda failure: None, lambda info: None, lambda: None)
+        self._saves.append(save)
+        self._background.add(task)
+
+    def _task(
+        self,
+        step: int,
+        commit: Callable[[], CheckpointInfo],
+        failed: Callable[[SaveError], None],
+        then: Callable[[CheckpointInfo], None],
+        let_go: Callable[[], None],
+    ) -> tuple[Save, Task]:
         save = Save(step, self._timeout_s, self._background.wait_for)
 
         def finish() -> None:
@@ -56,12 +88,7 @@ class Pending:
             _end(save, problem)
             let_go()
 
-        task = Task(f"the save of step {step}", finish, self._timeout_s, save, ended)
-        if not self.is_current():
-            self.join()
-        self._saves.append(save)
-        self._background.start(task)
-        return save
+        return save, Task(f"the save of step {step}", finish, self._timeout_s, save, ended)
 
     @property
     def step(self) -> int | None:

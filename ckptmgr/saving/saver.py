@@ -2,6 +2,9 @@
 
 For a step above every known step the directory is not read. The second act (`committing`) checks all the same that
 the name is free; a failure there is raised at the next call.
+
+Of several processes none waits for another here, as long as the steps go up: the second act finds out whether all
+save the same. A process in which the first act fails tells the others there.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptmgr import policies
@@ -110,15 +113,23 @@ class Saver:
         due = self.preemption.is_due(step, True) if force else self.should_save(step)
         if not due:
             return "not due by save_every"
-        return self._job.decide(Call("the start of the save", step), lambda: self._exists(step, on_exists))
+        if self._is_new(step) and on_exists != "skip":
+            return None  # in all processes alike: they have been told the same, and have made the same calls since
+        call = Call("the start of the save", step)
+        refusal, newest, taken = self._job.decide(call, lambda: self._look_up(step, on_exists))
+        self._shared.newest, self._shared.taken = newest, frozenset(taken)
+        return refusal
 
-    def _exists(self, step: int, on_exists: str) -> str | None:
-        """Why this step is not saved although it is due; None if it is."""
-        if self._is_new(step) and not (on_exists == "skip" and self._catalog.holds(step)):
-            return None
+    def _look_up(self, step: int, on_exists: str) -> tuple[str | None, int | None, list[int]]:
+        """Why this step is not to be saved although it is due; the newest step, and numbers that are no steps."""
+        if self._is_new(step) and not self._catalog.holds(step):
+            return None, self._shared.newest, [*self._shared.taken]
         steps = self._catalog.steps()
-        self._shared.newest = max([*steps, self._pending.step or 0])
-        self._shared.taken = frozenset(self._catalog.taken().difference(steps))
+        newest, taken = max([*steps, self._pending.step or 0]), self._catalog.taken().difference(steps)
+        return self._exists(step, steps, on_exists), newest, sorted(taken)
+
+    def _exists(self, step: int, steps: Sequence[int], on_exists: str) -> str | None:
+        """Why a step that is there, or is being written, is not to be saved."""
         exists = step == self._pending.step or step in set(steps) - self._catalog.damaged
         if exists and on_exists == "replace" and not self._catalog.can_replace:
             raise ValueError(
@@ -153,26 +164,34 @@ class Saver:
             refusal = self._refuse(step, force, on_exists)
             if refusal:
                 return SaveResult(step, refusal)
-            if params is None and opt_state is None:
-                raise ValueError("save needs params, or an opt_state that holds them")
-
-            def copy() -> copying.Copied:
-                self._prepare(step)
+            is_new = self._is_new(step)
+            self._shared.newest = max(step, self._shared.newest or 0)  # also if it fails here alone
+            with self._telling(step):
+                if params is None and opt_state is None:
+                    raise ValueError("save needs params, or an opt_state that holds them")
+                self._prepare(step, is_new)
                 composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
                 self._pending.wait()
                 self.require_open(step)  # a callback may have closed the manager meanwhile
                 copied = self._copier.copy(step, self._clock.wall(), composed)
                 self._make_room(step)
-                return copied
-
-            copied = self._job.together(Call("the save", step), copy, copying.Copied.spec)
             reason = "forced" if force else "preempted" if self.preemption.reached else "due"
             return self._hand_over(copied, reason, called, replaces=on_exists == "replace")
 
-    def _prepare(self, step: int) -> None:
+    @contextlib.contextmanager
+    def _telling(self, step: int) -> Iterator[None]:
+        """What fails inside, in this process, fails in all: no other waits for what does not come."""
+        try:
+            yield
+        except Exception as problem:
+            if self._job.count > 1:
+                self._pending.fail(step, problem)
+            raise
+
+    def _prepare(self, step: int, is_new: bool) -> None:
         self._shared.hold()
         self._catalog.check_names(step)
-        if not self._is_new(step):
+        if not is_new:
             self._catalog.check_free(step)
 
     def _make_room(self, step: int) -> None:
@@ -198,7 +217,6 @@ class Saver:
             self._aftermath.record_failure(step, failure)
 
         self._last, before = CheckpointInfo(step=step, time=self._clock.now()), self._last
-        self._shared.newest = max(step, self._shared.newest or 0)
         try:
             save = self._pending.start(step, commit, failed, self._aftermath.after_commit, copied.release)
             if not copied.wait(save.wait_for, self._options.timeout_s):

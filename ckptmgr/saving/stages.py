@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ckptmgr.errors import CheckpointError
+from ckptmgr.processes.agreement import Spec
 from ckptmgr.processes.job import Call, Job
 
 
 class Stages:
     """The stages of one save, in their order.
 
-    "directories": process 0 has made them. "arrays": each process has written its own. "commit": the step has its
-    name.
+    First all agree that they save the same. "directories": process 0 has made them. "arrays": each process has written
+    its own. "commit": the step has its name.
     """
 
     def __init__(self, step: int, job: Job) -> None:
         self._step, self._job = step, job
         self._ahead = ["directories", "arrays", "commit"]
+
+    def agree(self, spec: Callable[[], Spec]) -> None:
+        """Waits until every process has copied the same leaves; raises what differs, or what failed in one."""
+        try:
+            self._job.together(saved(self._step), spec, lambda found: found)
+        except Exception:
+            self._ahead.clear()
+            raise
 
     def reach(self, stage: str) -> None:
         """Waits until the others have reached a stage; raises what has failed in one of them."""
@@ -47,3 +56,8 @@ class Stages:
         except Exception:
             self._ahead.clear()
             raise
+
+
+def saved(step: int) -> Call:
+    """The call with which the save of a step begins, behind the caller."""
+    return Call("the save", step)

@@ -188,14 +188,27 @@ def test_a_process_that_never_comes_is_named(tmp_path):
 
 
 def test_a_call_that_one_process_leaves_out_is_told_by_its_step_and_the_job_goes_on(tmp_path):
-    said = lines(start(2, tmp_path, "attempt", "1", "2:0", "3", "4:1", "5"))
+    said = lines(start(2, tmp_path, "results", "1", "2:0", "3", "4:1", "5"))
     for who, step in ((0, 2), (1, 4)):
         (told,) = [line for line in said[who] if line.startswith(f"{step} ")]
-        assert told.startswith(f"{step} CheckpointError process {1 - who} left out the ")
+        assert told.startswith(f"{step} SaveError step {step} could not be saved: process {1 - who} left out the ")
         assert f"save of step {step}: it is at " in told
         said[who].remove(told)
         assert f"of step {step + 1}." in told
     assert said == [["1 True", "3 True", "5 True", "steps 1 3 5"]] * 2
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_save_waits_for_no_other_process_and_asks_nobody_anything(count, tmp_path):
+    assert finish(start(count, tmp_path, "apart", devices=1)) == ["apart True []"] * count
+
+
+def test_processes_that_have_left_out_calls_are_together_again_two_calls_later(tmp_path):
+    said = lines(start(2, tmp_path, "attempt", "1", "2:0", "3", "4", "5", "6", timeout_s=600))
+    told = [[line for line in one if "Error" in line] for one in said]
+    assert [line.partition(" could")[0] for line in told[0]] == ["3 SaveError step 2", "4 SaveError step 3"]
+    assert [line.partition(" could")[0] for line in told[1]] == ["4 SaveError step 3"]
+    assert [one[-1] for one in said] == ["steps 1 5 6"] * 2
 
 
 def test_a_failure_that_one_process_knows_is_raised_in_all_and_the_next_save_works(tmp_path):
@@ -229,7 +242,7 @@ def test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_wr
     }
     for index, said in enumerate(lines(start(count, tmp_path, "differs"))):
         for line, (name, why) in zip(said, first.items(), strict=False):
-            assert line.startswith(f"{name} {'process 0: ' if index else ''}the save of step ")
+            assert re.match(rf"{name} .*could not be saved: {'process 0: ' * (index > 0)}the save of step", line)
             assert why in line, line
         assert said[len(first) :] == ["same True", "steps 101"]
     assert visible(tmp_path) == ["101"]
@@ -247,6 +260,20 @@ def test_the_stages_of_a_pipeline_come_back_to_their_processes(count, devices, t
         template = {name: np.zeros_like(values) for name, values in found.items()}
         back = stock.restore(1, args=ocp.args.Composite(params=ocp.args.StandardRestore(template))).params
     assert all(np.array_equal(back[name], values) for name, values in found.items())
+
+
+@pytest.mark.parametrize(("count", "devices"), [(4, 2), (3, 1)])
+def test_processes_that_hold_the_same_share_the_writing(count, devices, tmp_path):
+    assert finish(start(count, tmp_path, "balanced", devices=devices)) == ["balanced"] * count
+    item, values = tmp_path / "1" / "params", member.held_by_several()
+    parts = [sum(map(os.path.getsize, (item / f"ocdbt.process_{n}" / "d").iterdir())) for n in range(count)]
+    expected = sum(each.nbytes for each in values.values())
+    assert max(parts) < 1.1 * expected / count
+    assert sum(parts) < 1.1 * expected
+    with ocp.CheckpointManager(tmp_path) as stock:
+        template = values | {"key": member.key_bits(7)["key"]}
+        back = stock.restore(1, args=ocp.args.Composite(params=ocp.args.StandardRestore(template))).params
+    assert all(np.array_equal(back[name], each) for name, each in template.items() if name != "key")
 
 
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
