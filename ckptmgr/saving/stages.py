@@ -13,8 +13,8 @@ from ckptmgr.processes.job import Call, Job
 class Stages:
     """The stages of one save, in their order.
 
-    First all agree that they save the same. "directories": process 0 has made them. "arrays": each process has written
-    its own. "commit": the step has its name.
+    First all agree that they save the same. "directories": process 0 has made them. "arrays": each process has
+    written its own. "commit": the step has its name.
     """
 
     def __init__(self, step: int, job: Job) -> None:
