@@ -121,6 +121,7 @@ class World:
         self.theirs = {}  # what strangers have put, by path
         self.parked = {}  # steps that they have renamed: path -> step, its values, whether it was whole and pinned
         self.came_back, self.unseen = set(), None  # steps renamed back; one of them, saved without a look at it
+        self.unclear = set()  # harmed steps under another number: they may pass for a damaged step of that number
         self.aside = {}  # what a rewind has set aside: step -> the values that it may bring back
         self.harmed_aside, self.pinned_aside = set(), set()  # steps; steps with their values
         self.aside_gone = set()  # strangers have removed what was set aside of these
@@ -237,8 +238,13 @@ class World:
                 self.see_what_was_deleted()
 
     def see_what_was_deleted(self):
-        """Where nothing is harmed, what no policy keeps is gone after a save."""
-        if self.keep and not self.mirrored and not self.books.harmed:
+        """Where nothing is harmed, what no policy keeps is gone after a save.
+
+        Where it is unclear which step is the newest good one, nothing is deleted (guarantee 7).
+        """
+        others = [path for path in self.unclear if path.name.isdecimal() and os.path.lexists(path)]
+        is_unclear = self.books.harmed or others
+        if self.keep and not self.mirrored and not is_unclear:
             left = set(self.reader.steps()) & set(self.books.may) - self.books.must
             assert not left, f"no policy keeps {left}"
 
@@ -708,8 +714,8 @@ class World:
 
         with contextlib.suppress(KeyboardInterrupt, shutil.Error, FileNotFoundError):
             shutil.copytree(self.run / str(step), target, copy_function=copy)
-        if target.exists() and step not in self.books.harmed:  # a copy without a manifest may pass for a step
-            self.note(target)
+        if target.exists():  # a copy without a manifest may pass for a step
+            self.unclear.add(target) if step in self.books.harmed else self.note(target)
 
     def remove(self):
         """`rm -r` of a step, interrupted somewhere or not."""
@@ -778,8 +784,8 @@ class World:
         except FileNotFoundError:
             return
         self.parked[target] = step, known.may[step], step in known.must, step in known.pinned
-        if step not in self.books.harmed:  # one without a manifest may pass for the step that it is named as
-            self.note(target)
+        # One without a manifest may pass for the step that it is named as.
+        self.unclear.add(target) if step in self.books.harmed else self.note(target)
         for known in self.all_books():
             known.delete(step)
         self.before_retention()

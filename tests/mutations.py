@@ -77,7 +77,7 @@ MUTATIONS = [
     ),
     Mutation(
         "1a", "what was copied to the mirror is not read back",
-        "run/mirror.py", "        self._check(step, draft)\n", "",
+        "run/mirror.py", "        self._check(step, draft, marker)\n", "",
         "tests/run/test_mirror.py::test_a_copy_that_was_damaged_on_its_way_is_never_shown",
     ),
     Mutation(

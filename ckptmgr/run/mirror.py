@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -201,14 +202,14 @@ class Mirror:
         marker = paths.read_bytes(source / names.COMMITTED) if names.COMMITTED in sizes else b""
         missing = {name for name, size in sizes.items() if there.get(name) != size}
         _put(source, draft, sorted(missing - {names.COMMITTED}))
-        self._check(step, draft)
+        self._check(step, draft, marker)
         self.catalog.forget(step)
         files.write(draft / names.COMMITTED, marker)
         files.sync(files.walk(draft)[0])
         self.catalog.publish(step)
         files.sync([self.catalog.directory])
 
-    def _check(self, step: int, draft: epath.Path) -> None:
+    def _check(self, step: int, draft: epath.Path, marker: bytes) -> None:
         """Reads the copy back. If it is damaged, the draft is removed, and the copy begins anew."""
         manifest = self._home.manifest(step, fresh=True)  # from home: the copy of the manifest may be damaged
         marked_later = {name: file for name, file in manifest.files.items() if name != names.COMMITTED}
@@ -216,6 +217,10 @@ class Mirror:
         if not report:
             draft.rmtree()
             raise CorruptCheckpointError(f"the copy is damaged: {report}", step=step)
+        meant = manifest.files.get(names.COMMITTED)
+        if meant is not None and meant.crc32 not in (None, zlib.crc32(marker)):
+            draft.rmtree()
+            raise CorruptCheckpointError(f"the copy is damaged: {names.COMMITTED} is not as recorded", step=step)
 
 
 def _is_equal(one: epath.Path, other: epath.Path) -> bool:

@@ -111,9 +111,13 @@ def test_the_best_is_found_in_either_home(home, tmp_path):
 
 def damage(step):
     (data,) = (step / "params" / "d").iterdir()
-    values = bytearray(data.read_bytes())
+    flip(data)
+
+
+def flip(file):
+    values = bytearray(file.read_bytes())
     values[len(values) // 2] ^= 1
-    data.write_bytes(bytes(values))
+    file.write_bytes(bytes(values))
 
 
 @pytest.mark.soak
@@ -140,6 +144,17 @@ def test_a_damaged_step_is_not_copied_and_the_others_are(home, tmp_path, caplog)
         assert steps_in(tmp_path / "away") == [1, 3]
     assert f"step 2 is not copied to {tmp_path / 'away'}: the copy is damaged" in caplog.text
     assert visible(tmp_path / "away") == ["1", "3"]
+
+
+def test_a_step_with_a_damaged_marker_is_not_copied(home, tmp_path, caplog):
+    """The marker is the last file to be written there: it is not read back with the others."""
+    with ckptmgr.CheckpointManager(home) as manager:
+        save(manager, 1, 2)
+    flip(home / "1" / "commit_success.txt")
+    with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away") as manager:
+        manager.wait()
+    assert steps_in(tmp_path / "away") == [2]
+    assert "step 1 is not copied" in caplog.text
 
 
 def test_a_step_whose_manifest_was_damaged_after_it_was_read_is_not_copied(home, tmp_path, monkeypatch, caplog):
