@@ -108,12 +108,12 @@ def test_several_processes_train_as_one_and_go_on(tmp_path):
 
 
 def test_the_demo_ends_with_every_comparison_equal():
-    command = [sys.executable, EXAMPLES / "demo.py", "--steps", "60", "--save-every", "5"]
+    command = [sys.executable, EXAMPLES / "demo.py", "--steps", "120", "--save-every", "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "half written" in done.stdout
     assert "resumed from step" in done.stdout
-    assert "60 of 60 equal" in done.stdout
+    assert "120 of 120 equal" in done.stdout
     assert "(1024, 1024) lies as (1024, 256) on each device" in done.stdout
     assert done.stdout.count("13 of 13 equal") == 2
     assert "All equal" in done.stdout
@@ -134,7 +134,7 @@ def test_the_demo_notices_what_is_not_resumed(tmp_path, forgotten):
     assert broken != source
     (tmp_path / "digits.py").write_text(broken)
     (tmp_path / "demo.py").write_text((EXAMPLES / "demo.py").read_text())
-    command = [sys.executable, tmp_path / "demo.py", "--steps", "60", "--save-every", "5"]
+    command = [sys.executable, tmp_path / "demo.py", "--steps", "60", "--save-every", "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 1
     assert "NOT EQUAL" in done.stdout

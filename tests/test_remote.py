@@ -105,7 +105,7 @@ def test_watch_sees_what_another_process_saves(run):
         assert [next(watching), next(watching)] == [1, 2]
         assert saved(reader) == (2, [])
     finally:
-        process.communicate(timeout=60)
+        process.communicate(timeout=150)
 
 
 # ---------------------------------------------------------------- faults

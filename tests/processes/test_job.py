@@ -368,8 +368,8 @@ def test_one_process_killed_at_random_moments_leaves_the_newest_step_whole(victi
         said = [process.stdout for process in processes]
         try:
             for index, process in enumerate(processes):
-                assert [said[index].readline() for _ in range(3)] == [
-                    "joined\n", f"resumed {newest}\n", f"done {newest + 1}\n"
+                assert [said[index].readline() for _ in range(4)] == [
+                    "joined\n", f"resumed {newest}\n", f"done {newest + 1}\n", f"done {newest + 2}\n"
                 ], process.stderr.read()[-3000:]  # fmt: skip
             time.sleep(draw.uniform(0, 1))
             processes[victim].send_signal(signal.SIGKILL)
