@@ -289,7 +289,7 @@ def record_files(
 
 def checksum(path: epath.Path) -> tuple[int, int]:
     """Size and CRC-32 of a file, which need not fit into memory."""
-    if not paths.is_local(path):  # in a bucket only small files have a checksum
+    if not paths.is_local(path):  # there only small files have one
         data = paths.read_bytes(path)
         return len(data), zlib.crc32(data)
     size = found = 0

@@ -44,7 +44,7 @@ def open_to_write(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def open_to_read(path: epath.Path) -> BinaryIO:
-    """Opens a regular file, also through a symlink; raises OSError for anything else.
+    """Opens a file, or the file that a symlink leads to; anything else in its place is an OSError.
 
     It does not wait at a FIFO, and does not read a device without an end.
     """
@@ -65,7 +65,7 @@ def read_bytes(path: epath.Path) -> bytes:
     if not is_local(path):
         return bytes(backend.fsspec_backend.fs(str(path)).cat_file(str(path)))
     if (found := size(path)) > _MOST_BYTES:
-        raise OSError(f"{path} has {found} bytes, too many for such a file")
+        raise OSError(f"{path} has {found} bytes, which no such file has")
     with open_to_read(path) as file:
         return file.read()
 

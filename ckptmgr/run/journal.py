@@ -48,7 +48,7 @@ class Journal:
 
 
 def read(directory: epath.Path) -> list[dict[str, Any]]:
-    """The events of a run, without lines that a crash cut short or that no manager wrote."""
+    """The events of a run; lines that a crash cut short, and what no manager wrote, are left out."""
     return _events(_lines(directory) if paths.is_local(directory) else ())
 
 
@@ -61,7 +61,7 @@ def _events(lines: Iterable[bytes]) -> list[dict[str, Any]]:
 
 
 def last_saved(directory: epath.Path) -> int | None:
-    """The step that was saved last, if no rewind came after it; None if the end of the journal does not say."""
+    """The step that was saved last since the last rewind; None if the end of the journal does not tell."""
     for event in reversed(_events(_end_of(directory / names.JOURNAL).splitlines())):
         if event["event"] in ("saved", "rewound"):
             return int(event["step"]) if event["event"] == "saved" else None

@@ -176,11 +176,9 @@ def _lock(path: str) -> int:
             return descriptor
         if _is_still(path, descriptor):
             break
-        os.close(descriptor)  # its owner removed the file between our two calls
+        os.close(descriptor)  # its owner removed it between our two calls
     else:
-        raise SaveError(
-            f"{path} was removed {_ATTEMPTS} times while it was locked; find out what removes it", step=None
-        )
+        raise SaveError(f"{path} is removed each time that it is locked: find out what removes it", step=None)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     said = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now})
     with contextlib.suppress(OSError):  # on a full disk the lock holds without the text

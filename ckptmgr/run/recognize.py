@@ -135,9 +135,9 @@ def _has_items(path: str) -> bool:
 
 
 def _is_item(folder: str) -> bool:
-    """Whether a folder is a finished item of Orbax, and not a whole step."""
+    """Whether Orbax finished an item, and not a whole step of a run that lies in this folder."""
     if os.path.lexists(os.path.join(folder, names.STEP_METADATA)):
-        return names.number(os.path.basename(folder)) is None  # an item that was saved by itself has a name
+        return names.number(os.path.basename(folder)) is None  # else the item was saved by itself
     if os.path.lexists(os.path.join(folder, manifests.NAME)):
         return False
     return begin(os.path.join(folder, names.COMMITTED), _SMALL_BYTES).startswith(MARKED) or _has_tree(folder)
