@@ -35,10 +35,14 @@ def _swap(path, draft):
     path.write_bytes(others[0].read_bytes() if others else b"x")
 
 
+def _flipped(data):
+    return data[:-1] + bytes([(data[-1] if data else 0) ^ 1])
+
+
 HARMS = {
     "removed": lambda path, draft: path.unlink(),
     "emptied": lambda path, draft: path.write_bytes(b""),
-    "changed": lambda path, draft: path.write_bytes(path.read_bytes()[:-1] + b"~"),
+    "changed": lambda path, draft: path.write_bytes(_flipped(path.read_bytes())),
     "replaced by another": _swap,
     "beside another": lambda path, draft: (path.parent / "stranger").write_bytes(b"x"),
     "with its folder removed": lambda path, draft: shutil.rmtree(path.parent),
