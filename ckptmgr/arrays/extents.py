@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -49,10 +49,11 @@ def find(path: str | os.PathLike[str]) -> Found:
     """
     database.refuse_fork()
     directory, found = os.fspath(path), Found()
-    todo = [(b"", root) for root in _roots(directory)]
+    store = functools.cache(lambda: database.base(directory))  # TensorStore's view of it, if that is needed
+    todo = [(b"", root) for root in _roots(directory, store)]
     while todo:
         prefix, place = todo.pop()
-        node = nodes.decode(_read_node(directory, place), place.base) or _dumped(directory, place)
+        node = nodes.decode(_read_node(directory, place), place.base) or _dumped(store(), place)
         todo += [(prefix + below, child) for below, child in node.children]
         for key, value in zip(node.keys, node.values, strict=True):  # no Python calls: there are thousands
             if isinstance(value, bytes):
@@ -63,12 +64,12 @@ def find(path: str | os.PathLike[str]) -> Found:
     return found
 
 
-def _roots(directory: str) -> list[Place]:
+def _roots(directory: str, store: Callable[[], Any]) -> list[Place]:
     """The root of the newest version; of an empty database none."""
     known = nodes.roots(paths.read_bytes(f"{directory}/manifest.ocdbt"))
     if known is not None:
         return known
-    versions = ts.ocdbt.dump(database.base(directory)).result()["versions"]
+    versions = ts.ocdbt.dump(store()).result()["versions"]
     root = max(versions, key=lambda version: int(version["generation_number"]))["root"]
     return [_place(root["location"])] if "location" in root else []
 
@@ -80,9 +81,8 @@ def _read_node(directory: str, place: Place) -> bytes:
         return os.pread(file.fileno(), place.nbytes, place.offset)
 
 
-def _dumped(directory: str, place: Place) -> Node:
+def _dumped(store: Any, place: Place) -> Node:
     """A node that is compressed, as in steps of older versions."""
-    store = database.base(directory)
     spelled = ":".join(urllib.parse.quote(part, safe="") for part in (place.base, place.file))
     entries = ts.ocdbt.dump(store, f"btreenode:{spelled}:{place.offset}:{place.nbytes}").result()["entries"]
     if entries and "location" in entries[0]:

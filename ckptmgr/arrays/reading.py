@@ -53,6 +53,10 @@ class Opener:
         return extents.find(self._directory)
 
     @functools.cached_property
+    def _scratch(self) -> Values:
+        return small.scratch()
+
+    @functools.cached_property
     def _context(self) -> Any:
         return ts.Context()  # files are read, not mapped: a mapped one that is cut short ends the process
 
@@ -69,7 +73,7 @@ class Opener:
 
     def small(self, plan: small.Plan) -> list[Values]:
         """Small arrays, read straight from the files; raises small.SmallArrayError."""
-        return small.read(plan, os.fspath(self._directory), self.found)
+        return small.read(plan, os.fspath(self._directory), self.found, self._scratch)
 
     def plan(self, spec: LeafSpec, pieces: Sequence[Index]) -> tuple[list[Values], list[extents.Job]] | None:
         """How the pieces of a large array are read straight from the files; None if TensorStore has to."""
@@ -174,7 +178,7 @@ def _read_small(plan: Plan, source: int, some: small.Plan, opener: Opener, found
     except small.SmallArrayError as problem:
         paths.refuse_exhausted(problem.__cause__ or problem)
         raise plan.wanted[places[problem.place]].damaged(problem) from problem
-    except (ValueError, OSError) as problem:  # of the database
+    except (ValueError, OSError, MemoryError) as problem:  # of the database
         paths.refuse_exhausted(problem)
         raise plan.wanted[places[0]].damaged(problem) from problem
     for n in plan.cut:
@@ -187,7 +191,7 @@ def _plan(each: Read, opener: Opener) -> tuple[list[Values], list[extents.Job]] 
         return opener.plan(each.spec, each.pieces)
     except KeyError:
         raise each.damaged("a chunk of it is missing") from None
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, MemoryError) as problem:
         paths.refuse_exhausted(problem)
         raise each.damaged(problem) from problem
 

@@ -48,7 +48,12 @@ class Plan:
         self.offsets = ends
 
 
-def read(plan: Plan, directory: str, found: Found) -> list[Values]:
+def scratch() -> Values:
+    """Memory for what is on its way, which several calls of `read` may use in turn: new memory costs time."""
+    return np.empty(_RUN_BYTES, np.uint8)
+
+
+def read(plan: Plan, directory: str, found: Found, scratch: Values) -> list[Values]:
     """All of them; raises SmallArrayError for the first that is missing or damaged."""
     memory: Any = chunks.aligned((plan.nbytes,), np.dtype(np.uint8))
     into = memoryview(memory)
@@ -56,7 +61,7 @@ def read(plan: Plan, directory: str, found: Found) -> list[Values]:
     inline = [(place, source) for place, source in enumerate(sources) if isinstance(source, bytes)]
     _take(plan, into, inline)
     for run in _runs(sources):
-        data = _read(directory, run)
+        data = _read(directory, run, scratch)
         first = run[0].offset
         _take(plan, into, [(each.place, data[each.offset - first : each.end - first]) for each in run])
     array: Any = np.ndarray
@@ -104,10 +109,10 @@ def _runs(sources: Sequence[Extent | bytes]) -> list[list[_Chunk]]:
     return runs
 
 
-def _read(directory: str, run: Sequence[_Chunk]) -> Values:
+def _read(directory: str, run: Sequence[_Chunk], scratch: Values) -> Values:
     """The bytes of a file from the first chunk of a run to the last."""
     begin, end = run[0].offset, max(each.end for each in run)
-    data: Values = np.empty(end - begin, np.uint8)
+    data = scratch[: end - begin]
     into: Any = memoryview(data.data)
     got = 0
     try:

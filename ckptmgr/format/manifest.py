@@ -36,7 +36,7 @@ FORMAT = 2
 items of which each process has its own; a reader of format 1 would give the first to all processes.
 A manifest without these is still written as format 1, so that older versions read it."""
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 96 << 10  # what malloc need not fetch from the system, page by page, each time
 _LIBRARIES = ("ckptmgr", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
 
 

@@ -44,7 +44,9 @@ def make(directory, seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_each_comes_back_as_it_was(seed, tmp_path):
     specs, arrays, found = make(tmp_path, seed)
-    for read, array in zip(small.read(small.Plan(specs), str(tmp_path), found), arrays, strict=True):
+    for read, array in zip(
+        small.read(small.Plan(specs), str(tmp_path), found, small.scratch()), arrays, strict=True
+    ):
         assert (read.dtype, read.shape, read.tobytes()) == (array.dtype, array.shape, array.tobytes())
         assert read.ctypes.data % 64 == 0  # where JAX takes it over as it is
         assert read.flags.writeable
@@ -63,14 +65,14 @@ def test_no_bit_of_one_can_change_unnoticed_and_the_one_is_named(tmp_path):
             bad[bit // 8] ^= 1 << bit % 8
             changed = found | {plan.keys[place]: bytes(bad)}
             with pytest.raises(small.SmallArrayError, match="checksum") as caught:
-                small.read(plan, str(tmp_path), changed)
+                small.read(plan, str(tmp_path), changed, small.scratch())
         else:
             path, good = tmp_path / source.file, (tmp_path / source.file).read_bytes()
             bad = bytearray(good)
             bad[source.offset + bit // 8] ^= 1 << bit % 8
             path.write_bytes(bad)
             with pytest.raises(small.SmallArrayError, match="checksum") as caught:
-                small.read(plan, str(tmp_path), found)
+                small.read(plan, str(tmp_path), found, small.scratch())
             path.write_bytes(good)
         assert caught.value.place == place
 
@@ -91,5 +93,5 @@ def test_one_that_is_missing_or_of_another_size_or_behind_the_end_is_named(tmp_p
         (source._replace(file="absent"), "No such file"),
     ):
         with pytest.raises(small.SmallArrayError, match=why) as caught:
-            small.read(plan, str(tmp_path), found | {key: wrong})
+            small.read(plan, str(tmp_path), found | {key: wrong}, small.scratch())
         assert caught.value.place == place
