@@ -211,9 +211,9 @@ MUTATIONS = [
     ),
     Mutation(
         "7a", "older steps go before the newer one is durable",
-        "saving/saver.py", "            self._committer.commit(copied,",
+        "saving/saver.py", "            manifest = self._committer.commit(copied,",
         "            [self._catalog.delete(each) for each in self._catalog.steps() if self._options.keep]\n"
-        "            self._committer.commit(copied,",
+        "            manifest = self._committer.commit(copied,",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(
