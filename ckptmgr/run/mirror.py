@@ -209,8 +209,8 @@ class Mirror:
         files.sync([self.catalog.directory])
 
     def _check(self, step: int, draft: epath.Path) -> None:
-        """Reads the copy back. If it is damaged, the draft is removed, and the copy begins anew."""
-        manifest = self._home.manifest(step, fresh=True)  # from home: the copy of the manifest may be damaged
+        """Reads the copy back; one that is damaged, here or at its source, is begun anew another time."""
+        manifest = self._home.manifest(step, fresh=True)  # the draft has the file, which may be damaged by now
         marked_later = {name: file for name, file in manifest.files.items() if name != names.COMMITTED}
         report = verifying.verify(dataclasses.replace(manifest, files=marked_later), draft, None)
         if not report:
