@@ -5,6 +5,10 @@ steps to keep. `now` and the times in `history` are in seconds and come from the
 back. Orbax's own policies are accepted too (`ckptmgr/orbax/policies.py`), and the caller's own. If a keep policy
 fails, nothing is deleted.
 
+A new policy is a class here; it is exported in `ckptmgr/__init__.py` and named in `docs/api.md`. A keep policy
+also gets its words in `spell` and `parse`, and in the help of `--policy` (`cli/app.py`). A save policy that
+needs no clock is named in `Saver.should_save`.
+
 A policy has two spellings. Its repr is Python, for people. `spell` gives one for shells and for the journal, which
 `parse` reads without running code.
 """

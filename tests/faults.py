@@ -7,6 +7,9 @@
     slow            five seconds go by
     short           half of a small file is written, then an I/O error (point "file" alone)
 
+A new kind goes into `KINDS`, a new place into `POINTS`: `test_crash.py` then kills before and after it, at its
+fourth time. Faults in what is on the disk are in `odd_files.py` and `strangers.py`.
+
 A subprocess takes them from CKPTMGR_FAULT: `CKPTMGR_FAULT="before publish 2"`.
 
 Those of a run's directory enter through `FaultyDirectory`, which lies around each directory that is opened after

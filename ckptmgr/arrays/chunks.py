@@ -1,8 +1,11 @@
 """The form of an array on disk: chunks, codecs, and the bytes of one chunk.
 
-zarr3 with the codecs `bytes` (little-endian, in C order), `zstd` if asked, and `crc32c`. A small chunk
-is encoded and checked here, without opening an array for it: for many small arrays that is five to
-eight times faster. Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/crc32c/index.html
+zarr3 with the codecs `bytes` (little-endian, in C order), `zstd` if asked, and `crc32c`. A small chunk is
+encoded and checked here, without opening an array for it: for many small arrays that is five to eight times
+faster. `chunk_shape` decides the cut. The cut of each leaf is in the manifest, so older steps stay readable.
+`extents`, `format/schema`, `orbax/item_files` and `saving/sealing` also assume that chunks are a regular grid.
+
+Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/crc32c/index.html
 """
 
 from __future__ import annotations

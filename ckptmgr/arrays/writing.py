@@ -1,7 +1,8 @@
-"""Arrays to disk and back: TensorStore transactions of many arrays, every chunk with its checksum.
+"""Arrays to disk: TensorStore transactions of many arrays, every chunk with its checksum.
 
+The way back is `reading`.
 An item's arrays are zarr3 in one OCDBT database, as Orbax reads them. Nothing here waits leaf by leaf:
-a writer puts thousands into a transaction and commits once; a restore asks for all, then collects.
+a writer puts thousands into a transaction and commits once.
 
 The checksums: each chunk carries zarr's `crc32c` codec; OCDBT's manifest and nodes carry their own
 (https://google.github.io/tensorstore/kvstore/ocdbt/index.html); the small `zarr.json` of each array is

@@ -1,5 +1,7 @@
 """The commands.
 
+A new command: its values in `facts`, its looks in `tables`, a row in `docs/cli.md`.
+
 Exit codes: 0 all is well, 1 damage or a difference was found, 2 wrong arguments or nothing there, 3 it failed.
 """
 

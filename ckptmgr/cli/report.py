@@ -154,6 +154,7 @@ _SHAPES = {
     "failed": ("a save that failed", "<path d='M-6-6 6 6M6-6-6 6' class='bad line'/>"),
     "passed over": ("passed over in a restore", "<path d='M-7-5H7L0 7Z' class='bad'/>"),
     "restored": ("restored, or resumed from", "<path d='M0-8V8M-5 3 0 8 5 3' class='line'/>"),
+    "rewound": ("gone back to", "<path d='M8 0H-8M-3-5-8 0-3 5' class='line'/>"),
 }
 """What happened to a step. Shapes tell the events apart; colours only help."""
 _LANES = {
@@ -165,7 +166,9 @@ _LANES = {
     "failed": 2,
     "passed over": 2,
     "restored": 3,
+    "rewound": 3,
 }
+_TOLD = ("failed", "passed over", "restored", "rewound")
 _NAMES = ("on disk", "deleted", "trouble", "restored")
 
 
@@ -175,8 +178,8 @@ def _timeline(events: Events, infos: Sequence[CheckpointInfo], unread: Mapping[i
     rows = [(info.step, "pinned" if info.pinned else "kept", ", ".join(info.kept)) for info in infos]
     damaged = _damaged(unread)
     rows += [(step, "damaged" if step in damaged else "later", str(why)) for step, why in unread.items()]
-    rows += [(e["step"], "deleted", e["why"]) for e in _of(events, "deleted") if e["step"] not in here]
-    rows += [(e["step"], e["event"], e.get("why", "")) for e in _of(events, "failed", "passed over", "restored")]
+    rows += [(e["step"], "deleted", e.get("why", "")) for e in _of(events, "deleted") if e["step"] not in here]
+    rows += [(e["step"], e["event"], e.get("why", "")) for e in _of(events, *_TOLD)]
     if not rows:
         return _nothing("Nothing has been saved yet.")
     shown, said = _thinned(sorted(rows))
@@ -299,7 +302,7 @@ def _row(*cells: object) -> str:
 
 def _troubles(events: Events, unread: Mapping[int, Unread]) -> str:
     words = {"failed": "a save failed", "passed over": "damaged, passed over in a restore"}
-    rows = [_row(e["step"], _when(e["time"]), words[e["event"]], e["why"]) for e in _of(events, *words)]
+    rows = [_row(e["step"], _when(e["time"]), words[e["event"]], e.get("why", "")) for e in _of(events, *words)]
     rows += [_row(step, "now", _state(why), why) for step, why in unread.items()]
     return _table(("step", "when", "what", "why"), "".join(rows)) if rows else _nothing("None is known.")
 

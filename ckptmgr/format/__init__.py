@@ -1,4 +1,6 @@
 """A step on disk: names of files, the manifest and its schema, how small files are read and written.
 
-A new field of the manifest, or a new file of ours, is added here.
+A new field goes into `Manifest`, `encode`, `decode` and `schema`. `saving/copying` fills it in, and
+`orbax/reading` for steps of stock Orbax. A field of a leaf begins in `specs.LeafSpec`. Older versions ignore a
+field that they do not know; if they must not, it takes a new `FORMAT`.
 """

@@ -1,4 +1,8 @@
-"""Reads plain trees from other formats, and writes them. Uses no manager."""
+"""Reads plain trees from other formats, and writes them. Uses no manager.
+
+A new format is a module here with `load` or `save`. `reading` (`_ENDINGS`, `_LOADS`, `_KNOWN`) finds `load`, and
+`write` below finds `save`. `importing` sorts what was read into the arguments of a save; `adopting` gives steps of
+stock Orbax a manifest. The help in `cli/app.py` lists the formats."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A pickle is a program: it names functions, and Python's pickle calls them. Here `opcodes` only records the calls.
 Each name must be one that arrays and optimizer states need; any other name is refused before it is looked up. Then
 our own functions, one for each name, make the tree and check every value. Nothing that a pickle does lasts longer
-than the reading of it.
+than the reading of it. The names are in `MAKES` and `_known`; those of another optimizer library are added there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""After a commit: callbacks, mirror, retention. Also what a deletion, a pin and a rewind change in them."""
+"""After a commit: journal, callbacks, mirror, retention. Also a failed save, a deletion, a pin, a rewind."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -301,25 +302,17 @@ def test_what_is_not_there_and_what_is_wrong_is_said_in_one_line(tmp_path):
     assert (code, "unknown policy 'newest:3'; known are latest:N" in err) == (2, True)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "ls",
-        "show",
-        "diff",
-        "verify",
-        "keep",
-        "pin",
-        "unpin",
-        "rm",
-        "rewind",
-        "gc",
-        "export",
-        "import",
-        "report",
-        "doctor",
-    ],
-)
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+
+
+def test_every_command_is_on_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    assert len(COMMANDS) > 12
+    for command in COMMANDS:
+        assert re.search(rf"^\| .*`{command}[ `]", page, re.MULTILINE), command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command):
     shown = typer.testing.CliRunner().invoke(app, [command, "--help"])
     assert shown.exit_code == 0

@@ -155,3 +155,22 @@ def test_a_step_of_a_newer_format_needs_a_newer_ckptmgr_and_is_not_damaged(tmp_p
     assert "on disk, needs a newer ckptmgr" in page
     assert "on disk, damaged" not in page
     assert "<td>damaged" not in page
+
+
+def test_a_rewind_is_shown(tmp_path):
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"w": np.ones(3)}).result()
+        manager.rewind(2)
+    assert "<title>step 2: gone back to</title>" in report.html(
+        ckptmgr.CheckpointManager(tmp_path, read_only=True)
+    )
+
+
+@pytest.mark.parametrize("event", ["saved", "failed", "deleted", "rewound", "passed over", "restored", "invented"])
+def test_an_event_that_says_no_more_than_its_step_is_shown_or_left_out(event, tmp_path):
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": np.ones(3)}, metrics={"loss": 1.0}).result()
+        manager._journal.record(event, 7)
+    page = report.html(ckptmgr.CheckpointManager(tmp_path, read_only=True))
+    assert ("step 7" in page) == (event not in ("saved", "invented"))
