@@ -36,18 +36,17 @@ class Matched:
     rows: Sequence[Row]
     outline: Any = None
     """What to make of the leaves when there is no template: plain containers."""
-    treedef: Any = None
-    """The structure of the template."""
 
     @property
     def tree(self) -> Any:
         """A tree of the result's structure, whatever its leaves are."""
         return self.assemble(list(range(len(self.rows)))) if self.template is None else self.template
 
-    def assemble(self, values: Sequence[Any]) -> Any:
-        if self.treedef is None:
+    def assemble(self, values: Sequence[Any], treedef: Any = None) -> Any:
+        """The tree of these leaves: of this structure, or plain containers."""
+        if treedef is None:
             return structure.rebuild(self.outline, values)
-        return jax.tree_util.tree_unflatten(self.treedef, values)
+        return jax.tree_util.tree_unflatten(treedef, values)
 
     def without_values(self) -> Matched:
         """The same, which holds nothing that is the caller's."""
@@ -274,8 +273,7 @@ def _match_tree(
     known = differences.renamed(saved, rules, wants, set() if used is None else used)
     wants = _with_python_numbers(known, wants, template)
     rows = _rows(saved, known, wants, template, knows_weak)
-    treedef = jax.tree_util.tree_structure(template)
-    return Matched(name, template, rows, treedef=treedef), differences.compare(known, wants, name)
+    return Matched(name, template, rows), differences.compare(known, wants, name)
 
 
 def compare(manifest: Manifest, params: Any, opt_state: Any) -> StructureDiff:

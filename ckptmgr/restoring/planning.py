@@ -31,6 +31,8 @@ class Plan:
     sources: Mapping[str, int | None]
     """Whose state of an item is read, where the processes that saved it had each their own; None for all."""
     trees: reading.Plan
+    structures: Mapping[str, Any]
+    """The treedef of the template of each item that has one: what is equal to it may not be the same."""
 
 
 class Planner:
@@ -46,7 +48,7 @@ class Planner:
         if asked is not None and known is not None:
             before, items, kept = known
             if _are(items, manifest.items) and is_alike(before, asked):
-                return kept
+                return dataclasses.replace(kept, structures=_structures(templates))
         plan = _make(manifest, templates, request, is_local)
         if asked is not None and not plan.passed:
             self._known = asked, manifest.items, plan
@@ -65,9 +67,16 @@ def _make(manifest: Manifest, templates: Mapping[str, Any], request: Request, is
         for name, template in templates.items()
         if name in manifest.items
     }
+    structures = _structures({each.item: each.template for each in matched})
     if not passed:  # then nothing is taken from the templates, and their arrays need not be held
         matched = [each.without_values() for each in matched]
-    return Plan(passed, sources, reading.Plan(manifest, matched, targets, sources, is_local=is_local))
+    trees = reading.Plan(manifest, matched, targets, sources, is_local=is_local)
+    return Plan(passed, sources, trees, structures)
+
+
+def _structures(templates: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: template for name, template in templates.items() if template is not None}
+    return {name: jax.tree_util.tree_structure(template) for name, template in given.items()}
 
 
 def _are(known: Mapping[str, Item], items: Mapping[str, Item]) -> bool:
@@ -96,7 +105,10 @@ def _spelled(item: Item | None, template: Any) -> Any:
     if is_iterator or item is None or item.kind != "arrays":
         return None
     leaves, treedef = jax.tree_util.tree_flatten(template)
-    shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
-    if any(isinstance(getattr(each, "mesh", None), AbstractMesh) for each in set(shardings)):
-        return None
-    return treedef, signature(leaves), [getattr(leaf, "committed", None) for leaf in leaves]
+    arrays = tuple(kind for kind in set(map(type, leaves)) if issubclass(kind, jax.Array))
+    placed = (*arrays, jax.ShapeDtypeStruct)
+    shardings = {id(leaf.sharding): leaf.sharding for leaf in leaves if type(leaf) in placed}
+    if any(isinstance(getattr(each, "mesh", None), AbstractMesh) for each in shardings.values()):
+        return None  # which devices it stands for depends on what is around, and may be said
+    spelled = str(treedef)  # to `==`, a key 1 is a key True
+    return treedef, spelled, signature(leaves), [type(leaf) in arrays and leaf.committed for leaf in leaves]

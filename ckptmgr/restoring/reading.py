@@ -113,8 +113,10 @@ class Trees:
     have done so before `place` is called in any.
     """
 
-    def __init__(self, plan: Plan, step: int, directory: epath.Path, *, shares: bool) -> None:
-        self._plan, self._step, self._directory = plan, step, directory
+    def __init__(
+        self, plan: Plan, structures: Mapping[str, Any], step: int, directory: epath.Path, *, shares: bool
+    ) -> None:
+        self._plan, self._structures, self._step, self._directory = plan, structures, step, directory
         self._openers = [arrays.Opener(directory, source) for source in plan.databases]
         self._shared = broadcast.Shared(plan.wanted, plan.databases, plan.targets) if shares else None
 
@@ -145,7 +147,8 @@ class Trees:
     def _assembled(self, placed: Iterator[Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for each in self._plan.matched:
-            tree = each.assemble([row.given if row.saved is None else next(placed) for row in each.rows])
+            leaves = [row.given if row.saved is None else next(placed) for row in each.rows]
+            tree = each.assemble(leaves, self._structures.get(each.item))
             if each.item in self._plan.lists:
                 found.setdefault(each.item, []).append(tree)
             else:

@@ -204,7 +204,7 @@ class Restorer:
             templates = request.templates(manifest)
             plan = self._planner.plan(manifest, templates, request, is_local=paths.is_local(directory))
             manifests.check_files(manifest, directory, {*templates, manifests.STEP, manifests.METRICS})
-            trees = reading.Trees(plan.trees, step, directory, shares=request.broadcast)
+            trees = reading.Trees(plan.trees, plan.structures, step, directory, shares=request.broadcast)
             trees.fetch()
             return manifest, templates, plan, trees
 

@@ -45,7 +45,7 @@ LEAF = {
     "abstract": (lambda: jax.ShapeDtypeStruct((16,), jnp.float32), 0.1),
     "numpy": (lambda: np.ones(16, np.float32), 0.1),
     "bfloat16": (lambda: jnp.ones(16, jnp.bfloat16), 0.1),
-    "pieces": (pieces, 2.1),
+    "pieces": (pieces, 3.1),
 }
 """A leaf of a template, and how many of our functions may be called for one."""
 

@@ -111,6 +111,15 @@ def test_what_is_said_of_each_restore_is_said_again(run, caplog):
         assert "no template asks for" in caplog.text
 
 
+def test_keys_that_are_equal_and_not_the_same_are_told_apart(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {1: jnp.zeros(2)}).result()
+        for _ in range(2):
+            assert list(map(type, manager.restore(params={1: jnp.ones(2)}).params)) == [int]
+            with pytest.raises(ckptmgr.StructureMismatchError):
+                manager.restore(params={True: jnp.ones(2)})
+
+
 def test_a_plan_is_not_kept_where_the_width_of_numbers_has_changed(tmp_path):
     with CheckpointManager(tmp_path) as manager:
         manager.save(1, {"w": np.arange(3.0)}).result()
