@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +57,20 @@ class Value:
 # ---------------------------------------------------------------- going in
 
 
+class _Known(NamedTuple):
+    """The structure of an item, for as long as the key is equal."""
+
+    key: Any
+    spec: TreeSpec
+    spelled: str | None
+    """The containers in words, if a dict has keys that are not names: to `==`, a key 1 is a key True."""
+
+
 class Composer:
     """Makes the items of a step; remembers the structure of the last one, which is mostly the same."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Any, TreeSpec]] = {}
+        self._known: dict[str, _Known] = {}
 
     def compose(
         self, step: int, params: Any, opt_state: Any, extras: Mapping[str, Any], metrics: Mapping[str, Any]
@@ -83,10 +92,11 @@ class Composer:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
         key = (treedef, signature(leaves))
         known = self._known.get(item)
-        is_known = known is not None and is_alike(known[0], key)
-        spec = known[1] if known and is_known else structure.describe(tree, item=item)
-        self._known[item] = (key, spec)  # the newest key: its objects are most likely those of the next step
-        return Tree(spec, leaves)
+        if known is None or not is_alike(known.key, key) or known.spelled not in (None, str(treedef)):
+            spec = structure.describe(tree, item=item)
+            known = _Known(key, spec, None if structure.has_names_alone(spec.outline) else str(treedef))
+        self._known[item] = known._replace(key=key)  # its objects are most likely those of the next step
+        return Tree(known.spec, leaves)
 
     def _extra(self, name: str, value: Any) -> Tree | Value:
         _check_name(name)

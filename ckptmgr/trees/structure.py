@@ -296,6 +296,13 @@ def containers(outline: Outline, path: str = "") -> dict[str, str]:
     return found
 
 
+def has_names_alone(outline: Outline) -> bool:
+    """Whether every key of every dict is a str."""
+    if not isinstance(outline, dict):
+        return True
+    return "dict_items" not in outline and all(has_names_alone(child) for _, child in _steps(outline))
+
+
 def _steps(outline: Mapping[str, Any]) -> Iterable[tuple[str, Outline]]:
     if "fields" in outline:
         return [(f".{key}", child) for key, child in outline["fields"].items()]

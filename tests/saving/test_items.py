@@ -283,3 +283,17 @@ def test_a_metric_that_is_no_real_number_is_refused_by_name(value, tmp_path):
     said = r"metrics: 'loss' is [\s\S]*, not one number"
     with CheckpointManager(tmp_path) as manager, pytest.raises(TypeError, match=said):
         manager.save(1, {"w": np.ones(1)}, metrics={"loss": value})
+
+
+def test_keys_that_are_equal_and_not_the_same_stay_what_they_are(tmp_path):
+    """Python holds 1, 1.0 and True to be one key."""
+    keys = [1, True, 1.0, 1, "1"]
+    with CheckpointManager(tmp_path) as manager:
+        for step, key in enumerate(keys):
+            manager.save(step, {"a": [{key: np.full(2, step)}]})
+        manager.wait()
+        for step, key in enumerate(keys):
+            (found,) = manager.restore(step).params["a"][0]
+            assert (type(found), found) == (type(key), key)
+            same = manager.restore(step, params={"a": [{key: np.zeros(2, int)}]}).params["a"][0]
+            assert [type(each) for each in same] == [type(key)]
