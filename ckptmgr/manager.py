@@ -133,7 +133,8 @@ class CheckpointManager:
         Raises:
           CheckpointExistsError: the step is saved already and `on_exists` is "error".
           UnsupportedLeafError: a leaf cannot be stored; nothing was written.
-          SaveError: the save before this one failed, or this one did.
+          SaveError: the save before this one failed. In a job that is raised in all processes, also for what
+            differs between them.
         """
         return self._saver.save(
             policies.step_number(step), params, opt_state, extras, metrics, force=force, on_exists=on_exists,
