@@ -275,7 +275,7 @@ def test_an_interrupt_as_the_writing_starts_does_not_save_what_its_caller_may_ha
 
     def held(*given, **how):
         released.wait(10)
-        write(*given, **how)
+        return write(*given, **how)
 
     with CheckpointManager(tmp_path, max_host_bytes=1000) as manager:
         monkeypatch.setattr(Committer, "commit", held)
@@ -302,7 +302,7 @@ def test_an_interrupt_inside_a_wait_leaves_no_lock_that_the_writing_needs(wait, 
 
     def slow(*given, **how):
         time.sleep(0.2)
-        write(*given, **how)
+        return write(*given, **how)
 
     with CheckpointManager(tmp_path, timeout_s=20) as manager:
         monkeypatch.setattr(Committer, "commit", slow)
@@ -319,7 +319,7 @@ def test_what_is_looked_at_while_a_step_is_replaced_is_not_remembered(tmp_path, 
 
     def look_then_write(*given, **how):
         assert manager.infos()[0].metrics["loss"] == 1.0
-        write(*given, **how)
+        return write(*given, **how)
 
     away = tmp_path / "away"
     with CheckpointManager(tmp_path / "home", mirror=away) as manager:

@@ -99,7 +99,7 @@ def test_what_is_not_committed_is_no_step_and_goes_once_a_newer_one_is_there(run
 
 def test_watch_sees_what_another_process_saves(run):
     reader = ckptmgr.CheckpointManager(run, read_only=True)
-    watching = reader.watch(timeout_s=60, poll_s=0.05)
+    watching = reader.watch(timeout_s=150, poll_s=0.05)
     process = start_trainer(run, 2, "train")
     try:
         assert [next(watching), next(watching)] == [1, 2]

@@ -176,9 +176,9 @@ class Catalog:
         read, text = _read_manifest(step, self.require(step), self._manifests.items)
         return self._manifests.put(step, stamp, read, text)
 
-    def remember(self, manifest: manifests.Manifest) -> manifests.Manifest:
-        """The manifest of a step that was just published: it need not be read."""
-        return self._manifests.put(manifest.step, self.stamp(manifest.step), manifest)
+    def remember(self, manifest: manifests.Manifest, data: bytes) -> manifests.Manifest:
+        """The manifest of a step that was just published, and what its file holds: it need not be read."""
+        return self._manifests.put(manifest.step, self.stamp(manifest.step), manifest, manifests.items_text(data))
 
     def stamp(self, step: int) -> Stamp:
         """What tells one save of a step from another, which another process may have put in its place."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection
 
 from ckptmgr.format.manifest import Item, KnownItems, Manifest
+from ckptmgr.specs import TreeSpec
 
 Stamp = tuple[int, ...] | None
 """What tells one save of a step from another of the same number; None where that is not known."""
@@ -45,8 +46,12 @@ class ManifestCache:
 
 
 def _shared(item: Item, known: Item | None) -> Item:
-    """The item, with the tree of a known one if it says the same. (To `==`, a key 1 is a key True.)"""
-    if known is None or known.tree is item.tree or known.tree.leaves != item.tree.leaves:
+    """A known item if it says the same, or the item with its tree. (To `==`, a key 1 is a key True.)"""
+    if known is None or not _is_same(item.tree, known.tree):
         return item
-    is_same = repr(known.tree.outline) == repr(item.tree.outline)
-    return dataclasses.replace(item, tree=known.tree) if is_same else item
+    shared = dataclasses.replace(item, tree=known.tree)
+    return known if shared == known else shared
+
+
+def _is_same(tree: TreeSpec, known: TreeSpec) -> bool:
+    return tree is known or (tree.leaves == known.leaves and repr(tree.outline) == repr(known.outline))

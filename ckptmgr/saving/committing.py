@@ -65,9 +65,9 @@ class Committer:
             made=lambda: stages.reach("directories"),
             written=lambda: stages.reach("arrays"),
         )
-        manifest = self._seal(copied, draft)
+        manifest, data = self._seal(copied, draft)
         self._publish(copied.step, draft, replaces)
-        return self._run.remember(manifest)
+        return self._run.remember(manifest, data)
 
     def _look(self, step: int, replaces: bool) -> None:
         """Raises if the name of the step is taken. `save` looks only at what this process knows."""
@@ -100,7 +100,7 @@ class Committer:
 
     # ------------------------------------------------------------ sealing
 
-    def _seal(self, copied: Copied, draft: epath.Path) -> manifests.Manifest:
+    def _seal(self, copied: Copied, draft: epath.Path) -> tuple[manifests.Manifest, bytes]:
         """Checks that the draft holds what was meant, writes the manifest, and makes the draft durable."""
         if paths.is_local(draft):
             files.write(draft / names.COMMITTED, self._marker(copied.step), durable=False)
@@ -108,11 +108,12 @@ class Committer:
         found = manifests.record_files(draft, sizes, manifests.checks_itself)
         sealing.check(copied.step, draft, self._meant(copied, draft), found)
         manifest = copied.seal(found)
-        files.write(draft / manifests.NAME, manifests.encode(manifest), durable=False)
+        data = manifests.encode(manifest)
+        files.write(draft / manifests.NAME, data, durable=False)
         self._run.keep_pin(copied.step)
         ours = [name for name in found if not sealing.is_of_database(name)]  # TensorStore flushes its own
         files.sync([*folders, *(draft / name for name in [*ours, manifests.NAME])])
-        return manifest
+        return manifest, data
 
     def _publish(self, step: int, draft: epath.Path, replaces: bool) -> None:
         """Gives the draft the name of the step, durably."""

@@ -49,9 +49,9 @@ def told():
     drain()
 background.drain = told
 write = files.write
-def slow(*given):
+def slow(*given, **how):
     time.sleep(0.5)
-    write(*given)
+    write(*given, **how)
 files.write = slow
 manager = ckptmgr.CheckpointManager(sys.argv[1])
 print(bool(manager.save(1, {"w": np.arange(9.0)})), flush=True)
