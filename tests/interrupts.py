@@ -55,7 +55,7 @@ def each_moment(directory):
     command = [sys.executable, moments.__file__, directory, "5", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=7200)
     if done.returncode:
-        print(done.stderr[-3000:], file=sys.stderr)
+        print(done.stderr[-3000:], f"\nended with {done.returncode}", file=sys.stderr)
     return sum(int(line.split()[0]) for line in done.stdout.splitlines()), int(done.returncode != 0)
 
 

@@ -19,6 +19,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,11 +205,12 @@ def interrupt_worker(directory, name, turn):
     run, interrupt = begin(directory, WORKER[name]), Interrupt(turn, MemoryError)
     run.save(1).result()
     run.manager.wait()
-    work = background.Background._work
+    work, tracing = background.Background._work, threading.Lock()
 
     def traced(self):
-        background.Background._work = work  # this thread alone
-        with interrupt:
+        """In turns: CPython 3.12 does not bear that a thread begins to trace while another one traces."""
+        background.Background._work = work  # of threads that start from now on
+        with tracing, interrupt:
             work(self)
 
     background.Background._work = traced

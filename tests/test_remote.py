@@ -2,6 +2,8 @@
 
 import logging
 import signal
+import subprocess
+import sys
 import uuid
 
 import faults
@@ -13,7 +15,6 @@ from conftest import counted
 from etils import epath
 from test_crash import last
 from test_crash import run as train
-from test_crash import start as start_trainer
 from test_job import finish, start
 
 import ckptmgr
@@ -100,12 +101,14 @@ def test_what_is_not_committed_is_no_step_and_goes_once_a_newer_one_is_there(run
 def test_watch_sees_what_another_process_saves(run):
     reader = ckptmgr.CheckpointManager(run, read_only=True)
     watching = reader.watch(timeout_s=150, poll_s=0.05)
-    process = start_trainer(run, 2, "train")
+    process = subprocess.Popen(  # without pipes, which the warnings of the client would fill
+        [sys.executable, trainer.__file__, run, "2", "train"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         assert [next(watching), next(watching)] == [1, 2]
         assert saved(reader) == (2, [])
     finally:
-        process.communicate(timeout=150)
+        process.wait(60)
 
 
 # ---------------------------------------------------------------- faults
