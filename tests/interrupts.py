@@ -51,7 +51,7 @@ def script(directory, seed):
 
 
 def each_moment(directory):
-    """One interrupt at every fifth moment of each call."""
+    """One interrupt at every fifth moment of each call, and at every twentieth of the thread that writes."""
     command = [sys.executable, moments.__file__, directory, "5", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=7200)
     if done.returncode:

@@ -38,6 +38,7 @@ LIBRARY = [
     for name in ("threading", "queue", "contextlib", "concurrent", "weakref")
 ]
 BOUND_S = 60
+LEAST = 100  # moments of a thread that writes: there are thousands
 OPEN = "import sys, ckptmgr\nfor run in sys.argv[1:]: ckptmgr.CheckpointManager(run).close()"
 
 
@@ -205,11 +206,10 @@ def interrupt_worker(directory, name, turn):
     run, interrupt = begin(directory, WORKER[name]), Interrupt(turn, MemoryError)
     run.save(1).result()
     run.manager.wait()
-    work, tracing = background.Background._work, threading.Lock()
+    work, tracing = background.Background._work, threading.RLock()
 
     def traced(self):
-        """In turns: CPython 3.12 does not bear that a thread begins to trace while another one traces."""
-        background.Background._work = work  # of threads that start from now on
+        """Whichever thread does the work; in turns, as CPython 3.12 does not bear two that begin to trace."""
         with tracing, interrupt:
             work(self)
 
@@ -222,13 +222,15 @@ def interrupt_worker(directory, name, turn):
         background.Background._work = work
     run.go_on()
     run.check()
+    if interrupt.where is None and interrupt.seen < LEAST:  # a thread of the save before has written this one too
+        return interrupt_worker(f"{directory} again", name, turn)
     return interrupt.where
 
 
 def each_moment(directory, name, every, first):
     """Interrupts one call at every `every`-th moment; returns the runs."""
     once, runs = interrupt_worker if name in WORKER else interrupt_call, []
-    for turn in itertools.count(first + 1, every):
+    for turn in itertools.count(first + 1, every * (4 if name in WORKER else 1)):
         faulthandler.dump_traceback_later(BOUND_S, exit=True)
         run = os.path.join(directory, f"{name} {turn}")
         try:

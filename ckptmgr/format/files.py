@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
 import os
 import stat
@@ -12,7 +11,6 @@ from etils import epath
 
 from ckptmgr.format.paths import is_local, open_to_write, refuse_exhausted
 
-_THREADS = 8
 _MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 40
 
 
@@ -51,21 +49,13 @@ def exchange(one: epath.Path, other: epath.Path) -> bool:
 
 
 def sync(places: Iterable[epath.Path]) -> None:
-    """Makes the names in local directories durable (fsync(2): a file's own fsync does not), and what files hold.
-
-    All at once: a disk that is asked together writes its journal once for many.
-    """
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        for _ in threads.map(_flush, filter(is_local, places)):
-            pass
-
-
-def _flush(path: epath.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in its place is refused, not waited for
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Makes durable what files hold, and the names in directories: fsync(2) of a file does not flush its name."""
+    for path in filter(is_local, places):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in its place is refused, not waited for
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
