@@ -609,7 +609,13 @@ class World:
         path.chmod(mode)
         self.tell(f"it said {said}")
         assert ["durable", value] in said, said
+        was_there = closed in self.books.must
+        self.books.must.discard(
+            closed
+        )  # retention does not count it, and does not delete it either (guarantee 11)
         self.books.attempt(step, value, self.keep)
+        if was_there:
+            self.books.must.add(closed)
         self.open(self.keep, mirrored=False)
         self.look_at({step})
         assert self.books.may[step] == {value}
