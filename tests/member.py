@@ -224,14 +224,21 @@ def stages(directory, mesh):
 def held_by_several():
     """Odd and even sizes; one that is larger than a fair share, and many that are not."""
     draw = np.random.default_rng(0)
-    large = {"odd": (1021, 517), "even": (64, 4096), "rows": (24, 128), "none": (4, 0), "scalar": ()}
+    large = {
+        "odd": (1021, 517),
+        "even": (64, 4096),
+        "rows": (24, 128),
+        "none": (4, 0),
+        "scalar": (),
+        "spread": (24, 100_000),
+    }
     small = {f"small {n}": (17 + n, 33) for n in range(100)}
     return {name: draw.normal(size=shape).astype(np.float32) for name, shape in (large | small).items()}
 
 
 def balanced(directory, _):
     mesh = jax.make_mesh((jax.process_count(), jax.local_device_count()), ("data", "model"))
-    specs = {"even": P(None, "model"), "rows": P("data")}
+    specs = {"even": P(None, "model"), "rows": P("data"), "spread": P("data")}
     params = {
         name: jax.make_array_from_callback(
             values.shape, NamedSharding(mesh, specs.get(name, P())), lambda index, values=values: values[index]
@@ -283,7 +290,11 @@ def own(directory, mesh, what):
     state_of = lambda extra: extra.state if isinstance(extra, Iterator) else extra  # noqa: E731
     with ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S) as manager:
         if what == "save":
+            flushed, fsync = [], os.fsync
+            os.fsync = lambda file: (flushed.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
             manager.save(count, spread(mesh, 1), extras=states(here)).result()
+            os.fsync = fsync
+            assert any("/json/" in path for path in flushed), flushed  # each process its own: nobody else can
             manager.save(100 + count, spread(mesh, 1), extras=states(0)).result()
         step = max(each for each in manager.steps() if each < 100)
         for at, saved_by in (

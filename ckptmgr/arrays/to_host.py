@@ -116,7 +116,8 @@ def _plan(tree: TreeSpec, leaves: Sequence[Any], chunk_bytes: int) -> Plan:
     arrays = [_plain(leaf) for leaf in leaves]
     held = _held_by_several(arrays)
     most_bytes = shares.largest_chunk(list(held.values()), [_piece_nbytes(arrays[place]) for place in held])
-    bounds = [min(chunk_bytes, most_bytes) if place in held else chunk_bytes for place in range(len(arrays))]
+    shared = {place for place, some in held.items() if any(len(piece.holders) > 1 for piece in some)}
+    bounds = [min(chunk_bytes, most_bytes) if place in shared else chunk_bytes for place in range(len(arrays))]
     stored = tuple(map(_stored, arrays, bounds))
     cut = tuple(
         spec._replace(chunks=None if each.chunks == whole(each.shape) else each.chunks)

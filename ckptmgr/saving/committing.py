@@ -87,7 +87,7 @@ class Committer:
         stages.reach("directories")
         for name in copied.own - copied.snapshots.keys():
             place = draft / name / manifests.own_place(here, manifests.json_file(name))
-            files.write(place, json.dumps(copied.contents[name]()).encode(), durable=False)
+            files.write(place, json.dumps(copied.contents[name]()).encode())  # process 0 may be on another machine
 
         def write(name: str) -> None:
             part = manifests.own_place(here) if name in copied.own else writing.own_part()

@@ -270,6 +270,9 @@ def test_processes_that_hold_the_same_share_the_writing(count, devices, tmp_path
     expected = sum(each.nbytes for each in values.values())
     assert max(parts) < 1.1 * expected / count
     assert sum(parts) < 1.1 * expected
+    leaves = ckptmgr.CheckpointManager(tmp_path, read_only=True).info(1).leaves["params"]
+    (spread,) = [leaf for leaf in leaves if leaf.name == "spread"]
+    assert spread.chunks == (24 // count, 50_000)  # nobody shares it, so it is cut as in one process
     with ocp.CheckpointManager(tmp_path) as stock:
         template = values | {"key": member.key_bits(7)["key"]}
         back = stock.restore(1, args=ocp.args.Composite(params=ocp.args.StandardRestore(template))).params
