@@ -116,12 +116,17 @@ def round_trip(peer: peers.Peer, state: State, template: State, same: Same | Non
     blocked = time.perf_counter()
     peer.wait()
     durable = time.perf_counter()
+    peer.finish()
+    finished = time.perf_counter()
     del new
     settle()
     begin = time.perf_counter()
     restored = jax.block_until_ready(peer.restore(template))
     restore_s = time.perf_counter() - begin
-    found = {"blocked_s": blocked - start, "durable_s": durable - start, "restore_s": restore_s}
+    found = {
+        "blocked_s": blocked - start, "durable_s": durable - start, "finished_s": finished - start,
+        "restore_s": restore_s,
+    }  # fmt: skip
     return found | {"verified": same(restored, state, template)} if same else found
 
 

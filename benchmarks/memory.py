@@ -86,6 +86,7 @@ def peaks(workload: Workload, name: str, directory: Path, scratch: Path) -> dict
     with Peak() as saving:
         peer.save(state)
         peer.wait()
+        peer.finish()
     peer.close()
     return {"save_peak_bytes": saving.nbytes, "restore_peak_bytes": restoring.nbytes}
 

@@ -37,6 +37,9 @@ class Peer:
     def wait(self) -> None:
         """Returns when what was saved is durable."""
 
+    def finish(self) -> None:
+        """Returns when nothing is left to do: if the library deletes the old checkpoint later, that is over."""
+
     def restore(self, template: State) -> State:
         """The state, on the devices of the template's shardings."""
         raise NotImplementedError
@@ -58,9 +61,12 @@ class Ckptmgr(Peer):
 
     def save(self, state: State) -> None:
         self._step += 1
-        self._manager.save(self._step, state.params, state.opt_state)
+        self._saved = self._manager.save(self._step, state.params, state.opt_state)
 
     def wait(self) -> None:
+        self._saved.result()
+
+    def finish(self) -> None:
         self._manager.wait()
 
     def restore(self, template: State) -> State:

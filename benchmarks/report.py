@@ -64,12 +64,12 @@ def _occasion(results: Results) -> list[str]:
 
 def _workload(found: Results) -> list[str]:
     times = [
-        [_title(name), *(_spread(figures[time]) for time in TIMES), _slashed(figures["first"]),
+        [_title(name), *(_spread(figures[time]) for time in (*TIMES, "finished_s")), _slashed(figures["first"]),
          "yes" if figures["verified"] else "NO"]
         for name, figures in found["peers"].items()
     ]  # fmt: skip
     header = ["seconds: median (min - max)", "blocked in save", "until durable", "restore",
-              "first save and restore", "bits verified"]  # fmt: skip
+              "until the old one is deleted", "first save and restore", "bits verified"]  # fmt: skip
     return [_heading(found["title"]), *_table(header, times), _ceilings(found["ceilings"]), "", *_space(found)]
 
 

@@ -72,6 +72,7 @@ def _train(step: _Step, state: State, batch: Any, steps: int, peer: peers.Peer |
     jax.block_until_ready(state)
     if peer is not None:
         peer.wait()
+        peer.finish()
 
 
 def _training_loop(width: int, rows: int) -> tuple[_Step, State, Any]:
@@ -109,6 +110,7 @@ def saves(count: int, workload: Workload, directory: Path) -> dict[str, Any]:
     for _ in range(count):
         peer.save(workloads.copy(state))
         peer.wait()
+        peer.finish()
         held.append(_held(directory))
     peer.close()
     fifth = count // 5
