@@ -64,7 +64,7 @@ def chunk_shape(shape: Sequence[int], shard: Sequence[int], itemsize: int, chunk
 
     A chunk is read whole, so it bounds what a restore onto another layout has to read: of an array in n
     shards the axes that are not sharded are cut too, until one of n shards along them would read at
-    most twice what it needs. One that two processes share could not be written by both.
+    most twice what it needs. Two processes could not write one chunk.
     """
     chunk = [max(1, size) for size in shard]
     while math.prod(chunk) * itemsize > chunk_bytes:

@@ -1,4 +1,4 @@
-"""Where the chunks of an item lie in its files, and large ones read from there into the memory where they belong.
+"""Where the chunks of an item lie in its files; reads large chunks from there into the memory of their arrays.
 
 TensorStore holds each chunk in memory of its own before it copies the values to their place, which takes more time
 and memory. Mapping the files would avoid it, and would end the process by SIGBUS where a file is cut short or a

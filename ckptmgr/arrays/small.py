@@ -1,7 +1,8 @@
 """Small arrays of one chunk each, read from the files of a database with few calls.
 
-Of thousands of them each costs more than its bytes, so nothing here is done for one that can be done for many:
-neighbours in a file are read at once, and put where JAX takes them over as they are, in memory that they share.
+With thousands of them the work for each array takes longer than its bytes do. So what can be done for many at
+once is not done for each: neighbours in a file are read by one call, into memory that they share and that JAX
+takes over without a copy.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def scratch() -> Values:
 
 
 def read(plan: Plan, directory: str, found: Found, scratch: Values) -> list[Values]:
-    """All of them; raises SmallArrayError for the first that is missing or damaged."""
+    """Reads all of them; raises SmallArrayError for the first that is missing or damaged."""
     memory: Any = chunks.aligned((plan.nbytes,), np.dtype(np.uint8))
     into = memoryview(memory)
     sources = _sources(plan, found)

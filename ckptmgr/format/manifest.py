@@ -18,7 +18,7 @@ import platform
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
@@ -331,12 +331,12 @@ def checksum(path: str | os.PathLike[str]) -> int:
     if not paths.is_local(path):  # in a bucket only small files have a checksum
         return zlib.crc32(paths.read_bytes(epath.Path(path)))
     with paths.open_to_read(path) as file:
-        return _checksum(file)
+        return _checksum(file.fileno())
 
 
-def _checksum(file: BinaryIO) -> int:
+def _checksum(descriptor: int) -> int:
     found = 0
-    while block := file.read(_BLOCK_BYTES):
+    while block := os.read(descriptor, _BLOCK_BYTES):
         found = zlib.crc32(block, found)
     return found
 
@@ -344,10 +344,10 @@ def _checksum(file: BinaryIO) -> int:
 def check_files(manifest: Manifest, directory: epath.Path, items: Iterable[str]) -> None:
     """Raises CorruptCheckpointError for a missing, short or changed file of these items or of the step."""
     folders = {manifest.items[name].place(name) if name in manifest.items else name for name in items}
-    chosen = tuple(f"{folder}/" for folder in folders)
+    chosen, root = tuple(f"{folder}/" for folder in folders), str(directory)
     for name, file in manifest.files.items():
         if "/" not in name or "." in folders or name.startswith(chosen):
-            check_file(manifest, directory, name, file)
+            check_file(manifest, root, name, file)
 
 
 def missing_file(manifest: Manifest, directory: epath.Path) -> str | None:
@@ -362,10 +362,10 @@ def missing_file(manifest: Manifest, directory: epath.Path) -> str | None:
     return None
 
 
-def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File) -> None:
+def check_file(manifest: Manifest, directory: str, name: str, file: File) -> None:
     def damaged(why: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(
-            f"step {manifest.step}: {directory / name} {why}", step=manifest.step, path=name
+            f"step {manifest.step}: {directory}/{name} {why}", step=manifest.step, path=name
         )
 
     try:
@@ -381,12 +381,15 @@ def check_file(manifest: Manifest, directory: epath.Path, name: str, file: File)
         raise damaged("is damaged: its checksum does not match")
 
 
-def _size_and_checksum(directory: epath.Path, name: str, file: File) -> tuple[int, int | None]:
+def _size_and_checksum(directory: str, name: str, file: File) -> tuple[int, int | None]:
     """Of a file that has another size, or none that is known, the checksum is not made."""
-    path = os.path.join(directory, name)
+    path = f"{directory}/{name}"
     if not paths.is_local(path):
-        data = None if file.crc32 is None else paths.read_bytes(directory / name)
-        return (paths.size(directory / name), None) if data is None else (len(data), zlib.crc32(data))
-    with paths.open_to_read(path) as opened:
-        size = os.fstat(opened.fileno()).st_size
-        return size, None if file.crc32 is None or size != file.size else _checksum(opened)
+        data = None if file.crc32 is None else paths.read_bytes(path)
+        return (paths.size(epath.Path(path)), None) if data is None else (len(data), zlib.crc32(data))
+    descriptor = paths.descriptor_to_read(path)  # without Python's own file: a step has many small ones
+    try:
+        size = os.fstat(descriptor).st_size
+        return size, None if file.crc32 is None or size != file.size else _checksum(descriptor)
+    finally:
+        os.close(descriptor)

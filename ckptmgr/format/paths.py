@@ -50,7 +50,12 @@ def open_to_read(path: str | os.PathLike[str]) -> BinaryIO:
     """
     if not is_local(path):
         return cast(BinaryIO, epath.Path(path).open("rb"))
-    return open(_regular(os.open(path, os.O_RDONLY | _AT_ONCE), path), "rb")
+    return open(descriptor_to_read(path), "rb")
+
+
+def descriptor_to_read(path: str | os.PathLike[str]) -> int:
+    """The same as a file descriptor, of a file on a disk."""
+    return _regular(os.open(path, os.O_RDONLY | _AT_ONCE), path)
 
 
 def _regular(descriptor: int, path: str | os.PathLike[str]) -> int:

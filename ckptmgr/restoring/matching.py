@@ -314,8 +314,8 @@ def _with_python_numbers(known: TreeSpec, wants: TreeSpec, template: Any) -> Tre
 def _as_saved(saved: LeafSpec | None, wants: LeafSpec) -> LeafSpec:
     """What is to be made of a leaf: the template's, but as weak as it was saved, and an array if it was one.
 
-    A template that is made anew is weak, or a Python number, where an update has long made the leaf a strong
-    array; a weak leaf gives other dtypes, so other bits.
+    A new template may be weak, or a Python number, where an update has made the saved leaf a strong array. With a
+    weak leaf in its place the next step would compute in other dtypes, so other bits.
     """
     if saved is None or saved.kind != "jax":
         return wants

@@ -91,7 +91,7 @@ def _damaged_files(manifest: manifests.Manifest, directory: epath.Path) -> Itera
     yield from itertools.starmap(Damage, manifest.unreadable.items())
     for name, file in manifest.files.items():
         try:
-            manifests.check_file(manifest, directory, name, file)
+            manifests.check_file(manifest, str(directory), name, file)
         except CorruptCheckpointError as problem:
             yield Damage(name, str(problem).partition(f"{directory / name} ")[2])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
 from ckptmgr.processes.background import Task
@@ -13,6 +14,18 @@ from ckptmgr.run.lock import Shared
 from ckptmgr.saving import stages
 
 _log = logging.getLogger("ckptmgr")
+
+
+class Act(NamedTuple):
+    """The second act of a save."""
+
+    commit: Callable[[], CheckpointInfo]
+    """Returns once the step is durable."""
+    failed: Callable[[SaveError], object] = lambda failure: None
+    then: Callable[[CheckpointInfo], object] = lambda info: None
+    """Called after the commit."""
+    let_go: Callable[[], object] = lambda: None
+    """Called at the end in any case."""
 
 
 class Pending:
@@ -28,19 +41,9 @@ class Pending:
         self._background = shared.background
         self._saves: list[Save] = []
 
-    def start(
-        self,
-        step: int,
-        commit: Callable[[], CheckpointInfo],
-        failed: Callable[[SaveError], None],
-        then: Callable[[CheckpointInfo], None],
-        let_go: Callable[[], None],
-    ) -> Save:
-        """Runs `commit` in the thread; it returns once the step is durable. Then calls `then`, or `failed`.
-
-        `let_go` is called at the end in any case.
-        """
-        save, task = self._task(step, commit, failed, then, let_go)
+    def start(self, step: int, act: Act) -> Save:
+        """Runs the second act of a save in the thread."""
+        save, task = self._task(step, act)
         if not self.is_current():
             self.join()
         self._saves.append(save)
@@ -59,34 +62,27 @@ class Pending:
                 save.was_raised = self.job.fail(stages.saved(step), problem)
             raise problem
 
-        save, task = self._task(step, tell, lambda failure: None, lambda info: None, lambda: None)
+        save, task = self._task(step, Act(tell))
         self._saves.append(save)
         self._background.add(task)
 
-    def _task(
-        self,
-        step: int,
-        commit: Callable[[], CheckpointInfo],
-        failed: Callable[[SaveError], None],
-        then: Callable[[CheckpointInfo], None],
-        let_go: Callable[[], None],
-    ) -> tuple[Save, Task]:
+    def _task(self, step: int, act: Act) -> tuple[Save, Task]:
         save = Save(step, self._timeout_s, self._background.wait_for)
 
         def finish() -> None:
             try:
-                save.info = commit()
+                save.info = act.commit()
             except BaseException as problem:
                 _end(save, problem)
                 if save.failure is not None:
-                    failed(save.failure)
+                    act.failed(save.failure)
             else:
                 save.over.set()
-                then(save.info)
+                act.then(save.info)
 
         def ended(problem: BaseException | None) -> None:
             _end(save, problem)
-            let_go()
+            act.let_go()
 
         return save, Task(f"the save of step {step}", finish, self._timeout_s, save, ended)
 

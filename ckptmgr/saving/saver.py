@@ -31,7 +31,7 @@ from ckptmgr.run.lock import Shared, Writer
 from ckptmgr.saving import copying, items
 from ckptmgr.saving.aftermath import Aftermath
 from ckptmgr.saving.committing import Committer
-from ckptmgr.saving.queue import Pending
+from ckptmgr.saving.queue import Act, Pending
 
 _log = logging.getLogger("ckptmgr")
 
@@ -218,7 +218,8 @@ class Saver:
 
         self._last, before = CheckpointInfo(step=step, time=self._clock.now()), self._last
         try:
-            save = self._pending.start(step, commit, failed, self._aftermath.after_commit, copied.release)
+            act = Act(commit, failed, self._aftermath.after_commit, copied.release)
+            save = self._pending.start(step, act)
             if not copied.wait(save.wait_for, self._options.timeout_s):
                 self._pending.join(0)  # raises CheckpointTimeoutError
         except BaseException:
