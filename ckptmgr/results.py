@@ -149,12 +149,20 @@ class VerifyReport:
 class Save:
     """A save that was accepted. Once it is `over`, it has an `info` or a `failure`."""
 
-    def __init__(self, step: int, timeout_s: float, wait_for: Callable[[Moment, float], bool]) -> None:
+    def __init__(
+        self,
+        step: int,
+        timeout_s: float,
+        wait_for: Callable[[Moment, float], bool],
+        named: Callable[[CheckpointTimeoutError], CheckpointTimeoutError],
+    ) -> None:
         self.step = step
         self.over = Moment()
         self.timeout_s = timeout_s
         self.wait_for = wait_for
         """Waits so many seconds for a moment that the writing thread sets; returns whether it came."""
+        self.named = named
+        """Adds to an error which processes of the job the save waits for."""
         self.info: CheckpointInfo | None = None
         self.failure: SaveError | None = None
         self.was_raised = False
@@ -196,5 +204,6 @@ class SaveResult:
             raise save.failure
         if save.info is None:
             waiting_for = f"the save of step {self.step}"
-            raise CheckpointTimeoutError(f"{waiting_for} took longer than {timeout_s} s", waiting_for=waiting_for)
+            late = CheckpointTimeoutError(f"{waiting_for} took longer than {timeout_s} s", waiting_for=waiting_for)
+            raise save.named(late)
         return save.info

@@ -14,10 +14,14 @@ stages              each process has arrays of its own, as the stages of a pipel
 balanced            saves arrays that several processes hold, replicated and on a grid, and restores them
 own save|load       each process has iterators of its own
 rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
+emergency WHAT      restores and saves; then saves, or restores, on and on. Says what came of it, and when
 reader              each process in turn reads alone beside the others, then all do
 """
 
+import ctypes
+import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -128,15 +132,15 @@ def attempt(directory, mesh, *steps, waits=False):
 
 
 class Watched:
-    """The client of the coordinator; notes which of its calls are made by this thread."""
+    """The coordinator; notes which questions this thread asks."""
 
-    def __init__(self, client):
-        self.client, self.thread, self.calls = client, threading.get_ident(), []
+    def __init__(self, coordinator):
+        self.coordinator, self.thread, self.calls = coordinator, threading.get_ident(), []
 
     def __getattr__(self, name):
         if threading.get_ident() == self.thread:
             self.calls.append(name)
-        return getattr(self.client, name)
+        return getattr(self.coordinator, name)
 
 
 def apart(directory, mesh):
@@ -144,8 +148,8 @@ def apart(directory, mesh):
     with ckptmgr.CheckpointManager(directory, keep=2, timeout_s=TIMEOUT_S) as manager:
         manager.save(1, spread(mesh, 1)).result()
         manager.wait()
-        watched = Watched(manager._job._client)
-        manager._job._client = manager._pending.job._client = watched
+        watched = Watched(manager._job._coordinator)
+        manager._job._coordinator = manager._pending.job._coordinator = watched
         for step in (2, 3, 4):
             params = spread(mesh, step)
             time.sleep(LATE_S * (jax.process_index() > 0))
@@ -390,6 +394,18 @@ def shared(directory, _, axes, broadcast):
     say("restored", found.step, "skipped", *found.skipped, "read", read_bytes() - before)
 
 
+NEW_UTS = 0x04000000  # CLONE_NEWUTS
+
+
+def enter_network(name, address):
+    """Lives in a network namespace from here on, as on a machine of its own; gloo goes by the machine's name."""
+    libc = ctypes.CDLL(None)
+    with open(f"/run/netns/{name}") as namespace:
+        assert libc.setns(namespace.fileno(), 0) == 0
+    assert libc.unshare(NEW_UTS) == 0
+    socket.sethostname(address)
+
+
 def read_bytes():
     """What TensorStore has read of files, and what we have read of arrays ourselves."""
     found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
@@ -454,6 +470,47 @@ def slow(directory, mesh):
     say("steps", *manager.steps())
 
 
+def emergency(directory, mesh, what):
+    manager = ckptmgr.CheckpointManager(directory, keep=2, timeout_s=TIMEOUT_S)
+    found = manager.restore_or(params=spread(mesh, 0))
+    check(found.params, found.step)
+    say("resumed", found.step)
+
+    def save(step):
+        params = spread(mesh, step)
+        say("begins", time.monotonic())
+        manager.save(step, params).result()
+        say("durable", step)
+        manager.wait()
+
+    def restore(_):
+        template = spread(mesh, 0)
+        say("begins", time.monotonic())
+        step = manager.restore(params=template, broadcast=what == "broadcast").step
+        say("restored", step)
+
+    for step in (found.step + 1, found.step + 2):
+        save(step)
+    is_alone = False
+    try:
+        if emergency := os.environ.get("CKPTMGR_EMERGENCY"):
+            emergencies.install(emergency, emergencies.ACTS[what], os.environ["CKPTMGR_EMERGENCY_AT"])
+        for step in (found.step + 3, found.step + 4):
+            (save if what == "save" else restore)(step)
+    except ckptmgr.CheckpointError as problem:
+        late = problem if isinstance(problem, ckptmgr.CheckpointTimeoutError) else problem.__cause__
+        named = [getattr(late, name, None) for name in ("missing", "waiting_for")]
+        say("failed", json.dumps([time.monotonic(), type(problem).__name__, str(problem), *named]))
+        is_alone = True
+    try:
+        manager.close()
+    except ckptmgr.CheckpointError as problem:
+        say("not closed", problem)
+    say("closed", time.monotonic())
+    if is_alone:
+        os._exit(3)  # JAX would wait for the processes that are gone
+
+
 def clock(directory, mesh):
     ours = [0.0, 100.0] if jax.process_index() == 0 else [0.0, 0.0]  # only process 0 finds that time has passed
     manager = ckptmgr.CheckpointManager(
@@ -470,6 +527,9 @@ if __name__ == "__main__":
     directory, port, count, index, devices, mode, *rest = sys.argv[1:]
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
+    if "CKPTMGR_NETWORK" in os.environ:
+        enter_network(*os.environ["CKPTMGR_NETWORK"].split())
+    import emergencies
     import faults
     import jax
     import ml_dtypes
@@ -486,7 +546,8 @@ if __name__ == "__main__":
     TIMEOUT_S = float(os.environ.get("CKPTMGR_TIMEOUT_S", "60"))
     if int(count) > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
+        host = os.environ.get("CKPTMGR_HOST", "localhost")
+        jax.distributed.initialize(f"{host}:{port}", int(count), int(index))
     faults.install(os.environ.get("CKPTMGR_FAULT", ""))
     everything = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     say("joined")
@@ -499,6 +560,7 @@ if __name__ == "__main__":
                 shared,
                 train,
                 clock,
+                emergency,
                 slow,
                 attempt,
                 results,

@@ -521,6 +521,35 @@ MUTATIONS = [
         "tests/processes/test_job.py::test_a_save_that_is_slow_in_one_process_is_not_failed_by_the_others",
     ),
     Mutation(
+        "14c", "a question to a coordinator that stands still has no bound",
+        "processes/coordinator.py", "if not question.comes(wait_s):", "if not question.comes(1e6):",
+        "tests/processes/test_emergencies.py::"
+        "test_the_others_name_who_is_missing_in_time_and_the_job_goes_on_from_the_last_step",
+    ),
+    Mutation(
+        "14c", "a program of several processes has no bound",
+        "processes/job.py", "errand.comes(self.timeout_s - pulse_s)", "errand.comes(1e6)",
+        "tests/processes/test_emergencies.py::"
+        "test_the_others_name_who_is_missing_in_time_and_the_job_goes_on_from_the_last_step",
+    ),
+    Mutation(
+        "14c", "a wait for a save does not say which process is missing",
+        "results.py", "raise save.named(late)", "raise late",
+        "tests/processes/test_emergencies.py::"
+        "test_the_others_name_who_is_missing_in_time_and_the_job_goes_on_from_the_last_step",
+    ),
+    Mutation(
+        "14c", "a question that its caller has left is asked all the same",
+        "processes/coordinator.py", "while not self.is_left:", "while True:",
+        "tests/processes/test_coordinator.py::"
+        "test_a_question_that_was_left_is_over_before_the_next_and_one_that_was_not_begun_is_dropped",
+    ),
+    Mutation(
+        "14c", "a question does not wait for the one before it",
+        "processes/coordinator.py", "with self._asking:", "with contextlib.nullcontext():",
+        "tests/processes/test_job.py::test_an_interrupt_as_process_0_decides_leaves_it_able_to_decide_again",
+    ),
+    Mutation(
         "16", "nothing is said of what `partial` kept",
         "restoring/restorer.py", "        _warn_of_partial(step, passed)\n", "",
         "tests/test_exactness.py::test_partial_says_what_it_kept_and_what_it_did_not_read",

@@ -4,6 +4,7 @@ Along the axes of a mesh that a leaf's PartitionSpec does not name, the devices 
 copies is read, each of its pieces by the process that has the device. Then the bytes go through one sum along
 these axes, to which every other copy adds zeros: as whole numbers, as floats would lose the sign of -0.0.
 Every process runs the same programs in the same order; whether all could read must be agreed on before the first.
+A program waits for all processes, and JAX has no bound for it: the caller of this module runs it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,10 @@ from ckptmgr.trees.structure import numpy_dtype
 _BLOCK_BYTES = 64 << 20  # what one program sends to a device
 _LEAST_BYTES = 64 << 10  # blocks are powers of two from here on, so that few programs are compiled
 Spelled = tuple[tuple[int, int, int], ...]
+Sums = dict[Any, Values]
+"""By device."""
+Runner = Callable[[Callable[[], Sums]], Sums]
+"""Runs a program of several processes; raises if it does not end."""
 
 
 class _Copies(NamedTuple):
@@ -46,9 +51,13 @@ class Shared:
     """The leaves that are read once; `leaves` are their places among all that are wanted."""
 
     def __init__(
-        self, wanted: Sequence[reading.Read], sources: Sequence[reading.Source], targets: Sequence[Target]
+        self,
+        wanted: Sequence[reading.Read],
+        sources: Sequence[reading.Source],
+        targets: Sequence[Target],
+        run: Runner,
     ) -> None:
-        self._wanted, self._sources, self._targets = wanted, sources, targets
+        self._wanted, self._sources, self._targets, self._run = wanted, sources, targets, run
         self._copies = {place: found for place, target in enumerate(targets) if (found := _copies(target))}
         self._chosen: dict[int, int] = {}
         """The copy of each leaf that is read: the one with least to read so far."""
@@ -102,10 +111,10 @@ class Shared:
                 if copy == self._chosen[place]:
                     piece = read[self._spelled(place, device)]
                     sent[device][span] = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-        came = _sum(copies.mesh, sent)
+        came = _sum(copies.mesh, sent, self._run)
         return {place: self._pieces(place, span, came) for place, span in zip(places, spans, strict=True)}
 
-    def _pieces(self, place: int, span: slice, came: dict[Any, Values]) -> list[Values]:
+    def _pieces(self, place: int, span: slice, came: Sums) -> list[Values]:
         dtype, shape = numpy_dtype(self._wanted[place].spec.dtype), self._piece_shape(place)
         by_index = {self._spelled(place, device): data[span] for device, data in came.items()}
         wanted = to_devices.pieces(self._wanted[place].spec.shape, self._targets[place])
@@ -136,7 +145,7 @@ def _copies(target: Target) -> _Copies | None:
     return _Copies(Mesh(grid, ("copy", "piece"))) if any(len(held) > 1 for held in holders) else None
 
 
-def _sum(mesh: Mesh, sent: dict[Any, Values]) -> dict[Any, Values]:
+def _sum(mesh: Mesh, sent: dict[Any, Values], run: Runner) -> Sums:
     """The sums of what the copies of each piece have sent, on every device."""
     nbytes = next(iter(sent.values())).size
     came = {device: np.empty(nbytes, np.uint8) for device in sent}
@@ -147,12 +156,12 @@ def _sum(mesh: Mesh, sent: dict[Any, Values]) -> dict[Any, Values]:
         words = {device: np.zeros(padded, np.uint8) for device in sent}
         for device, data in sent.items():
             words[device][:size] = data[block]
-        for device, data in _sum_block(mesh, words).items():
+        for device, data in run(functools.partial(_sum_block, mesh, words)).items():
             came[device][block] = data[:size]
     return came
 
 
-def _sum_block(mesh: Mesh, words: dict[Any, Values]) -> dict[Any, Values]:
+def _sum_block(mesh: Mesh, words: dict[Any, Values]) -> Sums:
     before = NamedSharding(mesh, PartitionSpec("copy", "piece"))
     rows = jax.device_put([data.view(np.uint32)[None, None] for data in words.values()], list(words))
     shape = (*mesh.devices.shape, rows[0].size)

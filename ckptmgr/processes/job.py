@@ -3,32 +3,36 @@
 They communicate through the key-value store of jax.distributed's coordinator and not through the devices: there
 a wait has a bound, and nothing runs between the programs of the training.
 
-    ckptmgr/<name>/here/<process>   the call at which a process waits, and its report
-    ckptmgr/<name>/log/<number>     what process 0 has decided, in order
-    ckptmgr/<name>/works/<process>  heartbeats of a process that works on a save (`heartbeat`)
+    ckptmgr/<name>/here/<process>        the call at which a process waits, and its report
+    ckptmgr/<name>/log/<number>          what process 0 has decided, in order
+    ckptmgr/<name>/works/<process>/beat  heartbeats of a process that works on a save (`heartbeat`)
 
 Process 0 alone reads the reports, and answers all with one entry of its log: a call costs N requests, not N x N.
 The others read the log in order. So a process that came late, or left out a call, finds its place again.
+
+A coordinator that does not answer is process 0 that does not answer.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-from jax._src import distributed  # as Orbax does: JAX has no public name for the coordinator's client
 
 from ckptmgr.errors import CheckpointError, CheckpointTimeoutError, SaveError
 from ckptmgr.processes import agreement, heartbeat
 from ckptmgr.processes.agreement import Spec, spell
+from ckptmgr.processes.coordinator import Coordinator, CoordinatorSilentError, connected
+from ckptmgr.processes.errand import Errand
 from ckptmgr.processes.heartbeat import Heartbeats, Patience
-from ckptmgr.processes.remote_errors import is_timeout, pack, unpack
+from ckptmgr.processes.remote_errors import Packed, is_timeout, pack, unpack
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
@@ -55,26 +59,41 @@ class Report(NamedTuple):
     found: Any = None
 
 
+class Awaited(NamedTuple):
+    """Processes that are waited for."""
+
+    processes: Sequence[int]
+    call: Call
+
+    def __str__(self) -> str:
+        return f"{spell(self.processes)} at {self.call}"
+
+
 class Job:
     """One line of calls, which all processes make in the same order.
 
-    If several threads of one process make calls, they take turns.
+    If several threads of one process make calls, they take turns. `coordinator` is that of another job than
+    JAX's own, which says which of its processes this is.
     """
 
-    def __init__(self, name: str, timeout_s: float, *, alone: bool = False) -> None:
-        self.index: int = 0 if alone else jax.process_index()
-        self.count: int = 1 if alone else jax.process_count()
+    def __init__(
+        self, name: str, timeout_s: float, *, alone: bool = False, coordinator: Coordinator | None = None
+    ) -> None:
+        found = coordinator if coordinator or alone else connected()
+        here = (0, 1) if alone else (jax.process_index(), jax.process_count())
+        self.index: int = found.index if found else here[0]
+        self.count: int = found.count if found else here[1]
         self.timeout_s = timeout_s
         self._prefix = f"ckptmgr/{name}"
-        self._client = distributed.global_state.client if self.count > 1 else None
-        self._heartbeats = Heartbeats(self._client, self._prefix)
+        self._coordinator = found
+        self._heartbeats = Heartbeats(found.beside(), self._prefix) if found else None
         self._number = 0  # of the next entry of the log
         self._is_saying = False
         self._kept: list[str] = []  # entries that may not have been read by all
         self._given_up: set[Call] = set()
         self._turn = threading.RLock()
-        self.waits_for: str = ""
-        """Which processes this one waits for now, and at which call."""
+        self.awaited: Awaited | None = None
+        """Whom this process waits for now, and at which call."""
 
     @property
     def leads(self) -> bool:
@@ -84,7 +103,7 @@ class Job:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Inside it this process sends heartbeats, so the others go on waiting for it however slow it is."""
-        if self._client is None:
+        if self._heartbeats is None:
             yield
             return
         with self._heartbeats.sent(self.index, heartbeat.beat_s(self.timeout_s)):
@@ -94,16 +113,16 @@ class Job:
 
     def decide(self, call: Call, decide: Callable[[], Result]) -> Result:
         """Calls `decide` in process 0; all processes return or raise what it does. It goes through JSON."""
-        if self._client is None:
+        if self._coordinator is None:
             return decide()
-        with self._turn:
+        with self._turn_at(call):
             if not self.leads:
                 found: Result = self._listen(call, Report())
                 return found
             try:
                 decided = decide()
             except Exception as problem:
-                self._say(call, error=pack(problem))
+                self._say(call, error=self._pack(problem))
                 raise
             self._say(call, found=decided)
             return decided
@@ -127,7 +146,7 @@ class Job:
         """
         try:
             result = action()
-            mine = spec(result) if spec and self._client else None
+            mine = spec(result) if spec and self._coordinator else None
             report = Report(found=mine and mine.summary())
         except Exception as problem:
             self.share(call, problem)
@@ -142,9 +161,9 @@ class Job:
 
         Raises CheckpointTimeoutError with the processes that did not reach this call.
         """
-        if self._client is not None:
+        if self._coordinator is not None:
             try:
-                self._share(call, Report(pack(problem)), is_late=isinstance(problem, CheckpointTimeoutError))
+                self._share(call, Report(self._pack(problem)), is_late=isinstance(problem, CheckpointTimeoutError))
             except Exception as other:
                 raise problem or other from None
         if problem is not None:
@@ -152,9 +171,9 @@ class Job:
 
     def collect(self, call: Call, found: Any) -> list[Any]:
         """In process 0 what each process has found, in order; in the others an empty list."""
-        if self._client is None:
+        if self._coordinator is None:
             return [found]
-        with self._turn:
+        with self._turn_at(call):
             if not self.leads:
                 self._listen(call, Report(found=found))
                 return []
@@ -164,9 +183,9 @@ class Job:
 
     def _share(self, call: Call, report: Report, *, is_late: bool = False) -> list[bool]:
         """For each part of `found`: whether it differs between processes."""
-        if self._client is None:
+        if self._coordinator is None:
             return []
-        with self._turn:
+        with self._turn_at(call):
             if not self.leads:
                 told: list[bool] | None = self._listen(call, report, is_late=is_late)
                 return told or []
@@ -181,14 +200,36 @@ class Job:
 
     def fail(self, call: Call, problem: Exception) -> bool:
         """Tells all processes that a call has failed here; returns whether it has failed in each by itself."""
-        with self._turn:
-            report = Report(pack(problem))
+        with self._turn_at(call):
+            report = Report(self._pack(problem))
             if not self.leads:
                 return bool(self._answer(call, report).get("everywhere"))
             reports = self._gather_or_say(call, report)
             everywhere = all(each.error is not None for each in reports)
             self._say(call, error=report.error, everywhere=everywhere)
             return everywhere
+
+    def program(self, call: Call, run: Callable[[], Result]) -> Result:
+        """Runs a program of the devices of all processes. All are `working`: each hears of the others meanwhile.
+
+        JAX has no bound for it. So a thread runs it, and after `timeout_s` this raises CheckpointTimeoutError with
+        the processes of which no heartbeat comes. Also if it fails, which may be because one of them is gone.
+        """
+        if self._heartbeats is None:
+            return run()
+        errand, others = Errand(run), set(range(self.count)) - {self.index}
+        _thread.start_new_thread(errand.run, ())
+        pulse_s = 3 * heartbeat.beat_s(self.timeout_s)
+        errand.comes(self.timeout_s - pulse_s)
+        if errand.is_done():
+            return errand.result()
+        missing = heartbeat.without_pulse(self._heartbeats, others, pulse_s, errand.is_done)
+        if errand.over.is_set() and not (errand.problem and missing):
+            return errand.result()
+        if not missing:
+            what = f"the devices at {call}"
+            raise CheckpointTimeoutError(f"{what} took longer than {self.timeout_s} s", waiting_for=what)
+        raise self._late(call, missing, "did not answer at") from errand.problem
 
     def _reconcile(self, call: Call, spec: Spec, is_other: bool, has_other_owners: bool, *is_own: bool) -> None:
         """Raises SaveError if the specs differ. To name the difference, all lines are sent: only then."""
@@ -205,16 +246,31 @@ class Job:
             owners = self.decide(Call(f"who writes what in {call.what}", call.step), lambda: list(spec.owners))
         spec.settle(owners, is_own)
 
+    @contextlib.contextmanager
+    def _turn_at(self, call: Call) -> Iterator[None]:
+        """One thread at a time is in a call. If the coordinator is silent there, process 0 is missing."""
+        with self._turn:
+            try:
+                yield
+            except CoordinatorSilentError as problem:
+                self._given_up.add(call)
+                raise self._late(call, {0}, "did not answer at") from problem
+            finally:
+                self.awaited = None
+
+    def _pack(self, problem: Exception | None) -> Packed | None:
+        return pack(problem, self.index)
+
     # ------------------------------------------------------------ process 0
 
     def _say(self, call: Call, **said: Any) -> None:
-        assert self._client is not None
-        key = f"{self._prefix}/log/{self._number}"
-        if self._is_saying and key in dict(self._client.key_value_dir_get(f"{self._prefix}/log/")):
+        assert self._coordinator is not None
+        folder, wait_s = f"{self._prefix}/log", self.timeout_s
+        if self._is_saying and f"{folder}/{self._number}" in self._coordinator.entries(folder, wait_s):
             self._number += 1  # an interrupt came after the entry was made, and before it was counted
-            key = f"{self._prefix}/log/{self._number}"
+        key = f"{folder}/{self._number}"
         self._is_saying = True
-        self._client.key_value_set(key, json.dumps({"call": call, **said}))
+        self._coordinator.set(key, json.dumps({"call": call, **said}), wait_s)
         self._number += 1
         self._is_saying = False
         self._kept.append(key)
@@ -223,14 +279,12 @@ class Job:
         try:
             return self._gather(call, own)
         except CheckpointError as problem:
-            self._say(call, error=pack(problem))
+            self._say(call, error=self._pack(problem))
             raise
-        finally:
-            self.waits_for = ""
 
     def _gather(self, call: Call, own: Report) -> list[Report]:
         """The reports of all processes, once all have come to this call."""
-        patience, pause_s = Patience(self._heartbeats, self.timeout_s), _FIRST_PAUSE_S
+        patience, pause_s = self._patience(), _FIRST_PAUSE_S
         while True:
             here = self._here()
             elsewhere = {i: at for i, (at, _) in here.items() if at != call}
@@ -246,23 +300,25 @@ class Job:
                 raise self._late(call, silent)
             elif pause_s == _FIRST_PAUSE_S:
                 self._come(call, own)
-            self.waits_for = f"{spell(sorted(set(range(self.count)) - set(reports)))} at {call}"
+            self.awaited = Awaited(sorted(set(range(self.count)) - set(reports)), call)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _tidy(self) -> None:
         """Deletes older entries of the log: all processes are at this one, so they have read those before it."""
-        assert self._client is not None
+        assert self._coordinator is not None
         kept, self._kept = self._kept, []
         for key in kept:
-            self._client.key_value_delete(key)
+            self._coordinator.delete(key, self.timeout_s)
 
     # ------------------------------------------------------------ the others
 
-    def _come(self, call: Call, report: Report) -> None:
-        assert self._client is not None
+    def _come(self, call: Call, report: Report, *, is_late: bool = False) -> None:
+        assert self._coordinator is not None
+        self.awaited = Awaited([0], call)
+        wait_s = heartbeat.look_s(self.timeout_s) if is_late else self.timeout_s
         said = json.dumps([call, self._number, report])
-        self._client.key_value_set(f"{self._prefix}/here/{self.index}", said, allow_overwrite=True)
+        self._coordinator.set(f"{self._prefix}/here/{self.index}", said, wait_s)
 
     def _listen(self, call: Call, report: Report, *, is_late: bool = False) -> Any:
         """What process 0 has decided at this call; raises what failed in any process."""
@@ -274,7 +330,7 @@ class Job:
     def _answer(self, call: Call, report: Report, *, is_late: bool = False) -> Mapping[str, Any]:
         """The entry of the log that is about this call."""
         while True:
-            self._come(call, report)
+            self._come(call, report, is_late=is_late)
             if is_late:  # this process has already timed out; it does not wait again
                 self._given_up.add(call)
                 return {}
@@ -293,45 +349,41 @@ class Job:
 
     def _next(self, call: Call) -> Any:
         """The next entry of the log."""
-        assert self._client is not None
-        self.waits_for = f"process 0 at {call}"
-        patience, beat_s = Patience(self._heartbeats, self.timeout_s), heartbeat.beat_s(self.timeout_s)
-        key = f"{self._prefix}/log/{self._number}"
-        try:
-            while True:
-                began = time.monotonic()
-                try:
-                    return json.loads(self._client.blocking_key_value_get(key, max(1, int(beat_s * 1000))))
-                except jax.errors.JaxRuntimeError as problem:
-                    is_answered = time.monotonic() - began > beat_s / 2  # if not, the coordinator is gone
-                    if not is_answered or patience.silent({0}):
-                        self._given_up.add(call)
-                        present = {i for i, (at, _) in self._here().items() if at == call} | {self.index}
-                        raise self._late(call, set(range(self.count)) - present or {0}) from problem
-        finally:
-            self.waits_for = ""
+        assert self._coordinator is not None
+        key, patience = f"{self._prefix}/log/{self._number}", self._patience()
+        while True:
+            is_over = bool(patience.silent({0}))  # then one last look: this process itself may have been stopped
+            said = self._coordinator.get(key, patience.next_look_s(0))
+            if said is not None:
+                return json.loads(said)
+            if is_over:
+                self._given_up.add(call)
+                present = {i for i, (at, _) in self._here().items() if at == call} | {self.index}
+                raise self._late(call, set(range(self.count)) - present or {0})
 
     # ------------------------------------------------------------ who is where
 
+    def _patience(self) -> Patience:
+        assert self._heartbeats is not None
+        return Patience(self._heartbeats, self.timeout_s)
+
     def _here(self) -> dict[int, tuple[Call, Report]]:
         """The processes that wait for the next entry of the log: the call and the report of each."""
-        assert self._client is not None
-        try:
-            entries = self._client.key_value_dir_get(f"{self._prefix}/here/")
-        except jax.errors.JaxRuntimeError:  # the coordinator does not answer
-            return {}
-        said = {int(key.rpartition("/")[2]): json.loads(value) for key, value in entries}
+        assert self._coordinator is not None
+        wait_s = self.timeout_s if self.leads else heartbeat.look_s(self.timeout_s)
+        entries = self._coordinator.entries(f"{self._prefix}/here", wait_s)
+        said = {int(key.rpartition("/")[2]): json.loads(value) for key, value in entries.items()}
         return {
             i: (Call(*call), Report(*report))
             for i, (call, number, report) in said.items()
             if number == self._number
         }
 
-    def _late(self, call: Call, missing: set[int]) -> CheckpointTimeoutError:
-        waiting_for = f"{spell(sorted(missing))} of {self.count} at {call}"
+    def _late(self, call: Call, missing: Collection[int], what: str = "did not reach") -> CheckpointTimeoutError:
+        who = f"{spell(sorted(missing))} of {self.count}"
         return CheckpointTimeoutError(
-            f"{spell(sorted(missing))} of {self.count} did not reach {call} within {self.timeout_s} s",
-            waiting_for=waiting_for,
+            f"{who} {what} {call} within {self.timeout_s} s",
+            waiting_for=f"{who} at {call}",
             missing=sorted(missing),
         )
 

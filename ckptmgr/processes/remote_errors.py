@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from ckptmgr import errors
 from ckptmgr.errors import CheckpointError, CheckpointTimeoutError
 
@@ -23,8 +21,8 @@ class OtherProcessError(CheckpointError):
         self.kind = kind
 
 
-def pack(problem: Exception | None) -> Packed | None:
-    """The error as JSON; attributes that JSON cannot hold are left out."""
+def pack(problem: Exception | None, here: int) -> Packed | None:
+    """The error of process `here` as JSON; attributes that JSON cannot hold are left out."""
     if problem is None:
         return None
     attributes = {name: value for name, value in vars(problem).items() if not name.startswith("_")}
@@ -36,7 +34,7 @@ def pack(problem: Exception | None) -> Packed | None:
         "kind": type(problem).__name__,
         "message": str(problem),
         "attributes": attributes,
-        "process": jax.process_index(),
+        "process": here,
     }
 
 

@@ -109,16 +109,21 @@ class Group:
 class Trees:
     """The trees of arrays of a step, each leaf on its way to where its target wants it.
 
-    With `shares` what several processes hold is read once: `fetch` reads this process's part, and all must
-    have done so before `place` is called in any.
+    With `run` what several processes hold is read once: `fetch` reads this process's part, and all must have done
+    so before `place` is called in any. It runs the programs that send it.
     """
 
     def __init__(
-        self, plan: Plan, structures: Mapping[str, Any], step: int, directory: epath.Path, *, shares: bool
+        self,
+        plan: Plan,
+        structures: Mapping[str, Any],
+        step: int,
+        directory: epath.Path,
+        run: broadcast.Runner | None,
     ) -> None:
         self._plan, self._structures, self._step, self._directory = plan, structures, step, directory
         self._openers = [arrays.Opener(directory, source) for source in plan.databases]
-        self._shared = broadcast.Shared(plan.wanted, plan.databases, plan.targets) if shares else None
+        self._shared = broadcast.Shared(plan.wanted, plan.databases, plan.targets, run) if run else None
 
     def fetch(self) -> None:
         """Reads what is to be sent to other processes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -204,7 +205,9 @@ class Restorer:
             templates = request.templates(manifest)
             plan = self._planner.plan(manifest, templates, request, is_local=paths.is_local(directory))
             manifests.check_files(manifest, directory, {*templates, manifests.STEP, manifests.METRICS})
-            trees = reading.Trees(plan.trees, plan.structures, step, directory, shares=request.broadcast)
+            sending = Call(f"the sending of what was read from step {step}")
+            run = functools.partial(self._job.program, sending) if request.broadcast else None
+            trees = reading.Trees(plan.trees, plan.structures, step, directory, run)
             trees.fetch()
             return manifest, templates, plan, trees
 
@@ -214,7 +217,9 @@ class Restorer:
                 manifest, templates, plan, trees = self._job.together(call, open_trees)
             else:
                 manifest, templates, plan, trees = open_trees()
-            values = trees.place() | saved.read_values(manifest, directory, plan.sources)
+            with self._job.working() if request.broadcast else contextlib.nullcontext():
+                values = trees.place()
+            values |= saved.read_values(manifest, directory, plan.sources)
         passed = plan.passed
         if request.optimizer is not None and passed.missing:
             values[manifests.OPT_STATE] = _with_new_state(request, values)

@@ -67,7 +67,7 @@ class Pending:
         self._background.add(task)
 
     def _task(self, step: int, act: Act) -> tuple[Save, Task]:
-        save = Save(step, self._timeout_s, self._background.wait_for)
+        save = Save(step, self._timeout_s, self._background.wait_for, self._named)
 
         def finish() -> None:
             try:
@@ -97,10 +97,15 @@ class Pending:
         try:
             self._background.wait(self._timeout_s if timeout_s is None else timeout_s)
         except CheckpointTimeoutError as late:
-            if not self.job.waits_for:
-                raise
-            told = f"{late}; still waiting for {self.job.waits_for}"
-            raise CheckpointTimeoutError(told, waiting_for=late.waiting_for) from None
+            raise self._named(late) from None
+
+    def _named(self, late: CheckpointTimeoutError) -> CheckpointTimeoutError:
+        """The same, with the processes of the job that the save waits for."""
+        awaited = self.job.awaited
+        if awaited is None:
+            return late
+        told, waiting_for = f"{late}; still waiting for {awaited}", f"{late.waiting_for}: {awaited}"
+        return CheckpointTimeoutError(told, waiting_for=waiting_for, missing=awaited.processes)
 
     def wait(self) -> None:
         """Waits as `join` does; then raises the failure of a save."""

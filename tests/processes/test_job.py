@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from test_crash import last, rest
 
 import ckptmgr
 from ckptmgr.processes import job
+from ckptmgr.processes.coordinator import Coordinator
 
 pytestmark = pytest.mark.xdist_group("job")
 SCRIPT = Path(member.__file__)
@@ -62,29 +64,30 @@ def end(processes):
 
 
 class Interrupted:
-    """The client of a coordinator that holds everything itself; an interrupt comes as the first entry is made."""
+    """The client of a coordinator that holds everything itself. As the first entry is made Ctrl-C comes."""
 
-    def __init__(self):
-        self.held, self.is_interrupted = {}, False
+    def __init__(self, after_s):
+        self.held, self.after_s = {}, after_s
 
-    def key_value_set(self, key, value):
+    def key_value_set(self, key, value, allow_overwrite):
         assert key not in self.held
+        if not self.held:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(self.after_s)
         self.held[key] = value
-        if not self.is_interrupted:
-            self.is_interrupted = True
-            raise KeyboardInterrupt
 
     def key_value_dir_get(self, prefix):
         return [each for each in self.held.items() if each[0].startswith(prefix)]
 
 
-def test_an_interrupt_as_process_0_decides_leaves_it_able_to_decide_again():
-    line = job.Job("line", 1.0)
-    line._client = Interrupted()
+@pytest.mark.parametrize("after_s", [0, 0.2])
+def test_an_interrupt_as_process_0_decides_leaves_it_able_to_decide_again(after_s):
+    client = Interrupted(after_s)
+    line = job.Job("line", 5.0, coordinator=Coordinator(client, 0, 2))
     with pytest.raises(KeyboardInterrupt):
         line.decide(job.Call("a save", 1), lambda: "one")
     assert line.decide(job.Call("a save", 2), lambda: "two") == "two"
-    assert [json.loads(said)["found"] for said in line._client.held.values()] == ["one", "two"]
+    assert [json.loads(said)["found"] for said in client.held.values()] == ["one", "two"]
 
 
 def test_two_processes_save_and_one_two_or_four_restore(tmp_path):
