@@ -59,7 +59,7 @@ def assemble(path: str | os.PathLike[str], given: Mapping[str, Any]) -> Parts:
     pending = Pending(options.timeout_s, saving, shared)
     journal = Journal(directory, clock.wall, writes=not options.read_only and job.leads)
     after = aftermath.Aftermath(options, catalog, history, job, journal, shared, writer)
-    restorer = Restorer(catalog, history, after.mirror, job, journal, options.timeout_s)
+    restorer = Restorer(catalog, history, after.mirror, job, journal, options.timeout_s, options.max_host_bytes)
     saver = Saver(options, clock, catalog, history, job, shared, writer, pending, after)
     if not options.read_only:
         signals.drain_on_sigterm()

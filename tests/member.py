@@ -2,7 +2,8 @@
 
 save STEP...        saves these steps, sharded over all devices of all processes
 load [STEP]         restores one onto all devices of all processes, and checks every bit that this process has
-shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says how many bytes it read
+shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says how many bytes it read ("bounded":
+                    broadcast under max_host_bytes)
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
 slow                saves two steps, and waits for each, in vain if a fault makes it slow
 clock               asks a clock of its own whether to save
@@ -376,8 +377,9 @@ def shared(directory, _, axes, broadcast):
     template["keys"] = jax.eval_shape(lambda: keys(0))
     os.preadv = counted_preadv
     before = read_bytes()
-    manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S)
-    found = manager.restore(params=template, layout=layout, broadcast=broadcast == "True")
+    bound = 1 << 20 if broadcast == "bounded" else None
+    manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S, max_host_bytes=bound)
+    found = manager.restore(params=template, layout=layout, broadcast=broadcast != "False")
     for name, value in values.items():
         assert found.params[name].sharding == layout[name], name
         for shard in found.params[name].addressable_shards:
