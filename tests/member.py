@@ -13,11 +13,13 @@ apart               each process but the first comes late to each save; says how
 differs             process 1 gives something else, in every way; says what came of it
 stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
 balanced            saves arrays that several processes hold, replicated and on a grid, and restores them
+mirrored STEP...    saves arrays that all processes hold, and says what this process has copied to the mirror
 own save|load       each process has iterators of its own
 rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
 reader              each process in turn reads alone beside the others, then all do
 """
 
+import json
 import os
 import sys
 import threading
@@ -261,6 +263,30 @@ def balanced(directory, _):
     say("balanced")
 
 
+def mirrored(directory, _, *steps):
+    put, copied = transfer.put, {}
+
+    def counted(source, draft, names):
+        put(source, draft, names)
+        copied.update({f"{source.name}/{name}": (source / name).stat().length for name in names})
+
+    transfer.put = counted
+    where = NamedSharding(jax.make_mesh((jax.device_count(),), ("data",)), P())
+    params = {
+        name: jax.make_array_from_callback(values.shape, where, lambda index, values=values: values[index])
+        for name, values in held_by_several().items()
+    }
+    own = MIRROR.replace("INDEX", str(jax.process_index()))
+    extras = {"at": Iterator({"at": np.array([jax.process_index(), 7])})}
+    with ckptmgr.CheckpointManager(directory, mirror=own, timeout_s=TIMEOUT_S) as manager:
+        for step in map(int, steps):
+            manager.save(step, params, extras=extras).result()
+        manager.wait(60)
+    say(json.dumps(copied))
+    if "CKPTMGR_ALONE" in os.environ:
+        os._exit(0)  # JAX would wait for the processes that are gone
+
+
 class Iterator:
     """A data iterator; `state` is JSON, bytes or numpy arrays."""
 
@@ -482,6 +508,7 @@ if __name__ == "__main__":
     from jax.sharding import PartitionSpec as P
 
     import ckptmgr
+    from ckptmgr.run import transfer
 
     AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
     MIRROR = os.environ.get("CKPTMGR_MIRROR")
@@ -508,6 +535,7 @@ if __name__ == "__main__":
                 differs,
                 stages,
                 balanced,
+                mirrored,
                 own,
                 reader,
                 rewind,
