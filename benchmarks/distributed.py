@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import fresh, measure, peers
+from benchmarks import fresh, measure, memory, peers
 from benchmarks.workloads import State
 
 # ---------------------------------------------------------------- saving and restoring together
@@ -44,7 +44,7 @@ def _try(run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
 
 
 def _together(count: int, args: tuple[Any, ...], timeout_s: float) -> dict[str, Any]:
-    """The slowest process of each repetition: training goes on when all do."""
+    """The slowest process of each repetition, as training goes on when all do; the most memory that one takes."""
     answers = _group(_save_and_restore, count, args, timeout_s)
     if not all(answer["verified"] for answer in answers):
         raise fresh.FailedError("what was restored is not what was saved")
@@ -52,7 +52,8 @@ def _together(count: int, args: tuple[Any, ...], timeout_s: float) -> dict[str, 
         {figure: max(answer["rounds"][i][figure] for answer in answers) for figure in measure.TIMES}
         for i in range(len(answers[0]["rounds"]))
     ]
-    return measure.summaries(rounds) | {"verified": True}
+    peaks = {figure: max(answer[figure] for answer in answers) for figure in memory.PEAKS}
+    return measure.summaries(rounds) | peaks | {"verified": True}
 
 
 def _group(function: Callable[..., Any], count: int, args: tuple[Any, ...], timeout_s: float) -> list[Any]:
@@ -88,8 +89,20 @@ def _save_and_restore(name: str, rows: int, repeats: int, directory: Path) -> di
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     peer = peers.ALL[name](directory)
     rounds = [measure.round_trip(peer, state, template, same=_same_shards) for _ in range(repeats + 1)]
+    peaks = _peaks(peer, state, template)
     peer.close()
-    return {"verified": all(each.pop("verified") for each in rounds), "rounds": rounds[1:]}
+    return {"verified": all(each.pop("verified") for each in rounds), "rounds": rounds[1:], **peaks}
+
+
+def _peaks(peer: peers.Peer, state: State, template: State) -> dict[str, int]:
+    """Peak bytes of a save and of a restore in this process, above what the job holds."""
+    with memory.Peak() as saving:
+        peer.save(state)
+        peer.wait()
+    with memory.Peak() as restoring:
+        restored = jax.block_until_ready(peer.restore(template))
+    del restored
+    return {"save_peak_bytes": saving.nbytes, "restore_peak_bytes": restoring.nbytes}
 
 
 def _same_shards(restored: State, state: State, template: State) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks import peers, workloads
 from benchmarks.workloads import Workload
 
+PEAKS = ("save_peak_bytes", "restore_peak_bytes")
 _SAMPLER = """
 import select, sys
 def anonymous_kb():

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import peers
 from benchmarks.measure import TIMES
+from benchmarks.memory import PEAKS
 from benchmarks.workloads import spell_bytes
 
 Results = Mapping[str, Any]
@@ -82,7 +83,7 @@ def _space(found: Results) -> list[str]:
             *(_slashed(figures["ratios"][base]) for base in bases),
             spell_bytes(figures["disk_bytes"]),
             str(figures["files"]),
-            *(_bytes_or_dash(figures.get(peak)) for peak in ("save_peak_bytes", "restore_peak_bytes")),
+            *(_bytes_or_dash(figures.get(peak)) for peak in PEAKS),
         ]
         for name, figures in found["peers"].items()
     ]
@@ -153,14 +154,16 @@ def _shards(found: Results) -> list[str]:
 
 def _processes(found: Results) -> list[str]:
     rows = [
-        [_title(name), count, *(_short(figures[time]["median"]) for time in TIMES), ""]
+        [_title(name), count, *(_short(figures[time]["median"]) for time in TIMES),
+         *(_bytes_or_dash(figures.get(peak)) for peak in PEAKS), ""]
         if figures["supported"]
-        else [_title(name), count, "-", "-", "-", f"not supported yet: {figures['reason'][:60]}"]
+        else [_title(name), count, *"-----", f"not supported yet: {figures['reason'][:60]}"]
         for name, by_count in found["peers"].items()
         for count, figures in by_count.items()
-    ]
-    header = ["", "processes", "blocked s", "durable s", "restore s", ""]
-    return [_heading(f"several processes, {spell_bytes(found['nbytes'])}"), *_table(header, rows)]
+    ]  # fmt: skip
+    header = ["", "processes", "blocked s", "durable s", "restore s", "memory: save", "restore", ""]
+    remark = "times are those of the slowest process; memory is the peak of the one that takes most, above its own"
+    return [_heading(f"several processes, {spell_bytes(found['nbytes'])}"), *_table(header, rows), remark]
 
 
 # ---------------------------------------------------------------- budgets and remarks

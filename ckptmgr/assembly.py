@@ -53,13 +53,13 @@ def assemble(path: str | os.PathLike[str], given: Mapping[str, Any]) -> Parts:
     aftermath.check_mirror(options.mirror, directory)
     catalog = open_catalog(directory)
     history = History(catalog, options.keep)
-    job, saving, writer = _open(directory, catalog, options)
+    job, saving, mirroring, writer = _open(directory, catalog, options)
     shared = writer.shared if writer is not None else Shared()
     catalog.share_damage(shared.damaged)
     pending = Pending(options.timeout_s, saving, shared)
     journal = Journal(directory, clock.wall, writes=not options.read_only and job.leads)
-    after = aftermath.Aftermath(options, catalog, history, job, journal, shared, writer)
-    restorer = Restorer(catalog, history, after.mirror, job, journal, options.timeout_s)
+    after = aftermath.Aftermath(options, catalog, history, job, mirroring, journal, shared, writer)
+    restorer = Restorer(catalog, history, after.mirror, job, journal, options.timeout_s, options.max_host_bytes)
     saver = Saver(options, clock, catalog, history, job, shared, writer, pending, after)
     if not options.read_only:
         signals.drain_on_sigterm()
@@ -70,10 +70,11 @@ def assemble(path: str | os.PathLike[str], given: Mapping[str, Any]) -> Parts:
     )  # fmt: skip
 
 
-def _open(directory: epath.Path, catalog: Catalog, options: Options) -> tuple[Job, Job, Writer | None]:
-    """The lines of calls of a manager and of its thread, and the right to write."""
+def _open(directory: epath.Path, catalog: Catalog, options: Options) -> tuple[Job, Job, Job, Writer | None]:
+    """The lines of calls of a manager, of its thread and of its mirror, and the right to write."""
     if options.read_only:  # a reader may be opened in one process of a job alone
         line = Job("", options.timeout_s, alone=True)
-        return line, line, None
+        return line, line, line, None
     name, writer = opening.open_run(directory, catalog, options.timeout_s)
-    return Job(name, options.timeout_s), Job(f"{name}/saving", options.timeout_s), writer
+    mirroring = Job(f"{name}/mirror", options.timeout_s / 2)  # half: who waits for a copy sees it end all the same
+    return Job(name, options.timeout_s), Job(f"{name}/saving", options.timeout_s), mirroring, writer

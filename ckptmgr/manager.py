@@ -40,7 +40,8 @@ class CheckpointManager:
       compression: None or "zstd".
       chunk_bytes: the largest chunk of one array on disk. It bounds how much a restore onto another layout
         reads.
-      max_host_bytes: bound on the host memory held by copies that wait to be written; None: unbounded.
+      max_host_bytes: bound on the host memory that a save takes for copies that wait to be written, and a restore
+        beside the arrays that it returns; None: unbounded. A larger array or chunk takes its own size.
       on_commit: a callable, or several. Each is called with the CheckpointInfo of a checkpoint once it is
         durable. An exception in one is logged and harms nothing.
       read_only: True for evaluators: never writes, deletes or cleans anything.

@@ -117,7 +117,7 @@ class Options:
     asynchronous: bool = _option(_flag, default=True)
     compression: Literal["zstd"] | None = _option(_compression, default=None, writes=True)
     chunk_bytes: int = _option(_bytes, default=64 * 2**20)
-    max_host_bytes: int | None = _option(_bytes, default=None, writes=True)
+    max_host_bytes: int | None = _option(_bytes, default=None)
     on_commit: tuple[Callable[[CheckpointInfo], object], ...] = _option(_callbacks, default=(), writes=True)
     read_only: bool = _option(_flag, default=False)
     mirror: epath.Path | None = _option(_mirror, default=None)  # noqa: RUF009

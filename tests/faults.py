@@ -40,7 +40,7 @@ POINTS = {
     "rename": "os:rename",  # of any directory
 }
 MIRROR_POINTS = {
-    "put": "ckptmgr.run.mirror:_put",  # files copied to the mirror
+    "put": "ckptmgr.run.transfer:put",  # files copied to the mirror
     "check": "ckptmgr.run.mirror:Mirror._check",  # the copy is read back
     "make step": "faults:FaultyDirectory.publish",  # the copy gets its name
 }

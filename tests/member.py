@@ -2,7 +2,8 @@
 
 save STEP...        saves these steps, sharded over all devices of all processes
 load [STEP]         restores one onto all devices of all processes, and checks every bit that this process has
-shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says how many bytes it read
+shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says how many bytes it read ("bounded":
+                    broadcast under max_host_bytes)
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
 slow                saves two steps, and waits for each, in vain if a fault makes it slow
 clock               asks a clock of its own whether to save
@@ -12,6 +13,7 @@ apart               each process but the first comes late to each save; says how
 differs             process 1 gives something else, in every way; says what came of it
 stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
 balanced            saves arrays that several processes hold, replicated and on a grid, and restores them
+mirrored STEP...    saves arrays that all processes hold, and says what this process has copied to the mirror
 own save|load       each process has iterators of its own
 rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
 emergency WHAT      restores and saves; then saves, or restores, on and on. Says what came of it, and when
@@ -264,6 +266,30 @@ def balanced(directory, _):
     say("balanced")
 
 
+def mirrored(directory, _, *steps):
+    put, copied = transfer.put, {}
+
+    def counted(source, draft, names):
+        put(source, draft, names)
+        copied.update({f"{source.name}/{name}": (source / name).stat().length for name in names})
+
+    transfer.put = counted
+    where = NamedSharding(jax.make_mesh((jax.device_count(),), ("data",)), P())
+    params = {
+        name: jax.make_array_from_callback(values.shape, where, lambda index, values=values: values[index])
+        for name, values in held_by_several().items()
+    }
+    own = MIRROR.replace("INDEX", str(jax.process_index()))
+    extras = {"at": Iterator({"at": np.array([jax.process_index(), 7])})}
+    with ckptmgr.CheckpointManager(directory, mirror=own, timeout_s=TIMEOUT_S) as manager:
+        for step in map(int, steps):
+            manager.save(step, params, extras=extras).result()
+        manager.wait(60)
+    say(json.dumps(copied))
+    if "CKPTMGR_ALONE" in os.environ:
+        os._exit(0)  # JAX would wait for the processes that are gone
+
+
 class Iterator:
     """A data iterator; `state` is JSON, bytes or numpy arrays."""
 
@@ -380,8 +406,9 @@ def shared(directory, _, axes, broadcast):
     template["keys"] = jax.eval_shape(lambda: keys(0))
     os.preadv = counted_preadv
     before = read_bytes()
-    manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S)
-    found = manager.restore(params=template, layout=layout, broadcast=broadcast == "True")
+    bound = 1 << 20 if broadcast == "bounded" else None
+    manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S, max_host_bytes=bound)
+    found = manager.restore(params=template, layout=layout, broadcast=broadcast != "False")
     for name, value in values.items():
         assert found.params[name].sharding == layout[name], name
         for shard in found.params[name].addressable_shards:
@@ -540,6 +567,7 @@ if __name__ == "__main__":
     from jax.sharding import PartitionSpec as P
 
     import ckptmgr
+    from ckptmgr.run import transfer
 
     AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
     MIRROR = os.environ.get("CKPTMGR_MIRROR")
@@ -568,6 +596,7 @@ if __name__ == "__main__":
                 differs,
                 stages,
                 balanced,
+                mirrored,
                 own,
                 reader,
                 rewind,

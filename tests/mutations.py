@@ -82,8 +82,19 @@ MUTATIONS = [
     ),
     Mutation(
         "1a", "what was begun in the mirror for another save is gone on with",
-        "run/mirror.py", "if not _is_equal(source / name, draft / name):", "if not draft.exists():",
+        "run/mirror.py", "if not transfer.is_equal(source / name, draft / name):", "if not draft.exists():",
         "tests/run/test_mirror.py::test_what_was_begun_for_another_save_of_the_step_is_begun_anew",
+    ),
+    Mutation(
+        "1a", "what another process has not copied to the mirror is left out",
+        "run/mirror.py", "missing = {name for name, size in sizes.items() if there.get(name) != size}",
+        'missing = {name for name in sizes if name not in there and "process_1/" not in name}',
+        "tests/run/test_mirror.py::test_a_process_killed_as_it_copies_leaves_the_rest_to_process_0",
+    ),
+    Mutation(
+        "1a", "a process copies to a mirror that it does not share",
+        "run/parts.py", "    return is_of_it and not (", "    return not (",
+        "tests/run/test_mirror.py::test_what_another_process_cannot_copy_process_0_copies",
     ),
     Mutation(
         "1a", "a lock whose file was removed is not taken again",

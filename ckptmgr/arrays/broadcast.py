@@ -3,8 +3,9 @@
 Along the axes of a mesh that a leaf's PartitionSpec does not name, the devices hold copies of it. One of the
 copies is read, each of its pieces by the process that has the device. Then the bytes go through one sum along
 these axes, to which every other copy adds zeros: as whole numbers, as floats would lose the sign of -0.0.
-Every process runs the same programs in the same order; whether all could read must be agreed on before the first.
-A program waits for all processes, and JAX has no bound for it: the caller of this module runs it.
+Every process runs the same programs in the same order; whether all could read must be agreed on before the first
+that sends what was read. A program waits for all processes, and JAX has no bound for it: the caller of this module
+runs it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +27,16 @@ from ckptmgr.trees.structure import numpy_dtype
 
 _BLOCK_BYTES = 64 << 20  # what one program sends to a device
 _LEAST_BYTES = 64 << 10  # blocks are powers of two from here on, so that few programs are compiled
+_TIMES = (
+    12  # how often a piece is held on its way: read, sent, summed, received, in blocks of up to twice its size
+)
 Spelled = tuple[tuple[int, int, int], ...]
 Sums = dict[Any, Values]
 """By device."""
 Runner = Callable[[Callable[[], Sums]], Sums]
 """Runs a program of several processes; raises if it does not end."""
+Sent = dict[Any, list[tuple[slice, Values]]]
+"""By device: the bytes of pieces, and where among those of all leaves they are."""
 
 
 class _Copies(NamedTuple):
@@ -41,14 +47,29 @@ class _Copies(NamedTuple):
     @property
     def here(self) -> list[tuple[int, Any]]:
         """Which copy each device of this process belongs to."""
-        local = jax.process_index()
-        return [
-            (copy, each) for (copy, _), each in np.ndenumerate(self.mesh.devices) if each.process_index == local
-        ]
+        return [(copy, device) for (copy, _), device in self._local]
+
+    @property
+    def receivers(self) -> Collection[Any]:
+        """A device of this process for each piece that it holds."""
+        return {column: device for (_, column), device in self._local}.values()
+
+    @property
+    def _local(self) -> list[tuple[tuple[int, ...], Any]]:
+        here = jax.process_index()
+        return [(at, each) for at, each in np.ndenumerate(self.mesh.devices) if each.process_index == here]
+
+    @property
+    def times(self) -> int:
+        """What the busiest process holds for each byte of a piece: each of its devices sends and receives it."""
+        return _TIMES * max(collections.Counter(each.process_index for each in self.mesh.devices.flat).values())
 
 
 class Shared:
-    """The leaves that are read once; `leaves` are their places among all that are wanted."""
+    """The leaves that are read once; `leaves` are their places among all that are wanted.
+
+    At most `most_bytes` are held at once, or what one leaf and the smallest block take.
+    """
 
     def __init__(
         self,
@@ -56,8 +77,11 @@ class Shared:
         sources: Sequence[reading.Source],
         targets: Sequence[Target],
         run: Runner,
+        most_bytes: int | None,
+        is_local: bool,
     ) -> None:
         self._wanted, self._sources, self._targets, self._run = wanted, sources, targets, run
+        self._most_bytes, self._is_local = most_bytes, is_local
         self._copies = {place: found for place, target in enumerate(targets) if (found := _copies(target))}
         self._chosen: dict[int, int] = {}
         """The copy of each leaf that is read: the one with least to read so far."""
@@ -74,11 +98,17 @@ class Shared:
         order = {copies: number for number, copies in enumerate(dict.fromkeys(self._copies.values()))}
         return sorted(self._copies, key=lambda place: (order[self._copies[place]], place))
 
-    def read(self, openers: Sequence[reading.Opener], *, is_local: bool) -> None:
-        """Reads what this process reads for all; raises DamagedArrayError."""
-        pieces = {place: self._pieces_read_here(place) for place in self._copies}
+    def cut(self) -> list[Sequence[int]]:
+        """The leaves, as many at a time as may be read and sent at once: in all processes the same."""
+        leaves = self.leaves
+        held = [self._nbytes(place) * self._copies[place].times for place in leaves]
+        return [[leaves[n] for n in run] for run in chunks.runs(held, self._most_bytes)] if leaves else []
+
+    def read(self, places: Sequence[int], openers: Sequence[reading.Opener]) -> None:
+        """Reads what this process reads of these leaves for all; raises DamagedArrayError."""
+        pieces = {place: self._pieces_read_here(place) for place in places}
         wanted = [self._wanted[place]._replace(pieces=list(own.values())) for place, own in pieces.items()]
-        plan = reading.Plan(wanted, self._sources, is_local=is_local)
+        plan = reading.Plan(wanted, self._sources, is_local=self._is_local, most_bytes=self._most_bytes)
         for (place, own), values in zip(pieces.items(), reading.read(plan, openers), strict=True):
             self._read[place] = dict(zip(own, values, strict=True))
 
@@ -104,14 +134,14 @@ class Shared:
             return {place: [] for place in places}
         sizes = [self._nbytes(place) for place in places]
         spans = [slice(end - size, end) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
-        sent = {device: np.zeros(sum(sizes), np.uint8) for _, device in copies.here}
+        sent: Sent = {device: [] for _, device in copies.here}
         for place, span in zip(places, spans, strict=True):
             read = self._read.pop(place)
             for copy, device in copies.here:
                 if copy == self._chosen[place]:
                     piece = read[self._spelled(place, device)]
-                    sent[device][span] = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-        came = _sum(copies.mesh, sent, self._run)
+                    sent[device].append((span, np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
+        came = _sum(copies, sent, sum(sizes), self._block_bytes(copies), self._run)
         return {place: self._pieces(place, span, came) for place, span in zip(places, spans, strict=True)}
 
     def _pieces(self, place: int, span: slice, came: Sums) -> list[Values]:
@@ -120,6 +150,12 @@ class Shared:
         wanted = to_devices.pieces(self._wanted[place].spec.shape, self._targets[place])
         spelled = [to_devices.spell(index, self._wanted[place].spec.shape) for index in wanted]
         return [by_index[each].view(dtype).reshape(shape) for each in spelled]
+
+    def _block_bytes(self, copies: _Copies) -> int:
+        """A power of two, as are the sizes of programs."""
+        if self._most_bytes is None:
+            return _BLOCK_BYTES
+        return min(_BLOCK_BYTES, max(_LEAST_BYTES, 1 << (self._most_bytes // copies.times).bit_length() - 1))
 
     def _spelled(self, place: int, device: Any) -> Spelled:
         shape = self._wanted[place].spec.shape
@@ -145,20 +181,27 @@ def _copies(target: Target) -> _Copies | None:
     return _Copies(Mesh(grid, ("copy", "piece"))) if any(len(held) > 1 for held in holders) else None
 
 
-def _sum(mesh: Mesh, sent: dict[Any, Values], run: Runner) -> Sums:
-    """The sums of what the copies of each piece have sent, on every device."""
-    nbytes = next(iter(sent.values())).size
-    came = {device: np.empty(nbytes, np.uint8) for device in sent}
-    for start in range(0, nbytes, _BLOCK_BYTES):
-        block = slice(start, min(nbytes, start + _BLOCK_BYTES))
-        size = block.stop - block.start
-        padded = max(_LEAST_BYTES, 1 << (size - 1).bit_length())
-        words = {device: np.zeros(padded, np.uint8) for device in sent}
-        for device, data in sent.items():
-            words[device][:size] = data[block]
-        for device, data in run(functools.partial(_sum_block, mesh, words)).items():
-            came[device][block] = data[:size]
+def _sum(copies: _Copies, sent: Sent, nbytes: int, block_bytes: int, run: Runner) -> Sums:
+    """The sums of what the copies of each piece have sent, on a device for each piece."""
+    came = {device: chunks.aligned((nbytes,), np.dtype(np.uint8)) for device in copies.receivers}
+    for start in range(0, nbytes, block_bytes):
+        block = slice(start, min(nbytes, start + block_bytes))
+        words = {device: _words(parts, block) for device, parts in sent.items()}
+        summed = run(functools.partial(_sum_block, copies.mesh, words))
+        for device, values in came.items():
+            values[block] = summed[device][: block.stop - block.start]
     return came
+
+
+def _words(parts: Sequence[tuple[slice, Values]], block: slice) -> Values:
+    """What a device sends of a block: zeros where it has nothing."""
+    size = block.stop - block.start
+    words = np.zeros(max(_LEAST_BYTES, 1 << (size - 1).bit_length()), np.uint8)
+    for span, data in parts:
+        first, last = max(span.start, block.start), min(span.stop, block.stop)
+        if first < last:
+            words[first - block.start : last - block.start] = data[first - span.start : last - span.start]
+    return words
 
 
 def _sum_block(mesh: Mesh, words: dict[Any, Values]) -> Sums:

@@ -10,6 +10,7 @@ Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/crc32c/index.html
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -31,7 +32,7 @@ Index = tuple[slice, ...]
 BYTES_ALONE = frozenset({"uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "float6_e3m2fn"})
 """Types that TensorStore has no name for: one byte a value, stored as uint8."""
 
-_PACKED = frozenset({"int2", "int4", "float4_e2m1fn"})  # TensorStore normalises their spare bits
+_PACKED = frozenset({"int2", "int4", "float4_e2m1fn"})  # TensorStore normalises their spare bits, JAX packs them
 _DIRECT_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 20  # smaller chunks cost more than they save
 _ALIGNMENT = 64
@@ -91,6 +92,11 @@ def _stored(shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...] | None) 
     return Stored(shape, "uint8" if dtype in BYTES_ALONE else dtype, chunks or whole(shape))
 
 
+def is_packed(dtype: str) -> bool:
+    """Whether JAX may hold its values otherwise than numpy does."""
+    return dtype in _PACKED or dtype in BYTES_ALONE
+
+
 def whole(shape: Sequence[int]) -> tuple[int, ...]:
     """The chunk that holds all of an array."""
     return tuple(max(1, size) for size in shape)
@@ -120,6 +126,13 @@ def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> Values:
     memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT
     return memory[first : first + nbytes].view(dtype).reshape(shape)
+
+
+def give_back() -> None:
+    """Returns freed memory to the system: glibc keeps much of it, and spreads what comes next over it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _next_smaller(size: int, *, sharded: bool) -> int:
@@ -169,17 +182,25 @@ ONLY = ["/".join(["c", *["0"] * rank]) for rank in range(33)]
 
 
 def boxes(index: Index, shape: Sequence[int], chunk: Sequence[int], most: int) -> Iterator[Index]:
-    """A piece of an array, which is at `index` of it, cut between chunks into boxes of about `most` values."""
+    """A piece of an array, which is at `index` of it, cut between chunks: `most` bounds the values of the chunks
+    that a box takes from, of which there is one at least."""
     starts = [axis.start or 0 for axis in index] if index else [0] * len(shape)
     steps = list(chunk)  # how far a box goes along each axis: the last axes first, whose values are neighbours
     for axis in reversed(range(len(shape))):
-        room = most // max(1, math.prod(min(step, have) for step, have in zip(steps, shape, strict=True)))
+        room = most // math.prod(steps)
         steps[axis] *= min(max(1, room), -(-shape[axis] // steps[axis]) + 1)
     cuts = [
         [0, *range(-(-(first + 1) // step) * step - first, have, step), have]
         for first, have, step in zip(starts, shape, steps, strict=True)
     ]
     return itertools.product(*[[slice(a, b) for a, b in itertools.pairwise(each)] for each in cuts])
+
+
+def taken_from(index: Index, box: Index, chunk: Sequence[int]) -> int:
+    """How many chunks a box of a piece takes from, all of which are read for it."""
+    starts = [axis.start or 0 for axis in index] if index else [0] * len(box)
+    spans = [(first + axis.start, first + axis.stop) for first, axis in zip(starts, box, strict=True)]
+    return math.prod(-(-last // size) - first // size for (first, last), size in zip(spans, chunk, strict=True))
 
 
 # ---------------------------------------------------------------- one chunk

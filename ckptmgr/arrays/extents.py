@@ -169,21 +169,33 @@ def _overlaps(
         yield tuple(n for n, _, _ in each), tuple(own for _, own, _ in each), tuple(part for *_, part in each)
 
 
-def read(jobs: Sequence[Job]) -> Iterator[None]:
+def read(jobs: Sequence[Job], most_bytes: int | None = None) -> Iterator[None]:
     """Reads chunks beside each other; the n-th `next` returns once the n-th is read, or raises what is wrong.
 
+    Chunks that are not read straight into their place take at most `most_bytes`, or are read one by one.
     Raises ValueError for a damaged chunk, OSError for a file that cannot be read.
     """
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+    largest = max((_chunk_bytes(job) for job in jobs if not _is_own(job)), default=0)
+    beside = _THREADS if most_bytes is None or not largest else max(1, min(_THREADS, most_bytes // largest))
+    with concurrent.futures.ThreadPoolExecutor(beside) as threads:
         yield from threads.map(_read, jobs)
 
 
+def _chunk_bytes(job: Job) -> int:
+    return math.prod(job.stored.chunks) * numpy_dtype(job.stored.dtype).itemsize
+
+
+def _is_own(job: Job) -> bool:
+    """Whether the values of a chunk lie in their place as they lie in the chunk."""
+    into, _ = job.takes[0]
+    return len(job.takes) == 1 and into.flags.c_contiguous and into.shape == job.stored.chunks
+
+
 def _read(job: Job) -> None:
-    size = math.prod(job.stored.chunks) * numpy_dtype(job.stored.dtype).itemsize
+    size = _chunk_bytes(job)
     if nbytes(job.source) != size + 4:
         raise ValueError(f"its chunk has {nbytes(job.source)} bytes instead of {size + 4}")
-    into, part = job.takes[0]
-    is_own = len(job.takes) == 1 and into.flags.c_contiguous and into.shape == job.stored.chunks
+    into, is_own = job.takes[0][0], _is_own(job)
     chunk = into if is_own else np.empty(job.stored.chunks, numpy_dtype(job.stored.dtype))
     _fill(job, chunk)
     if not is_own:

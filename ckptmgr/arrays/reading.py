@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -113,10 +114,15 @@ class Read(NamedTuple):
 
 
 class Plan:
-    """How leaves are read: the same for each step of a structure. `is_local` if the files are on this machine."""
+    """How leaves are read: the same for each step of a structure. `is_local` if the files are on this machine.
 
-    def __init__(self, wanted: Sequence[Read], sources: Sequence[Source], *, is_local: bool) -> None:
-        self.wanted = wanted
+    `most_bytes` bounds the chunks that are held until their values are in place; a larger one is alone.
+    """
+
+    def __init__(
+        self, wanted: Sequence[Read], sources: Sequence[Source], *, is_local: bool, most_bytes: int | None = None
+    ) -> None:
+        self.wanted, self.most_bytes = wanted, most_bytes
         ways = [way(each.spec, sources[each.source], is_local=is_local) for each in wanted]
         self.small = {
             source: [n for n, each in enumerate(wanted) if ways[n] == "small" and each.source == source]
@@ -160,13 +166,13 @@ def read(plan: Plan, openers: Sequence[Opener]) -> list[list[Values]]:
         else:
             found[n] = [_view(wanted[n], values) for values in direct[0]]
             jobs += [(wanted[n], job) for job in direct[1]]
-    window = _Window()
+    window = _Window(_AHEAD_BYTES if plan.most_bytes is None else min(_AHEAD_BYTES, plan.most_bytes // _HELD))
     for n, future in asked:
         found[n] = _cut(wanted[n], _result(wanted[n], future))
     for n, future in opened:
         found[n] = _start(wanted[n], future, window)
     window.drain(0)
-    _fill(jobs)
+    _fill(jobs, plan.most_bytes)
     return found
 
 
@@ -196,9 +202,9 @@ def _plan(each: Read, opener: Opener) -> tuple[list[Values], list[extents.Job]] 
         raise each.damaged(problem) from problem
 
 
-def _fill(jobs: Sequence[tuple[Read, extents.Job]]) -> None:
+def _fill(jobs: Sequence[tuple[Read, extents.Job]], most_bytes: int | None) -> None:
     """Reads these chunks into their places; raises DamagedArrayError."""
-    done = extents.read([job for _, job in jobs])
+    done = extents.read([job for _, job in jobs], most_bytes)
     for each, _ in jobs:
         try:
             next(done)
@@ -218,15 +224,19 @@ def drain(each: Read, futures: Sequence[Any]) -> None:
         _result(each, future)
 
 
+_HELD = 3  # how often TensorStore may hold a chunk: as it lies on disk, without its checksum, and its values
+
+
 class _Window:
     """Bounds what TensorStore reads ahead: it holds each chunk until it is copied to its place."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
         self._under_way: collections.deque[tuple[int, Read, Any]] = collections.deque()
         self._nbytes = 0
 
     def add(self, nbytes: int, each: Read, start: Callable[[], Any]) -> None:
-        self.drain(max(0, _AHEAD_BYTES - nbytes))
+        self.drain(max(0, self.most - nbytes))
         self._under_way.append((nbytes, each, start()))
         self._nbytes += nbytes
 
@@ -248,9 +258,10 @@ def _start(each: Read, future: Any, window: _Window) -> list[Values]:
         piece = chunks.at(array, index)
         buffer = chunks.aligned(piece.shape, dtype)
         into = ts.array(buffer)
-        for box in chunks.boxes(index, piece.shape, chunk, _AHEAD_BYTES // 4 // dtype.itemsize):
+        for box in chunks.boxes(index, piece.shape, chunk, window.most // 4 // dtype.itemsize):
             part = piece.translate_to[0][box] if box else piece
-            window.add(part.size * dtype.itemsize, each, functools.partial(chunks.at(into, box).write, part))
+            nbytes = chunks.taken_from(index, box, chunk) * math.prod(chunk) * dtype.itemsize
+            window.add(nbytes, each, functools.partial(chunks.at(into, box).write, part))
         found.append(_view(each, buffer))
     return found
 

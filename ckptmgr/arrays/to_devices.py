@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from ckptmgr.arrays import chunks
 from ckptmgr.arrays.chunks import Index, Values
 from ckptmgr.specs import LeafSpec
 from ckptmgr.trees.layouts import HERE, Target
@@ -34,14 +36,48 @@ def spell(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], .
     return tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
 
 
-class Plan:
-    """How leaves get from the host to their targets: the same for each step of a structure."""
+def held_bytes(spec: LeafSpec, target: Target) -> int:
+    """What a leaf takes on the host while it goes to its target, beside the array that it becomes."""
+    if spec.kind == "str" or _takes_over(spec, target):
+        return 0
+    whole = (slice(None),) * len(spec.shape)
+    where = [spell(index or whole, spec.shape) for index in pieces(spec.shape, target)]
+    itemsize = _KEY_BYTES if spec.kind == "key" else numpy_dtype(spec.dtype).itemsize
+    return itemsize * sum(math.prod(len(range(*axis)) for axis in piece) for piece in where)
 
-    def __init__(self, specs: Sequence[LeafSpec], targets: Sequence[Target]) -> None:
+
+_KEY_BYTES = 16  # of the generator whose keys are the largest
+
+
+def _takes_over(spec: LeafSpec, target: Target) -> bool:
+    """Whether the array is made of the very memory that is read: numpy arrays, and most on JAX's CPU devices."""
+    if target.kind not in ("jax", "numpy") or spec.dtype != target.dtype:
+        return False
+    return target.kind == "numpy" or (
+        not target.weak and not chunks.is_packed(spec.dtype) and _platforms(target.place) == {"cpu"}
+    )
+
+
+def _platforms(place: Any) -> set[str]:
+    if not isinstance(place, jax.sharding.Sharding):
+        return {jax.default_backend()}
+    devices: set[Any] = place.device_set
+    return {each.platform for each in devices}
+
+
+class Plan:
+    """How leaves get from the host to their targets: the same for each step of a structure.
+
+    With `only` it is about one piece of each leaf, the only one that is read.
+    """
+
+    def __init__(self, specs: Sequence[LeafSpec], targets: Sequence[Target], only: int | None = None) -> None:
         self.specs, self.targets = specs, targets
         rows = list(enumerate(zip(specs, targets, strict=True)))
         self.cast = [n for n, (spec, target) in rows if target.kind in _CAST and spec.dtype != target.dtype]
         moves = [(n, piece, where) for n, row in rows for piece, where in _moves(*row)]
+        if only is not None:
+            moves = [(n, 0, where) for n, piece, where in moves if piece == only]
         self.here = [(n, piece) for n, piece, where in moves if where is HERE]
         """Leaf and number of each piece that goes to the default device; JAX may move it later."""
         self.bound = [(n, piece) for n, piece, where in moves if where is not HERE]
@@ -75,15 +111,38 @@ def _moves(spec: LeafSpec, target: Target) -> list[tuple[int, Any]]:
 
 def place(plan: Plan, read: Sequence[Sequence[Values]]) -> list[Any]:
     """The leaves as their targets want them; all that goes to devices goes in one call."""
+    values = cast(plan, read)
+    return finish(plan, send(plan, values), values)
+
+
+def cast(plan: Plan, read: Sequence[Sequence[Values]]) -> list[Sequence[Values]]:
+    """The same values, those of some leaves in another dtype."""
     values = list(read)
     for n in plan.cast:
-        values[n] = [piece.astype(numpy_dtype(plan.targets[n].dtype)) for piece in read[n]]
+        values[n] = [_cast(piece, numpy_dtype(plan.targets[n].dtype)) for piece in read[n]]
+    return values
+
+
+def _cast(values: Values, dtype: np.dtype[Any]) -> Values:
+    """In memory that JAX can take over as it is."""
+    found = chunks.aligned(values.shape, dtype)
+    np.copyto(found, values, casting="unsafe")
+    return found
+
+
+def send(plan: Plan, values: Sequence[Sequence[Values]]) -> list[list[jax.Array]]:
+    """The arrays of each leaf on their devices; they may still be on their way."""
     here = jax.device_put([values[n][piece] for n, piece in plan.here])
     bound = jax.device_put([values[n][piece] for n, piece in plan.bound], plan.places)
     arrived: list[list[jax.Array]] = [[] for _ in values]
     for moves, arrays in ((plan.here, here), (plan.bound, bound)):
         for (n, _), array in zip(moves, arrays, strict=True):
             arrived[n].append(array)
+    return arrived
+
+
+def finish(plan: Plan, arrived: Sequence[Sequence[jax.Array]], values: Sequence[Sequence[Values]]) -> list[Any]:
+    """The leaves, of what has arrived, and of the values of those that go to no device."""
     leaves: list[Any] = [None] * len(values)
     for n in plan.ready:
         leaves[n] = arrived[n][0]

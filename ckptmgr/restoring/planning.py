@@ -38,7 +38,8 @@ class Plan:
 class Planner:
     """Makes plans, and keeps the last one."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_host_bytes: int | None = None) -> None:
+        self._max_host_bytes = max_host_bytes
         self._known: tuple[Any, Mapping[str, Item], Plan] | None = None
 
     def plan(self, manifest: Manifest, templates: Mapping[str, Any], request: Request, *, is_local: bool) -> Plan:
@@ -49,13 +50,15 @@ class Planner:
             before, items, kept = known
             if _are(items, manifest.items) and is_alike(before, asked):
                 return dataclasses.replace(kept, structures=_structures(templates))
-        plan = _make(manifest, templates, request, is_local)
+        plan = _make(manifest, templates, request, is_local, self._max_host_bytes)
         if asked is not None and not plan.passed:
             self._known = asked, manifest.items, plan
         return plan
 
 
-def _make(manifest: Manifest, templates: Mapping[str, Any], request: Request, is_local: bool) -> Plan:
+def _make(
+    manifest: Manifest, templates: Mapping[str, Any], request: Request, is_local: bool, max_host_bytes: int | None
+) -> Plan:
     matched, passed = matching.match(manifest, templates, request)
     params = matching.params_of(manifest, matched)
     if passed.missing and request.layout is not None:
@@ -70,7 +73,7 @@ def _make(manifest: Manifest, templates: Mapping[str, Any], request: Request, is
     structures = _structures({each.item: each.template for each in matched})
     if not passed:  # then nothing is taken from the templates, and their arrays need not be held
         matched = [each.without_values() for each in matched]
-    trees = reading.Plan(manifest, matched, targets, sources, is_local=is_local)
+    trees = reading.Plan(manifest, matched, targets, sources, is_local=is_local, max_host_bytes=max_host_bytes)
     return Plan(passed, sources, trees, structures)
 
 

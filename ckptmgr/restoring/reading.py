@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,14 @@ from ckptmgr.run import values
 from ckptmgr.trees.layouts import Target
 
 _COPIED_BYTES = 2 << 20  # JAX copies small leaves once more: not all of them at a time
+
+
+class Others(NamedTuple):
+    """The other processes of a job, if they restore the same step."""
+
+    agree: Callable[[Callable[[], None]], None]
+    """Makes a call in every process; what fails in one fails in all."""
+    run: broadcast.Runner
 
 
 @contextlib.contextmanager
@@ -40,6 +48,8 @@ class Plan:
     """What is read of the trees of a step, and where each leaf goes: the same for each step of one structure.
 
     `sources` says whose state of an item is read, where the processes that saved it had each their own.
+    `max_host_bytes` bounds what is held on the host above the arrays that are restored: half of it what is on its
+    way to a device, half the chunks of which that is made.
     """
 
     def __init__(
@@ -50,8 +60,10 @@ class Plan:
         sources: Mapping[str, int | None],
         *,
         is_local: bool,
+        max_host_bytes: int | None = None,
     ) -> None:
         self.is_local = is_local
+        self.most_bytes = None if max_host_bytes is None else max(1, max_host_bytes // 2)
         self.matched: list[matching.Matched] = []
         """One for each tree: of some items there is one for each process."""
         self.lists = {each.item for each in matched if sources.get(each.item, 0) is None}
@@ -82,18 +94,40 @@ class Plan:
         return self.group(range(len(self.wanted)))
 
     def group(self, leaves: Sequence[int]) -> list[Group]:
-        """These leaves, as many at a time as may be held twice: JAX copies small ones once more."""
-        sizes = [self._held_twice(self.wanted[n]) for n in leaves]
-        return [Group(self, [leaves[n] for n in run]) for run in chunks.runs(sizes, _COPIED_BYTES)]
+        """These leaves, as many at a time as may be held beside the arrays, or one that is larger."""
+        small = self.small(leaves)
+        if self.most_bytes is not None:
+            small = [run for some in small for run in _cut(some, self.held_bytes, self.most_bytes)]
+        return [Group(self, run) for run in small]
 
-    def _held_twice(self, each: arrays.Read) -> int:
-        """Bytes of a leaf while it goes to its device."""
+    def small(self, leaves: Sequence[int]) -> list[Sequence[int]]:
+        """As many at a time as may be held twice: JAX copies small ones once more."""
+        return _cut(leaves, self._held_twice, _COPIED_BYTES)
+
+    def placing(self, leaves: Sequence[int], only: int | None = None) -> to_devices.Plan:
+        """How these leaves, or one piece of each, are sent to their devices."""
+        return to_devices.Plan([self.wanted[n].spec for n in leaves], [self.targets[n] for n in leaves], only)
+
+    def held_bytes(self, n: int) -> int:
+        """What a leaf takes on the host beside the array that it becomes."""
+        held = to_devices.held_bytes(self.wanted[n].spec, self.targets[n])
+        return max(
+            1, held, self._held_twice(n)
+        )  # 1, so that a large one is alone also behind some that take nothing
+
+    def _held_twice(self, n: int) -> int:
+        """Bytes of a leaf that JAX copies once more."""
+        each = self.wanted[n]
         way = arrays.way(each.spec, self.databases[each.source], is_local=self.is_local)
         return chunks.stored(each.spec).nbytes if way in ("small", "chunk") else 0
 
 
+def _cut(leaves: Sequence[int], nbytes: Callable[[int], int], most_bytes: int) -> list[Sequence[int]]:
+    return [[leaves[n] for n in run] for run in chunks.runs(list(map(nbytes, leaves)), most_bytes)]
+
+
 class Group:
-    """Leaves that are read and placed together."""
+    """Leaves that are read and placed together; a large one alone, and one of its pieces after the other."""
 
     def __init__(self, plan: Plan, leaves: Sequence[int]) -> None:
         self.leaves = leaves
@@ -102,52 +136,83 @@ class Group:
         """Leaves that lie in a file of their own."""
         self.wanted = wanted
         stored = [each for each in wanted if each.spec.kind != "str"]
-        self.reading = arrays.Plan(stored, plan.databases, is_local=plan.is_local)
-        self.placing = to_devices.Plan([each.spec for each in wanted], [plan.targets[n] for n in leaves])
+        read = functools.partial(
+            arrays.Plan, sources=plan.databases, is_local=plan.is_local, most_bytes=plan.most_bytes
+        )
+        self.placing = plan.placing(leaves)
+        self.parts = [(read(stored), self.placing)]
+        """How they are read and sent to their devices, one part after the other."""
+        if len(leaves) == 1 and plan.most_bytes is not None and plan.held_bytes(leaves[0]) > plan.most_bytes:
+            pieces = enumerate(wanted[0].pieces)
+            self.parts = [
+                (read([wanted[0]._replace(pieces=[each])]), plan.placing(leaves, n)) for n, each in pieces
+            ]
+
+
+def _shared(plan: Plan, run: broadcast.Runner) -> broadcast.Shared:
+    return broadcast.Shared(plan.wanted, plan.databases, plan.targets, run, plan.most_bytes, plan.is_local)
 
 
 class Trees:
     """The trees of arrays of a step, each leaf on its way to where its target wants it.
 
-    With `run` what several processes hold is read once: `fetch` reads this process's part, and all must have done
-    so before `place` is called in any. It runs the programs that send it.
+    With `others` what several processes hold is read once, and sent. `fetch` reads this process's part; all must
+    have done so before `place` is called in any. Under `max_host_bytes` it is only the first part, and `fetch` is
+    called in all processes for each of the others.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        structures: Mapping[str, Any],
-        step: int,
-        directory: epath.Path,
-        run: broadcast.Runner | None,
+        self, plan: Plan, structures: Mapping[str, Any], step: int, directory: epath.Path, others: Others | None
     ) -> None:
         self._plan, self._structures, self._step, self._directory = plan, structures, step, directory
         self._openers = [arrays.Opener(directory, source) for source in plan.databases]
-        self._shared = broadcast.Shared(plan.wanted, plan.databases, plan.targets, run) if run else None
+        self._others = others
+        self._shared = _shared(plan, others.run) if others is not None else None
+        self._ahead = self._shared.cut() if self._shared is not None else []
+        """The leaves that are to be sent, those of each `fetch`."""
 
     def fetch(self) -> None:
-        """Reads what is to be sent to other processes."""
-        if self._shared is not None:
+        """Reads what is to be sent next to other processes."""
+        if self._shared is not None and self._ahead:
             with self._damages():
-                self._shared.read(self._openers, is_local=self._plan.is_local)
+                self._shared.read(self._ahead[0], self._openers)
 
     def place(self) -> dict[str, Any]:
-        """The trees by the names of their items; everything else is read in few batches."""
-        plan, groups = self._plan, self._plan.groups if self._shared is None else []
+        """The trees by the names of their items, read in few batches."""
+        plan = self._plan
         placed: list[Any] = [None] * len(plan.wanted)
-        if self._shared is not None:  # before anything is read that may be damaged: all send, or none
-            for group in plan.group(self._shared.leaves):
-                sent = self._shared.send(group.leaves)
-                self._put(group, [sent[n] for n in group.leaves], placed)
-            groups = plan.group(sorted(set(range(len(plan.wanted))) - set(self._shared.leaves)))
+        groups = plan.groups if self._shared is None else plan.group(self._receive(self._shared, placed))
         with self._damages():
             for group in groups:
-                self._put(group, self._read(group), placed)
+                for n, leaf in zip(group.leaves, self._leaves(group), strict=True):
+                    placed[n] = leaf
         return self._assembled(iter(placed))
 
-    def _put(self, group: Group, values: Sequence[Sequence[chunks.Values]], placed: list[Any]) -> None:
-        for n, leaf in zip(group.leaves, to_devices.place(group.placing, values), strict=True):
-            placed[n] = leaf
+    def _receive(self, shared: broadcast.Shared, placed: list[Any]) -> list[int]:
+        """Places the leaves that are sent by the processes that read them; returns the others."""
+        while self._ahead:
+            for run in self._plan.small(self._ahead.pop(0)):
+                sent, placing = shared.send(run), self._plan.placing(run)
+                leaves = to_devices.place(placing, [sent[n] for n in run])
+                for n, leaf in zip(run, self._arrived(leaves), strict=True):
+                    placed[n] = leaf
+            self._give_back()
+            if self._ahead and self._others is not None:
+                self._others.agree(self.fetch)
+        return sorted(set(range(len(placed))) - set(shared.leaves))
+
+    def _leaves(self, group: Group) -> list[Any]:
+        """Reads the leaves of a group, and sends them to their devices."""
+        arrived: list[list[jax.Array]] = [[] for _ in group.leaves]
+        values: list[Sequence[chunks.Values]] = []
+        for reading, placing in group.parts:
+            values = []  # what has been sent is not held while more is read
+            self._give_back()
+            values = to_devices.cast(placing, self._read(group, reading))
+            for own, sent in zip(arrived, to_devices.send(placing, values), strict=True):
+                own += sent
+            self._arrived(arrived)
+        return to_devices.finish(group.placing, arrived, values)
 
     def _assembled(self, placed: Iterator[Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -160,9 +225,17 @@ class Trees:
                 found[each.item] = tree
         return found
 
-    def _read(self, group: Group) -> list[list[chunks.Values]]:
+    def _give_back(self) -> None:
+        if self._plan.most_bytes is not None:
+            chunks.give_back()
+
+    def _arrived(self, leaves: list[Any]) -> list[Any]:
+        """The same; under `max_host_bytes` once they have arrived, as until then JAX holds what it sends."""
+        return leaves if self._plan.most_bytes is None else jax.block_until_ready(leaves)
+
+    def _read(self, group: Group, reading: arrays.Plan) -> list[list[chunks.Values]]:
         """The values of these leaves."""
-        found = arrays.read(group.reading, self._openers)
+        found = arrays.read(reading, self._openers)
         for n in group.texts:  # in ascending order, so that each finds its place
             found.insert(n, self._text(group.wanted[n]))
         return found

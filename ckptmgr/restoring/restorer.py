@@ -48,11 +48,12 @@ class Restorer:
         job: Job,
         journal: journal.Journal,
         timeout_s: float,
+        max_host_bytes: int | None = None,
     ) -> None:
         self._home, self._history, self._mirror = home, history, mirror
         self._of_run, self._journal, self._timeout_s = job, journal, timeout_s
         self._job = job
-        self._planner = Planner()
+        self._planner = Planner(max_host_bytes)
 
     def among(self, request: Request) -> Restorer:
         """The same, agreeing with the processes that have to restore the same step.
@@ -197,23 +198,28 @@ class Restorer:
         waiting_for = f"a moment to read step {step} in which no writer replaces it"
         raise CheckpointTimeoutError(f"no {waiting_for} in {self._timeout_s} s", waiting_for=waiting_for)
 
+    def _others(self, call: Call, step: int) -> reading.Others:
+        """How all processes read a step together."""
+        sending = Call(f"the sending of what was read from step {step}")
+        return reading.Others(
+            functools.partial(self._job.together, call), functools.partial(self._job.program, sending)
+        )
+
     def _read(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
-        directory = home.path(step)
+        directory, call = home.path(step), Call(f"the reading from step {step}")
+        others = self._others(call, step) if request.broadcast else None
 
         def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], Plan, reading.Trees]:
             manifest = home.manifest(step, fresh=True)
             templates = request.templates(manifest)
             plan = self._planner.plan(manifest, templates, request, is_local=paths.is_local(directory))
             manifests.check_files(manifest, directory, {*templates, manifests.STEP, manifests.METRICS})
-            sending = Call(f"the sending of what was read from step {step}")
-            run = functools.partial(self._job.program, sending) if request.broadcast else None
-            trees = reading.Trees(plan.trees, plan.structures, step, directory, run)
+            trees = reading.Trees(plan.trees, plan.structures, step, directory, others)
             trees.fetch()
             return manifest, templates, plan, trees
 
         with reading.reported(directory):
             if request.broadcast:  # nothing is sent before all have read their part
-                call = Call(f"the reading from step {step}")
                 manifest, templates, plan, trees = self._job.together(call, open_trees)
             else:
                 manifest, templates, plan, trees = open_trees()

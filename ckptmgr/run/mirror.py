@@ -3,21 +3,22 @@
 A copy begins as a draft. Its first file tells which save it is of. The draft is read back whole, and then becomes
 a step: by a rename on a disk, by a last file in a bucket. A draft that a crash has left is continued if it is of
 the same save. The mirror is a run directory like any other.
+
+In a job process 0 does this, and the others help with the steps that they save (`parts`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import threading
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-import fsspec
 from etils import epath
-from etils.epath import backend
 
 from ckptmgr.errors import (
     CheckpointError,
@@ -30,9 +31,11 @@ from ckptmgr.format import files, names, paths
 from ckptmgr.format import manifest as manifests
 from ckptmgr.policies import KeepPolicy
 from ckptmgr.processes import background as lifecycle
+from ckptmgr.processes.job import Job
 from ckptmgr.results import CheckpointInfo
-from ckptmgr.run import branches, history, retention, verifying
+from ckptmgr.run import branches, history, retention, transfer, verifying
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.parts import Offer, Parts
 
 _log = logging.getLogger("ckptmgr")
 Found = TypeVar("Found")
@@ -48,11 +51,13 @@ class Mirror:
         keep: Sequence[KeepPolicy],
         timeout_s: float,
         background: lifecycle.Background,
+        job: Job,
     ) -> None:
         self.catalog = away
         self.history = history.History(away, keep)
         self._home, self._keep = home, keep
         self._timeout_s, self._background = timeout_s, background
+        self._parts = Parts(job, away.directory)
         self._at_work = threading.Lock()  # a rewind does not run beside copies and deletions
         self._to_copy: set[int] | None = None  # None before the first look
         self._announced: set[int] = set()
@@ -81,10 +86,22 @@ class Mirror:
         `then` is called once everything is copied, or copying has failed.
         """
         self._announced.update(saved)
-        ahead = [task for task in self._background.waiting() if task.about is self and not task.has_begun]
-        if not ahead:  # a task that has not begun will copy them
-            what = f"the copy to {self.catalog.directory}"
-            self._background.add(lifecycle.Task(what, lambda: self._run(then), self._timeout_s, self))
+        for step in saved if self._parts.is_shared else ():  # the others make one call for each
+            self._add(functools.partial(self._run, then, step))
+        if not self._is_ahead():  # a task that has not begun will copy them
+            self._add(lambda: self._run(then))
+
+    def help_later(self, step: int) -> None:
+        """In processes other than 0: copies what this process wrote of a new step; returns at once."""
+        self._add(lambda: self._parts.help(step, self._home.path(step)))
+
+    def _add(self, run: Callable[[], None]) -> None:
+        what = f"the copy to {self.catalog.directory}"
+        self._background.add(lifecycle.Task(what, run, self._timeout_s, self))
+
+    def _is_ahead(self) -> bool:
+        """Whether a task waits that will copy what this one does not."""
+        return any(task.about is self and not task.has_begun for task in self._background.waiting())
 
     def not_yet_copied(self, step: int) -> bool:
         """Whether a step is still to be copied: then it must not be deleted at home yet.
@@ -102,9 +119,14 @@ class Mirror:
         with self._at_work:
             self.catalog.rewind(plan)
 
-    def _run(self, then: Callable[[], None]) -> None:
+    def _run(self, then: Callable[[], None], shared: int | None = None) -> None:
+        """Copies a step that all processes share, then what is missing."""
         try:
-            with self._at_work:
+            with self._at_work, self._parts.working():
+                with self._parts.offer(shared) as offer:
+                    self._prepare()
+                    if shared is not None:
+                        self._copy_wanted(shared, self._look(), offer)
                 self._catch_up()
         except Exception as problem:  # of every library below; training goes on without its mirror
             _log.error(
@@ -115,13 +137,13 @@ class Mirror:
             self._announced.clear()
         then()
 
-    def _catch_up(self) -> None:
+    def _prepare(self) -> None:
         self.catalog.prepare()
         self.catalog.finish_rewind()
-        while to_copy := self._look():
-            step = max(to_copy)
-            if not self._copied(step, to_copy[step]):
-                self._known_bad.add((step, to_copy[step]))
+
+    def _catch_up(self) -> None:
+        while not self._is_ahead() and (to_copy := self._look()):
+            self._copy_wanted(max(to_copy), to_copy)
         self._copy_pins()
         retention.retain(self.catalog, self.history)
         self.catalog.tidy()
@@ -135,10 +157,15 @@ class Mirror:
         for step in shared & (there - here):
             self.catalog.unpin(step)
 
-    def _copied(self, step: int, time: float) -> bool:
+    def _copy_wanted(self, step: int, to_copy: Mapping[int, float], offer: Offer | None = None) -> None:
+        """Copies a step if it is one of these."""
+        if step in to_copy and not self._copied(step, to_copy[step], offer):
+            self._known_bad.add((step, to_copy[step]))
+
+    def _copied(self, step: int, time: float, offer: Offer | None) -> bool:
         """Copies a step. False if it is damaged at home; True also if it was deleted or replaced meanwhile."""
         try:
-            self._copy(step)
+            self._copy(step, offer)
         except (CheckpointError, FileNotFoundError) as problem:
             if isinstance(problem, SaveError) and problem.__cause__ is not None:
                 raise  # the storage has failed, not the step
@@ -184,8 +211,25 @@ class Mirror:
             return False  # a later ckptmgr wrote the copy: it is left alone
         return (here.time, here.files) != (there.time, there.files)
 
-    def _copy(self, step: int) -> None:
+    def _copy(self, step: int, offer: Offer | None = None) -> None:
         source = self._home.require(step)
+        draft = self._begin(step, source)
+        if offer is not None:
+            self._parts.share(step, source, draft, offer)
+        sizes, there = files.walk(source)[1], files.walk(draft)[1]
+        transfer.remove(draft, there.keys() - sizes.keys())
+        marker = paths.read_bytes(source / names.COMMITTED) if names.COMMITTED in sizes else b""
+        missing = {name for name, size in sizes.items() if there.get(name) != size}
+        transfer.put(source, draft, sorted(missing - {names.COMMITTED}))
+        self._check(step, draft, marker)
+        self.catalog.forget(step)
+        files.write(draft / names.COMMITTED, marker)
+        files.sync(files.walk(draft)[0])
+        self.catalog.publish(step)
+        files.sync([self.catalog.directory])
+
+    def _begin(self, step: int, source: epath.Path) -> epath.Path:
+        """A draft that holds the file which tells of which save it is, and what was copied of that save before."""
         self.catalog.check_free(step)
         if self.catalog.has(step):
             _log.warning("step %d in %s is from another save, and is replaced", step, self.catalog.directory)
@@ -194,20 +238,11 @@ class Mirror:
         name = manifests.NAME if (source / manifests.NAME).exists() else names.STEP_METADATA
         if _has_links(draft):
             self.catalog.remove(draft)
-        if not _is_equal(source / name, draft / name):
+        if not transfer.is_equal(source / name, draft / name):
             if draft.exists():
                 draft.rmtree()
-            _put(source, draft, [name])
-        sizes, there = files.walk(source)[1], files.walk(draft)[1]
-        marker = paths.read_bytes(source / names.COMMITTED) if names.COMMITTED in sizes else b""
-        missing = {name for name, size in sizes.items() if there.get(name) != size}
-        _put(source, draft, sorted(missing - {names.COMMITTED}))
-        self._check(step, draft, marker)
-        self.catalog.forget(step)
-        files.write(draft / names.COMMITTED, marker)
-        files.sync(files.walk(draft)[0])
-        self.catalog.publish(step)
-        files.sync([self.catalog.directory])
+            transfer.put(source, draft, [name])
+        return draft
 
     def _check(self, step: int, draft: epath.Path, marker: bytes) -> None:
         """Reads the copy back. If it is damaged, the draft is removed, and the copy begins anew."""
@@ -223,29 +258,9 @@ class Mirror:
             raise CorruptCheckpointError(f"the copy is damaged: {names.COMMITTED} is not as recorded", step=step)
 
 
-def _is_equal(one: epath.Path, other: epath.Path) -> bool:
-    return bool(other.exists() and paths.read_bytes(one) == paths.read_bytes(other))
-
-
 def _has_links(draft: epath.Path) -> bool:
     """Whether a draft that was begun before holds symlinks, through which a copy would write."""
     if not paths.is_local(draft):
         return False
     below = (os.path.join(folder, name) for folder, *found in os.walk(draft) for names in found for name in names)
     return any(map(os.path.islink, [draft, *below]))
-
-
-def _put(source: epath.Path, draft: epath.Path, names: Sequence[str]) -> None:
-    """Copies files; each is durable when this returns."""
-    if names:
-        _client(draft).put([str(source / name) for name in names], [str(draft / name) for name in names])
-    files.sync(draft / name for name in names)
-
-
-def _client(directory: epath.Path) -> Any:
-    """The client that copies into a directory, without its old listings."""
-    if paths.is_local(directory):
-        return fsspec.filesystem("file", auto_mkdir=True)
-    client = backend.fsspec_backend.fs(str(directory))
-    client.invalidate_cache()
-    return client

@@ -56,7 +56,10 @@ def _reaching(mirror: Mirror, step: int) -> Iterator[None]:
 
 
 class Aftermath:
-    """What follows a commit. Only process 0 of a job does it; a failure here is logged and harms no save."""
+    """What follows a commit; a failure here is logged and harms no save.
+
+    Only process 0 of a job does it. The others copy to the mirror what they wrote.
+    """
 
     def __init__(
         self,
@@ -64,12 +67,13 @@ class Aftermath:
         home: Catalog,
         history: History,
         job: Job,
+        mirror_job: Job,
         journal: Journal,
         shared: Shared,
         writer: Writer | None,
     ) -> None:
         self._options, self._home, self._history = options, home, history
-        self._job, self._journal = job, journal
+        self._job, self._mirror_job, self._journal = job, mirror_job, journal
         self._has_warned = False
         self._shared = shared
         if shared.committed is None and writer is not None and paths.is_local(home.directory):
@@ -84,7 +88,8 @@ class Aftermath:
             return None
         found = open_catalog(self._options.mirror)
         options = self._options
-        return Mirror(self._home, found, options.mirror_keep, options.timeout_s, self._shared.mirroring)
+        timeout_s, background = options.timeout_s, self._shared.mirroring
+        return Mirror(self._home, found, options.mirror_keep, timeout_s, background, self._mirror_job)
 
     def after_commit(self, info: CheckpointInfo) -> None:
         """Called once a step is durable."""
@@ -93,6 +98,8 @@ class Aftermath:
             self._tell(info)
             self.update_mirror(info.step)
             self._retain()
+        elif self.mirror is not None:
+            self.mirror.help_later(info.step)
 
     def record_failure(self, step: int, failure: SaveError) -> None:
         self._journal.record("failed", step, why=str(failure.__cause__))

@@ -136,6 +136,28 @@ def test_chunks_are_bounded_and_never_shared_by_two_shards(shard, itemsize, chun
         assert part == whole or part % size == 0  # a sharded axis is cut where shards end
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8)), min_size=1, max_size=3),
+    st.integers(1, 500),
+    st.data(),
+)
+def test_a_piece_is_cut_into_boxes_that_take_from_few_chunks(axes, most, data):
+    shape, chunk = [size for size, _ in axes], [min(axis) for axis in axes]
+    firsts = [data.draw(st.integers(0, size - 1)) for size in shape]
+    lasts = [data.draw(st.integers(first + 1, size)) for first, size in zip(firsts, shape, strict=True)]
+    piece = tuple(slice(first, last) for first, last in zip(firsts, lasts, strict=True))
+    chunk_of = np.indices(shape).reshape(len(shape), -1) // np.array(chunk, int).reshape(-1, 1)
+    number = np.ravel_multi_index(chunk_of, [99] * len(shape)).reshape(shape)
+    times = np.zeros(shape, int)
+    for box in chunks.boxes(piece, times[piece].shape, chunk, most):
+        times[piece][box] += 1
+        taken = chunks.taken_from(piece, box, chunk)
+        assert taken == len(np.unique(number[piece][box]))
+        assert taken == 1 or taken * np.prod(chunk) <= most
+    assert (times[piece] == 1).all()
+    assert times.sum() == times[piece].size
+
+
 def test_a_shard_along_an_axis_that_was_not_sharded_reads_at_most_twice_its_bytes():
     gigabyte = (16384, 16384)
     assert chunk_shape(gigabyte, (2048, 16384), 4, 64 * 2**20) == (2048, 4096)

@@ -14,7 +14,7 @@ from conftest import counted
 from ckptmgr import CheckpointManager, CheckpointTimeoutError
 from ckptmgr.format import names
 from ckptmgr.processes import background as lifecycle
-from ckptmgr.run import mirror
+from ckptmgr.run import transfer
 
 SCRIPT = """
 import sys, jax.numpy as jnp, ckptmgr
@@ -111,13 +111,13 @@ def test_a_thread_that_an_exception_ends_leaves_its_tasks_to_the_next():
 
 
 def test_a_mirror_that_takes_too_long_is_said_and_close_may_be_called_again(tmp_path, monkeypatch):
-    released, put = threading.Event(), mirror._put
+    released, put = threading.Event(), transfer.put
 
     def held(*given):
         released.wait(20)
         put(*given)
 
-    monkeypatch.setattr(mirror, "_put", held)
+    monkeypatch.setattr(transfer, "put", held)
     manager = CheckpointManager(tmp_path / "home", mirror=tmp_path / "away", timeout_s=0.5)
     manager.save(1, {"w": np.arange(9.0)}).result(20)
     for _ in range(2):

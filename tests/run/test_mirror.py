@@ -1,9 +1,11 @@
 """The second home: on a disk, and on servers that speak the protocols of gs:// and s3://."""
 
 import _thread
+import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -11,16 +13,19 @@ import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import faults
 import pytest
 import trainer
 from conftest import counted, free_port, visible
+from etils import epath
 from test_crash import last, rest, start
-from test_job import finish
+from test_job import end, finish
 from test_job import start as start_job
 
 import ckptmgr
+from ckptmgr.format import files, names
 from ckptmgr.run import mirror
 
 pytestmark = [
@@ -160,11 +165,11 @@ def test_a_step_with_a_damaged_marker_is_not_copied(home, tmp_path, caplog):
 def test_a_step_whose_manifest_was_damaged_after_it_was_read_is_not_copied(home, tmp_path, monkeypatch, caplog):
     copy, saved = mirror.Mirror._copy, threading.Event()
 
-    def damage_first(self, step):
+    def damage_first(self, step, offer=None):
         saved.wait(20)
         if step == 2:
             (home / "2" / "manifest.json").write_text("{")
-        copy(self, step)
+        copy(self, step, offer)
 
     monkeypatch.setattr(mirror.Mirror, "_copy", damage_first)
     with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away", timeout_s=20) as manager:
@@ -191,14 +196,14 @@ def test_an_interrupt_as_copying_starts_does_not_stop_later_copies(home, tmp_pat
 
 
 def test_a_copy_that_was_damaged_on_its_way_is_never_shown(home, tmp_path, monkeypatch, caplog):
-    real = ckptmgr.run.mirror._put
+    real = ckptmgr.run.transfer.put
 
     def spoil(source, draft, names):
         real(source, draft, names)
         if any("/d/" in name for name in names):
             damage(draft)
 
-    monkeypatch.setattr("ckptmgr.run.mirror._put", spoil)
+    monkeypatch.setattr("ckptmgr.run.transfer.put", spoil)
     with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away") as manager:
         save(manager, 1)
     assert steps_in(tmp_path / "away") == []
@@ -349,6 +354,92 @@ def test_two_processes_have_one_mirror(home, tmp_path, monkeypatch):
     shutil.rmtree(home)
     assert finish(start_job(2, str(home), "load")) == ["restored 3 skipped"] * 2
     assert finish(start_job(2, str(home), "load", "1")) == ["restored 1 skipped"] * 2
+
+
+# ---------------------------------------------------------------- copied by the processes of a job
+
+
+def copied(processes):
+    """By process: the files that it has copied, and their bytes."""
+    return [json.loads(said) for said in finish(processes)]
+
+
+def written_by(process, found):
+    """The data files of a process among these."""
+    return {name for name in found if re.search(rf"/(ocdbt\.)?process_{process}/d/", name)}
+
+
+def in_mirror(home, away, *steps):
+    """Whether the mirror holds these steps, whole, with the files that they have at home."""
+    reader = ckptmgr.CheckpointManager(away, read_only=True)
+    if "://" not in str(away):
+        for step in map(str, steps):
+            names = [sorted(files.walk(epath.Path(place) / step)[1]) for place in (home, away)]
+            assert names[0] == names[1]
+        assert not list((away / ".ckptmgr" / "saving").iterdir())
+    return reader.steps() == [*steps] and all(reader.verify(step) for step in steps)
+
+
+@pytest.mark.parametrize("place", PLACES[:: counted(2, full=1)])
+@pytest.mark.parametrize("count", [2, 4][: counted(1, full=2)])
+def test_each_process_of_a_job_copies_what_it_wrote(count, place, home, request, tmp_path, monkeypatch):
+    away = at(place, request, tmp_path)
+    monkeypatch.setenv("CKPTMGR_MIRROR", away)
+    found = copied(start_job(count, str(home), "mirrored", "1", "2", devices=1))
+    assert in_mirror(home, Path(away) if place == "disk" else away, 1, 2)
+    everything = {f"{step}/{name}" for step in (1, 2) for name in files.walk(epath.Path(home) / str(step))[1]}
+    assert sorted(name for one in found for name in one) == sorted(
+        everything - {f"{step}/{names.COMMITTED}" for step in (1, 2)}
+    )  # each once
+    for process, one in enumerate(found):
+        assert written_by(process, everything) <= one.keys()
+        assert process == 0 or written_by(process, everything) == one.keys()
+    nbytes = [sum(one.values()) for one in found]
+    assert max(nbytes) <= 1.1 * sum(nbytes) / count
+
+
+def test_a_process_that_is_slow_to_copy_is_waited_for(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("CKPTMGR_MIRROR", str(tmp_path / "away"))
+    found = copied(start_job(2, str(home), "mirrored", "1", faults={1: "slow put 1"}, timeout_s=8.0))
+    assert in_mirror(home, tmp_path / "away", 1)
+    assert found[1]
+    assert not found[0].keys() & found[1].keys()
+
+
+@pytest.mark.parametrize("fault", ["fail put 1", "not shared"])
+def test_what_another_process_cannot_copy_process_0_copies(fault, home, tmp_path, monkeypatch):
+    """The disk of the other fails; or what it sees under the name of the mirror is a disk of its own."""
+    folder = "away-INDEX" if fault == "not shared" else "away-0"
+    monkeypatch.setenv("CKPTMGR_MIRROR", str(tmp_path / folder))
+    faults = {} if fault == "not shared" else {1: fault}
+    found = copied(start_job(2, str(home), "mirrored", "1", faults=faults))
+    assert in_mirror(home, tmp_path / "away-0", 1)
+    assert written_by(1, found[0])
+    assert not found[1]
+    assert not (tmp_path / "away-1").exists()
+
+
+@pytest.mark.parametrize(("victim", "fault"), [(1, "before put 1"), (1, "after put 1"), (0, "before check 1")])
+def test_a_process_killed_as_it_copies_leaves_the_rest_to_process_0(victim, fault, home, tmp_path, monkeypatch):
+    away = tmp_path / "away"
+    monkeypatch.setenv("CKPTMGR_MIRROR", str(away))
+    with monkeypatch.context() as patch:
+        patch.setenv("CKPTMGR_ALONE", "")
+        processes = start_job(2, str(home), "mirrored", "1", faults={victim: fault}, timeout_s=8.0)
+        try:
+            assert processes[victim].wait(100) == -signal.SIGKILL
+            out, err = processes[1 - victim].communicate(timeout=100)
+        finally:
+            end(processes)
+    if victim == 1:
+        assert processes[0].returncode == 0, out + err
+        of_victim = written_by(1, {f"1/{name}" for name in files.walk(epath.Path(home) / "1")[1]})
+        assert len(written_by(1, json.loads(out.splitlines()[-1]))) == len(of_victim) - fault.startswith("after")
+        assert "process 0 copies the parts of other processes too: process 1 of 2 did not reach" in err
+        assert in_mirror(home, away, 1)
+    found = copied(start_job(2, str(home), "mirrored", "2"))
+    assert in_mirror(home, away, 1, 2)
+    assert not any(name.startswith("1/") for one in found for name in one)  # what was copied stays
 
 
 def test_options_that_make_no_sense_are_refused(home):
