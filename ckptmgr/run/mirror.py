@@ -100,7 +100,7 @@ class Mirror:
         self._background.add(lifecycle.Task(what, run, self._timeout_s, self))
 
     def _is_ahead(self) -> bool:
-        """Whether a task waits that will copy what this one does not."""
+        """Whether a task waits: it will copy what is missing then."""
         return any(task.about is self and not task.has_begun for task in self._background.waiting())
 
     def not_yet_copied(self, step: int) -> bool:
@@ -142,11 +142,16 @@ class Mirror:
         self.catalog.finish_rewind()
 
     def _catch_up(self) -> None:
-        while not self._is_ahead() and (to_copy := self._look()):
+        """Copies what is missing. In a job a step that all processes copy comes first; then this goes on."""
+        while not self._makes_way() and (to_copy := self._look()):
             self._copy_wanted(max(to_copy), to_copy)
         self._copy_pins()
         retention.retain(self.catalog, self.history)
-        self.catalog.tidy()
+        if not self._makes_way():  # a draft that a crash has left is still to be continued
+            self.catalog.tidy()
+
+    def _makes_way(self) -> bool:
+        return self._parts.is_shared and self._is_ahead()
 
     def _copy_pins(self) -> None:
         """Pins and unpins steps in the mirror as they are at home."""

@@ -94,9 +94,9 @@ class Parts:
 
         The draft is looked at before each: process 0 may have gone on without this process.
         """
-        nbytes, there = 0, files.walk(draft)[1] if _is_open(source, draft) else {}
+        nbytes = 0
         for name, size in self._own(files.walk(source)[1]):
-            if there.get(name) != size and _is_open(source, draft):
+            if _is_open(source, draft) and not (draft / name).exists():
                 transfer.put(source, draft, [name])
                 nbytes += size
         return nbytes
