@@ -12,6 +12,12 @@ from ckptmgr.errors import CheckpointError
 from ckptmgr.format import paths
 
 _process: int | None = None
+_READS_IN_BUCKETS = {
+    "experimental_read_coalescing_threshold_bytes": 1 << 20,
+    "experimental_read_coalescing_merged_bytes": 16 << 20,
+    "experimental_read_coalescing_interval": "5ms",
+}
+"""Neighbours in a file are read with one request: of small arrays there are thousands."""
 
 
 def refuse_fork() -> None:
@@ -27,7 +33,8 @@ def refuse_fork() -> None:
 
 def open_spec(directory: epath.Path) -> dict[str, Any]:
     refuse_fork()
-    return {"driver": "ocdbt", "base": _base(str(directory))}
+    reads = {} if paths.is_local(directory) else _READS_IN_BUCKETS
+    return {"driver": "ocdbt", "base": _base(str(directory)), **reads}
 
 
 def base(directory: str | os.PathLike[str]) -> Any:

@@ -24,10 +24,12 @@ from etils import epath
 from ckptmgr.arrays import chunks, database, to_host
 from ckptmgr.arrays.chunks import Stored
 from ckptmgr.arrays.to_host import Part, Plan
+from ckptmgr.format import paths
 from ckptmgr.processes.background import Moment
 
 PART = "ocdbt.process_"  # Orbax's name for what one of several processes wrote
 _ENCODED_BYTES = 4 << 20  # 32 MiB is faster, and holds 1.8 x a step of 25 MB until the commit
+_ENCODED_BYTES_IN_BUCKETS = 64 << 20  # a transaction is half a dozen requests, one after the other
 _CONFIG = {
     "max_inline_value_bytes": 4096,  # larger than any zarr.json, so that each lies in a checksummed node
     "compression": None,  # so that `nodes` reads it; no leaf of a model has values among the nodes
@@ -133,7 +135,8 @@ def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | Non
     """Writes what has been copied, and lets go of it."""
     plan, copied, snapshot.copied = snapshot.plan, snapshot.copied, []
     encoded = [plan.encoded_sizes[place] for place, _ in copied]  # held until the commit
-    for some in chunks.runs(encoded, _ENCODED_BYTES) if copied else ():
+    most_bytes = _ENCODED_BYTES if paths.is_local(directory) else _ENCODED_BYTES_IN_BUCKETS
+    for some in chunks.runs(encoded, most_bytes) if copied else ():
         _write(directory, plan, [copied[i] for i in some], compression)
 
 

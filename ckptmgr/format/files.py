@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from etils import epath
 
 from ckptmgr.format.paths import is_local, open_to_write, refuse_exhausted
 
+Result = TypeVar("Result")
+_AT_ONCE = 32  # requests for small files in a bucket
 _MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 40
 
 
@@ -68,6 +72,31 @@ def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
             else:
                 sizes[entry.relative_to(directory).as_posix()] = entry.stat().length
     return folders, sizes
+
+
+def for_each(directory: epath.Path, act: Callable[[str], Result], names: Iterable[str]) -> Iterator[Result]:
+    """Calls `act` for names in a directory, in order: in a bucket, where each is a request, many at a time."""
+    if is_local(directory):
+        yield from map(act, names)
+        return
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as threads:
+        yield from threads.map(act, names)
+
+
+def put_all(source: epath.Path, target: epath.Path) -> None:
+    """Puts the files below a folder of this machine into a bucket, at the same time."""
+
+    def put(name: str) -> None:
+        write(target / name, (source / name).read_bytes())
+
+    for _ in for_each(target, put, walk(source)[1]):
+        pass
+
+
+def remove_all(folder: epath.Path) -> None:
+    """Removes what is below a folder in a bucket."""
+    if folder.exists():
+        folder.rmtree()
 
 
 def check_regular(directory: epath.Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from etils import epath
 
 from ckptmgr.errors import CorruptCheckpointError, NewerFormatError
-from ckptmgr.format import paths, schema
+from ckptmgr.format import files, paths, schema
 from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees.structure import numpy_dtype
 
@@ -319,11 +319,13 @@ def record_files(
     directory: epath.Path, sizes: Mapping[str, int], checks_itself: Callable[[str, int], bool]
 ) -> dict[str, File]:
     """The size of every file below `directory`, and the CRC-32 of files that do not check themselves."""
-    return {
-        name: File(size, None if checks_itself(name, size) else checksum(directory / name))
-        for name, size in sorted(sizes.items())
-        if name != NAME
-    }
+
+    def record(name: str) -> File:
+        size = sizes[name]
+        return File(size, None if checks_itself(name, size) else checksum(directory / name))
+
+    found = sorted(sizes.keys() - {NAME})
+    return dict(zip(found, files.for_each(directory, record, found), strict=True))
 
 
 def checksum(path: str | os.PathLike[str]) -> int:
@@ -345,9 +347,13 @@ def check_files(manifest: Manifest, directory: epath.Path, items: Iterable[str])
     """Raises CorruptCheckpointError for a missing, short or changed file of these items or of the step."""
     folders = {manifest.items[name].place(name) if name in manifest.items else name for name in items}
     chosen, root = tuple(f"{folder}/" for folder in folders), str(directory)
-    for name, file in manifest.files.items():
-        if "/" not in name or "." in folders or name.startswith(chosen):
-            check_file(manifest, root, name, file)
+    wanted = [name for name in manifest.files if "/" not in name or "." in folders or name.startswith(chosen)]
+
+    def check(name: str) -> None:
+        check_file(manifest, root, name, manifest.files[name])
+
+    for _ in files.for_each(directory, check, wanted):
+        pass
 
 
 def missing_file(manifest: Manifest, directory: epath.Path) -> str | None:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from ckptmgr.arrays import writing
 from ckptmgr.arrays.to_host import Plan
-from ckptmgr.format import files, names
+from ckptmgr.format import files, names, paths
 from ckptmgr.format import manifest as manifests
 from ckptmgr.orbax import item_files
 
@@ -37,6 +40,9 @@ def write(
 ) -> None:
     """Writes a step into a directory, which Orbax makes. In a job only process 0 calls this.
 
+    In a bucket Orbax would make some fifty requests, one after the other. So its small files are written on this
+    machine, and then put into the bucket, many at a time. The arrays go straight to the bucket.
+
     It tells Orbax that there is one process only: Orbax's own barriers have no bound that we can set, and some of
     them run programs on the devices, between those of the training.
 
@@ -49,15 +55,31 @@ def write(
         name: ocp.args.StandardSave(item) if isinstance(item, writing.Snapshot) else ocp.args.JsonSave(item)
         for name, item in items.items()
     }
-    with concurrent.futures.ThreadPoolExecutor() as threads:  # after a failure the other writers are waited for
-        arrays = _ArraysHandler(compression, made, written, threads)
-        with _open(directory.parent, arrays, threads) as manager:
+    with (
+        concurrent.futures.ThreadPoolExecutor() as threads,  # after a failure the other writers are waited for
+        _place_for_small_files(directory) as place,
+    ):
+        arrays = _ArraysHandler(directory, compression, made, written, threads)
+        with _open(place.parent, arrays, threads) as manager:
             manager.save(
                 int(directory.name),
                 args=ocp.args.Composite(**everything),
                 force=True,
                 custom_metadata=names.SIGNATURE,
             )
+
+
+@contextlib.contextmanager
+def _place_for_small_files(directory: epath.Path) -> Iterator[epath.Path]:
+    """Where Orbax writes; what it has written there is in the directory of the step afterwards."""
+    if paths.is_local(directory):
+        yield directory
+        return
+    files.remove_all(directory)  # as Orbax does on a disk
+    with tempfile.TemporaryDirectory() as scratch:
+        place = epath.Path(scratch) / directory.name
+        yield place
+        files.put_all(place, directory)
 
 
 def _open(root: epath.Path, arrays: _ArraysHandler, threads: concurrent.futures.Executor) -> ocp.CheckpointManager:
@@ -131,13 +153,14 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
 
     def __init__(
         self,
+        step: epath.Path,
         compression: str | None,
         made: Callable[[], None],
         written: Callable[[], None],
         threads: concurrent.futures.Executor,
     ) -> None:
         super().__init__()
-        self._compression = compression
+        self._step, self._compression = step, compression
         self._made, self._written = made, written
         self._threads = threads
 
@@ -151,12 +174,13 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
         return []
 
     def _write(self, directory: epath.Path, snapshot: writing.Snapshot) -> None:
-        writing.write(directory / writing.own_part(), snapshot, self._compression)
+        writing.write(self._step / directory.name / writing.own_part(), snapshot, self._compression)
         _describe(directory, snapshot.plan)
 
     def finalize(self, directory: epath.Path) -> None:
         self._written()
-        writing.merge(directory)
+        if jax.process_count() > 1:
+            writing.merge(self._step / directory.name)
 
 
 class _JsonHandler(ocp.JsonCheckpointHandler):
