@@ -12,6 +12,7 @@ apart               each process but the first comes late to each save; says how
 differs             process 1 gives something else, in every way; says what came of it
 stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
 balanced            saves arrays that several processes hold, replicated and on a grid, and restores them
+crowd STEP...       restores and checks the newest step, then saves these, and checks the last
 own save|load       each process has iterators of its own
 rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
 reader              each process in turn reads alone beside the others, then all do
@@ -260,6 +261,37 @@ def balanced(directory, _):
     say("balanced")
 
 
+def crowd(directory, _, *steps):
+    mesh = jax.make_mesh((jax.process_count(), jax.local_device_count()), ("data", "model"))
+
+    def array(name, values):
+        place = NamedSharding(mesh, P("data") if name == "rows" else P())
+        return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+
+    def saved(step):
+        found = {name: values + np.float32(step) for name, values in held_by_several().items()}
+        return found | {"rows": np.arange(4096 * 96, dtype=np.float32).reshape(4096, 96) + step}
+
+    def params(step):
+        return {name: array(name, values) for name, values in saved(step).items()}
+
+    def compare(found):
+        for name, values in saved(found.step).items():
+            for shard in found.params[name].addressable_shards:
+                assert np.array_equal(shard.data, values[shard.index]), name
+
+    manager = ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S)
+    found = manager.restore_or(params=params(0))
+    compare(found)
+    say("resumed", found.step)
+    for step in map(int, steps):
+        manager.save(step, params(step)).result(9 * TIMEOUT_S)  # the job's own wait ends before
+        say("durable", step)
+    compare(manager.restore(params=params(0)))
+    manager.close()
+    say("steps", *manager.steps())
+
+
 class Iterator:
     """A data iterator; `state` is JSON, bytes or numpy arrays."""
 
@@ -506,6 +538,7 @@ if __name__ == "__main__":
                 differs,
                 stages,
                 balanced,
+                crowd,
                 own,
                 reader,
                 rewind,

@@ -27,7 +27,7 @@ def beat_s(timeout_s: float) -> float:
 class Heartbeats:
     """The heartbeats of all processes, in the key-value store of jax.distributed's coordinator.
 
-    Each process has one key, `<prefix>/works/<process>`. Its value is a number that changes with every beat.
+    Each process has one key, `<prefix>/works/<process>/beat`. Its value is a number that changes with every beat.
     """
 
     def __init__(self, client: Any, prefix: str) -> None:
@@ -48,17 +48,21 @@ class Heartbeats:
     def _send(self, process: int, every_s: float, done: Moment) -> None:
         for number in itertools.count():
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator does not answer
-                self._client.key_value_set(f"{self._prefix}{process}", str(number), allow_overwrite=True)
+                self._client.key_value_set(f"{self._prefix}{process}/beat", str(number), allow_overwrite=True)
             if done.wait(every_s):
                 return
 
-    def newest(self) -> dict[int, str]:
-        """The newest heartbeat of each process that has sent one."""
+    def newest(self, processes: Collection[int]) -> dict[int, str]:
+        """The newest heartbeat of each process that has sent one; of more than one process all are read.
+
+        Who waits for process 0 alone asks for no other: else each process of a job would read those of all.
+        """
+        prefix = f"{self._prefix}{min(processes)}/" if len(processes) == 1 else self._prefix
         try:
-            entries = self._client.key_value_dir_get(self._prefix)
+            entries = self._client.key_value_dir_get(prefix)
         except jax.errors.JaxRuntimeError:  # the coordinator does not answer
             return {}
-        return {int(key.rpartition("/")[2]): value for key, value in entries}
+        return {int(key.split("/")[-2]): value for key, value in entries}
 
 
 class Patience:
@@ -74,9 +78,9 @@ class Patience:
         """Those of the processes that have been waited for long enough."""
         now = time.monotonic()
         if now - self._looked_at >= beat_s(self._timeout_s) / 2:
-            newest, self._looked_at = self._heartbeats.newest(), now
+            newest, self._looked_at = self._heartbeats.newest(processes), now
             if self._newest:
                 self._heard_at |= {i: now for i, each in newest.items() if self._newest.get(i) != each}
-            self._newest = newest or self._newest
+            self._newest |= newest
         ends = {i: self._heard_at.get(i, self._began) + self._timeout_s for i in processes}
         return {i for i in processes if now > ends[i]}

@@ -5,7 +5,7 @@ a wait has a bound, and nothing runs between the programs of the training.
 
     ckptmgr/<name>/here/<process>   the call at which a process waits, and its report
     ckptmgr/<name>/log/<number>     what process 0 has decided, in order
-    ckptmgr/<name>/works/<process>  heartbeats of a process that works on a save (`heartbeat`)
+    ckptmgr/<name>/works/<process>/beat  heartbeats of a process that works on a save (`heartbeat`)
 
 Process 0 alone reads the reports, and answers all with one entry of its log: a call costs N requests, not N x N.
 The others read the log in order. So a process that came late, or left out a call, finds its place again.
@@ -32,6 +32,7 @@ from ckptmgr.processes.remote_errors import is_timeout, pack, unpack
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
+_PAUSES, _MOST_S = 4, 1.0  # of thousands of reports a look takes a while: it takes a fifth of the time at most
 _epochs = itertools.count()
 
 
@@ -151,7 +152,10 @@ class Job:
             raise problem
 
     def collect(self, call: Call, found: Any) -> list[Any]:
-        """In process 0 what each process has found, in order; in the others an empty list."""
+        """In process 0 what each process has found, in order; in the others an empty list.
+
+        Raises what has failed in a process that calls `share` instead.
+        """
         if self._client is None:
             return [found]
         with self._turn:
@@ -159,7 +163,10 @@ class Job:
                 self._listen(call, Report(found=found))
                 return []
             reports = self._gather_or_say(call, Report(found=found))
-            self._say(call)
+            failed = next((each.error for each in reports if each.error is not None), None)
+            self._say(call, error=failed)
+            if failed is not None:
+                raise unpack(failed, self.index)
             return [report.found for report in reports]
 
     def _share(self, call: Call, report: Report, *, is_late: bool = False) -> list[bool]:
@@ -232,6 +239,7 @@ class Job:
         """The reports of all processes, once all have come to this call."""
         patience, pause_s = Patience(self._heartbeats, self.timeout_s), _FIRST_PAUSE_S
         while True:
+            began = time.monotonic()
             here = self._here()
             elsewhere = {i: at for i, (at, _) in here.items() if at != call}
             reports = {0: own} | {i: report for i, (at, report) in here.items() if at == call}
@@ -247,7 +255,7 @@ class Job:
             elif pause_s == _FIRST_PAUSE_S:
                 self._come(call, own)
             self.waits_for = f"{spell(sorted(set(range(self.count)) - set(reports)))} at {call}"
-            time.sleep(pause_s)
+            time.sleep(max(pause_s, min(_PAUSES * (time.monotonic() - began), _MOST_S)))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _tidy(self) -> None:
@@ -320,10 +328,11 @@ class Job:
             entries = self._client.key_value_dir_get(f"{self._prefix}/here/")
         except jax.errors.JaxRuntimeError:  # the coordinator does not answer
             return {}
-        said = {int(key.rpartition("/")[2]): json.loads(value) for key, value in entries}
+        said = {text: json.loads(text) for text in {text for _, text in entries}}  # mostly all report the same
+        here = {int(key.rpartition("/")[2]): said[text] for key, text in entries}
         return {
             i: (Call(*call), Report(*report))
-            for i, (call, number, report) in said.items()
+            for i, (call, number, report) in here.items()
             if number == self._number
         }
 
