@@ -75,10 +75,8 @@ class _Line(Job):
         super().__init__("scale", 3600, alone=True)
         self._write_parts = write_parts
 
-    def share(self, call: Call, problem: Exception | None = None) -> None:
-        if call.what == "the arrays":
-            self._write_parts()
-        super().share(call, problem)
+    def collect(self, call: Call, found: Any) -> list[Any]:
+        return [*super().collect(call, found), *(self._write_parts() if call.what == "the arrays" else [])]
 
 
 def _save(count: int, leaves: int, directory: Path) -> dict[str, float]:
@@ -86,10 +84,17 @@ def _save(count: int, leaves: int, directory: Path) -> dict[str, float]:
     run = catalog.open_catalog(epath.Path(directory))
     run.prepare()
     parts: list[float] = []
-    line = _Line(lambda: parts.extend(_write_part(run.draft(_STEP), count, leaves, n) for n in range(1, count)))
-    copied = _copied(count, leaves)
+
+    def write_parts() -> list[sealing.Facts]:
+        of_0 = {**seconds}
+        done = [measure.timed(_write_part, run.draft(_STEP), count, leaves, n) for n in range(1, count)]
+        seconds.update(of_0)  # what the others do is not of process 0
+        parts.extend(part_s for _, part_s in done)
+        return [report for report, _ in done]
+
+    copied, committer = _copied(count, leaves), committing.Committer(run, compression=None, job=_Line(write_parts))
     with _timed(_TIMED) as seconds:
-        _, all_s = measure.timed(committing.Committer(run, compression=None, job=line).commit, copied)
+        _, all_s = measure.timed(committer.commit, copied)
     others = sum(seconds.values()) + sum(parts)
     return seconds | {"the rest": all_s - others, "in all": all_s - sum(parts), "a part": statistics.median(parts)}
 
@@ -131,13 +136,12 @@ def _piece(index: int) -> Index:
     return slice(index, index + 1), slice(0, _COLUMNS)
 
 
-def _write_part(draft: epath.Path, count: int, leaves: int, index: int) -> float:
-    """What another process does; returns the seconds."""
-    snapshots = {name: _snapshot(count, leaves, index) for name in _ITEMS}
-    began = time.perf_counter()
-    for name, snapshot in snapshots.items():
-        writing.write(draft / name / f"{writing.PART}{index}", snapshot, None)
-    return time.perf_counter() - began
+def _write_part(draft: epath.Path, count: int, leaves: int, index: int) -> sealing.Facts:
+    """What another process does, and reports."""
+    parts = [f"{name}/{writing.PART}{index}" for name in _ITEMS]
+    for part in parts:
+        writing.write(draft / part, _snapshot(count, leaves, index), None)
+    return sealing.pack(sealing.own_files(draft, [], parts))
 
 
 @contextlib.contextmanager
@@ -178,7 +182,7 @@ def _read(count: int, directory: Path) -> dict[str, float]:
     )
     manifest, manifest_s = measure.timed(lambda: run.manifest(_STEP, fresh=True))
     items = [*_ITEMS, manifests.STEP, manifests.METRICS]
-    _, check_s = measure.timed(manifests.check_files, manifest, folder, items)
+    _, check_s = measure.timed(lambda: manifests.check_files(manifest, folder, items, share=(index, count)))
     sources = [reading.Source(name, plain=True) for name in _ITEMS]
     openers = [reading.Opener(folder, source) for source in sources]
     _, index_s = measure.timed(lambda: [opener.found for opener in openers])
@@ -229,4 +233,4 @@ def _shares(held: Sequence[Piece]) -> Any:
     all_held = dict.fromkeys(range(_PLANNED), held)  # one list for all, as in a plan
     most = shares.largest_chunk(list(all_held.values()), [rows * 1024 * 4] * _PLANNED)
     cut = to_host.chunk_shape((_ROWS, 1024), (rows, 1024), 4, most if len(held[0].holders) > 1 else 64 << 20)
-    return to_host._own_share(all_held, [Stored((_ROWS, 1024), "float32", cut)] * _PLANNED, most)
+    return shares.own(0, all_held, [Stored((_ROWS, 1024), "float32", cut)] * _PLANNED, most)

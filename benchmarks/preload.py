@@ -6,7 +6,7 @@ import importlib
 
 from absl import logging
 
-from benchmarks import distributed, measure, memory, series
+from benchmarks import agreements, distributed, measure, memory, parts, series
 
 for name in ("ckptmgr", "orbax.checkpoint", "safetensors.numpy", "torch.distributed.checkpoint"):
     with contextlib.suppress(ImportError):
@@ -16,4 +16,4 @@ logging.set_verbosity(logging.ERROR)  # stock Orbax logs hundreds of lines for e
 gc.collect()
 gc.freeze()  # else each collection between two measurements walks the million objects of these libraries
 
-__all__ = ["distributed", "measure", "memory", "series"]
+__all__ = ["agreements", "distributed", "measure", "memory", "parts", "series"]
