@@ -45,7 +45,7 @@ def _parts(results: Results) -> Iterator[list[str]]:
     if results["budgets"]:
         yield _budgets(results["budgets"])
     for what, lines in results.get("profiles", {}).items():
-        yield [heading(f"a budget is missed: what remains of {what}"), *lines]
+        yield [section(f"a budget is missed: what remains of {what}"), *lines]
     yield _remarks(results)
 
 
@@ -71,7 +71,7 @@ def _workload(found: Results) -> list[str]:
     ]  # fmt: skip
     header = ["seconds: median (min - max)", "blocked in save", "until durable", "restore",
               "first save and restore", "bits verified"]  # fmt: skip
-    return [heading(found["title"]), *table(header, times), _ceilings(found["ceilings"]), "", *_space(found)]
+    return [section(found["title"]), *table(header, times), _ceilings(found["ceilings"]), "", *_space(found)]
 
 
 def _space(found: Results) -> list[str]:
@@ -108,7 +108,7 @@ def _growth(heading: str, points: Sequence[Results]) -> list[str]:
         for name, figures in point["peers"].items()
     ]  # fmt: skip
     header = ["leaves", "bytes", "", "blocked s", "durable s", "restore s"]
-    return [heading(heading), *table(header, rows, left=3)]
+    return [section(heading), *table(header, rows, left=3)]
 
 
 def _training(found: Results) -> list[str]:
@@ -117,7 +117,7 @@ def _training(found: Results) -> list[str]:
         for name, speed in found["steps_per_s"].items()
     ]
     heading = f"training that saves {spell_bytes(found['nbytes'])} every {found['save_every']} steps"
-    return [heading(heading), *table(["", "steps/s", "slower: mean, standard error"], rows)]
+    return [section(heading), *table(["", "steps/s", "slower: mean, standard error"], rows)]
 
 
 def _saves(found: Results) -> list[str]:
@@ -130,7 +130,7 @@ def _saves(found: Results) -> list[str]:
         for words, held in (("early", found["early"]), ("at the end", found["late"]))
     ]
     heading = f"a run of {found['count']} saves of {spell_bytes(found['nbytes'])}: what it holds after a save"
-    return [heading(heading), *table(["", "memory", "threads", "open files", "files on disk"], rows)]
+    return [section(heading), *table(["", "memory", "threads", "open files", "files on disk"], rows)]
 
 
 def _opening(found: Results) -> list[str]:
@@ -139,7 +139,7 @@ def _opening(found: Results) -> list[str]:
         for name, figures in found["peers"].items()
     ]
     header = ["seconds", "open, list", "blocked in the first save"]
-    return [heading(f"opening a directory of {found['steps']:,} steps"), *table(header, rows)]
+    return [section(f"opening a directory of {found['steps']:,} steps"), *table(header, rows)]
 
 
 def _shards(found: Results) -> list[str]:
@@ -149,7 +149,7 @@ def _shards(found: Results) -> list[str]:
         for name, figures in found["peers"].items()
     ]  # fmt: skip
     heading = f"restoring one shard of {found['count']} ({spell_bytes(found['shard_bytes'])}): bytes read / needed"
-    return [heading(heading), *table(["", "chunk", "along the saved axis", "along the other"], rows)]
+    return [section(heading), *table(["", "chunk", "along the saved axis", "along the other"], rows)]
 
 
 def _processes(found: Results) -> list[str]:
@@ -161,7 +161,7 @@ def _processes(found: Results) -> list[str]:
         for count, figures in by_count.items()
     ]
     header = ["", "processes", "blocked s", "durable s", "restore s", ""]
-    return [heading(f"several processes, {spell_bytes(found['nbytes'])}"), *table(header, rows)]
+    return [section(f"several processes, {spell_bytes(found['nbytes'])}"), *table(header, rows)]
 
 
 def _late(found: Results) -> list[str]:
@@ -180,7 +180,7 @@ def _late(found: Results) -> list[str]:
         "until durable",
     ]
     title = f"a save to which each process but the first comes {found['late_s']:.1f} s later"
-    return [heading(title), *table(header, rows)]
+    return [section(title), *table(header, rows)]
 
 
 # ---------------------------------------------------------------- budgets and remarks
@@ -188,7 +188,7 @@ def _late(found: Results) -> list[str]:
 
 def _budgets(budgets: Sequence[Results]) -> list[str]:
     return [
-        heading("budgets"),
+        section("budgets"),
         *table(["", "", "at most", "measured", ""], [_verdict(row) for row in budgets], left=2),
     ]
 
@@ -221,7 +221,7 @@ def _title(name: str) -> str:
     return peers.ALL[name].title if name in peers.ALL else name
 
 
-def heading(words: str) -> str:
+def section(words: str) -> str:
     return f"== {words} "
 
 

@@ -181,13 +181,72 @@ def _tables(results: Results) -> Iterator[list[str]]:
     yield [f"medians of {results['repeats']}; all processes on this machine; files come from the page cache"]
 
 
+def markdown(results: Results) -> dict[str, str]:
+    """The tables of docs/scale.md, by name."""
+    plans = [name for name in results["plans"][0] if name != "count"]
+    shown = [n for n, count in enumerate(results["sizes"]) if count >= _SHOWN]
+    agreed, steps = [results["agreements"][n] for n in shown], [results["steps"][n] for n in shown]
+    kinds = (("together", "seconds"), ("every process reads all", "seconds"), ("a save", "seconds"),
+             ("a save", "cpu_of_0_s"), ("a restore", "seconds"), ("a restore", "cpu_of_0_s"))  # fmt: skip
+    chunks = _of_chunk(results)
+    return {
+        "PLANS": _rows([[each["count"], *(each[name]["median"] for name in plans)]
+                        for each in (results["plans"][n] for n in shown)]),
+        "AGREED": _rows([[each["together"]["count"], *(each[kind][what]["median"] for kind, what in kinds)]
+                         for each in agreed]),
+        "SAVES": _rows([[each["count"], *(each["save"][name]["median"] for name in SAVES)] for each in steps]),
+        "READS": _rows([[*_sizes_of(each)[:3], *(each["read"][name]["median"] for name in _READ)]
+                        for each in steps]),
+        "MODEL": _rows([[words, *(results["lines"][name][str(count)] for count in FORECAST)]
+                        for name, words in _MODEL.items()]),
+        "CHUNK": _rows([[words, f"{1e6 * chunks[words]:.1f} us"] for words in _CHUNK]),
+        "CHUNKS": _rows([[words, *(_LARGE * count * chunks[words] for count in FORECAST)] for words in _CHUNK]),
+    }  # fmt: skip
+
+
+_SHOWN, _LARGE = 32, 1_000
+SAVES = ("merge", "look through", "checksums", "compare", "manifest", "flush", "in all")
+_MODEL = {
+    "save: in all": "a save: process 0, for all, seconds",
+    "a save, CPU of process 0": "a save: agreements, CPU seconds of process 0",
+    "save: a part": "a save: each process, its own part, seconds",
+    "read: in all": "a restore: each process, seconds beside its arrays",
+    "a restore, CPU of process 0": "a restore: agreements, CPU seconds of process 0",
+    "read: open": "an opening: each process, seconds",
+    "an opening, CPU of process 0": "an opening: agreements, CPU seconds of process 0",
+    "files": "files of a step",
+    "manifest_bytes": "bytes of the manifest",
+}
+_CHUNK = {
+    "process 0 merges": ("save", "merge"),
+    "process 0 compares": ("save", "compare"),
+    "each process that restores reads the index": ("read", "index"),
+}
+
+
+def _of_chunk(results: Results) -> dict[str, float]:
+    """Seconds for each chunk more, from the most leaves and the fewest."""
+    few, many = results["leaves"][0], results["leaves"][-1]
+    more = (many["leaves"] - few["leaves"]) * many["count"]
+    return {
+        words: max(0.0, many[part][name]["median"] - few[part][name]["median"]) / more
+        for words, (part, name) in _CHUNK.items()
+    }
+
+
+def _rows(rows: Sequence[Sequence[Any]]) -> str:
+    return "\n".join(
+        f"| {' | '.join(each if isinstance(each, str) else report.short(each) for each in row)} |" for row in rows
+    )
+
+
 def _sizes_of(each: Results) -> list[float]:
     return [each["count"], each["files"], each["manifest_bytes"] / 1000, each["index_bytes"] / 1000]
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     cells = [[each if isinstance(each, str) else report.short(each) for each in row] for row in rows]
-    return [report.heading(title), *report.table(list(head), cells)]
+    return [report.section(title), *report.table(list(head), cells)]
 
 
 if __name__ == "__main__":

@@ -135,13 +135,13 @@ def assign(work: Sequence[Unit], load: Mapping[int, int] = MappingProxyType({}))
     """
     total = collections.Counter(load)
     writers = [0] * len(work)
-    queues: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    queues: dict[int, list[tuple[int, int]]] = {}  # by identity: to compare holders takes as long as they are many
     order = sorted(range(len(work)), key=lambda n: (len(work[n].holders) > 1, -work[n].nbytes, n))
     for n in order:
         holders = work[n].holders
-        if holders not in queues:
-            queues[holders] = sorted((total[process], process) for process in holders)
-        queue = queues[holders]
+        if id(holders) not in queues:
+            queues[id(holders)] = sorted((total[process], process) for process in holders)
+        queue = queues[id(holders)]
         while queue[0][0] != total[queue[0][1]]:  # what it has got through another queue meanwhile
             heapq.heapreplace(queue, (total[queue[0][1]], queue[0][1]))
         writers[n] = queue[0][1]
