@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,45 @@ def processes(
             args = (name, rows, repeats, folder)
             found["peers"][name][str(count)] = _try(_together, count, args, timeout_s)
     return found
+
+
+def late(
+    names: Sequence[str], counts: Sequence[int], late_s: float, repeats: int, timeout_s: float, directory: Path
+) -> dict[str, Any]:
+    """How long a call of `save` takes if each process but the first comes to it `late_s` later.
+
+    The longest of all processes in each repetition: training goes on when all do.
+    """
+    found: dict[str, Any] = {"late_s": late_s, "peers": {name: {} for name in names}}
+    for name in names:
+        for count in counts:
+            args = (name, late_s, repeats, directory / f"{name}-{count}")
+            found["peers"][name][str(count)] = _try(_blocked, count, args, timeout_s)
+    return found
+
+
+def _blocked(count: int, args: tuple[Any, ...], timeout_s: float) -> dict[str, Any]:
+    answers = _group(_save_late, count, args, timeout_s)
+    rounds = [
+        {"first_s": each[0]["blocked_s"], "blocked_s": max(one["blocked_s"] for one in each),
+         "durable_s": max(one["durable_s"] for one in each)}
+        for each in zip(*answers, strict=True)
+    ]  # fmt: skip
+    return measure.summaries(rounds)
+
+
+_LATE_ROWS = 64  # 4 MB in all
+
+
+def _save_late(name: str, late_s: float, repeats: int, directory: Path) -> list[dict[str, float]]:
+    state, peer, rounds = _state(_LATE_ROWS)[0], peers.ALL[name](directory), []
+    for _ in range(repeats + 1):
+        time.sleep(late_s * (jax.process_index() > 0))
+        _, blocked_s = measure.timed(peer.save, state)
+        _, rest_s = measure.timed(peer.wait)
+        rounds.append({"blocked_s": blocked_s, "durable_s": blocked_s + rest_s})
+    peer.close()
+    return rounds[1:]
 
 
 def _try(run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
@@ -77,7 +117,8 @@ def _as_one_of(address: str, count: int, rank: int, function: Callable[..., Any]
 _ARRAYS, _COLUMNS = 16, 1024
 
 
-def _save_and_restore(name: str, rows: int, repeats: int, directory: Path) -> dict[str, Any]:
+def _state(rows: int) -> tuple[State, State]:
+    """A shard of each array in every process, and the template of it."""
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("shard",)), PartitionSpec("shard", None))
     host = np.random.default_rng(0).standard_normal((rows, _COLUMNS), dtype=np.float32)
 
@@ -86,7 +127,11 @@ def _save_and_restore(name: str, rows: int, repeats: int, directory: Path) -> di
 
     half = _ARRAYS // 2
     state = State(*({f"w{i}": make(i + 1) for i in part} for part in (range(half), range(half, _ARRAYS))))
-    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _save_and_restore(name: str, rows: int, repeats: int, directory: Path) -> dict[str, Any]:
+    state, template = _state(rows)
     peer = peers.ALL[name](directory)
     rounds = [measure.round_trip(peer, state, template, same=_same_shards) for _ in range(repeats + 1)]
     peaks = _peaks(peer, state, template)

@@ -42,10 +42,10 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def occasion(arguments: list[str]) -> dict[str, str]:
+def occasion(arguments: list[str], module: str = "benchmarks") -> dict[str, str]:
     """When and how the run was started, and on which commit."""
     return {
-        "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
+        "command": shlex.join(["python", "-m", module, *arguments]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
     }

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import before, distributed, fresh, machine, measure, memory, peers, series, workloads
 from benchmarks.workloads import Workload
 
-SERIES = ("leaves", "bytes", "training", "saves", "opening", "shards", "processes")
+SERIES = ("leaves", "bytes", "training", "saves", "opening", "shards", "processes", "late")
 JUDGED_WORKLOADS = ("tiny", "many", "big")
 JUDGED_SERIES = ("training", "saves", "opening", "shards")
 
@@ -37,13 +37,15 @@ class Sizes:
     shards: tuple[int, int, int] = (8, 8192, 4096)  # count, rows, columns
     processes: tuple[int, ...] = (1, 2, 4)
     process_rows: int = 1024  # 67 MB in all
+    late: tuple[int, ...] = (1, 2, 4, 8)
+    late_s: float = 2.0
     group_timeout_s: float = 180
 
 
 QUICK = Sizes(
     repeats=1, small_repeats=1, series_repeats=1, leaves=(30, 60), leaves_bytes=10**5, bytes=(10**5, 10**6),
     training=(32, 8, 20), training_turns=2, saves=5, steps=20, shards=(4, 64, 64), processes=(1, 2),
-    process_rows=8, group_timeout_s=100,
+    process_rows=8, late=(1, 2), late_s=0.3, group_timeout_s=100,
 )  # fmt: skip
 
 
@@ -103,6 +105,7 @@ class Run:
         runs: dict[str, Callable[[], Any]] = {
             "leaves": self._leaves, "bytes": self._bytes, "training": self._training, "saves": self._saves,
             "opening": self._opening, "shards": self._shards, "processes": self._processes,
+            "late": self._late,
         }  # fmt: skip
         _say(f"series: {name}")
         found = runs[name]()
@@ -177,6 +180,11 @@ class Run:
             _BOTH, sizes.processes, sizes.process_rows, sizes.series_repeats, sizes.group_timeout_s,
             self._directory,
         )  # fmt: skip
+
+    def _late(self) -> dict[str, Any]:
+        sizes = self._sizes
+        args = sizes.late, sizes.late_s, sizes.series_repeats, sizes.group_timeout_s, self._directory
+        return distributed.late(_BOTH, *args)
 
 
 _BOTH = ("ckptmgr", "orbax")  # the peers that know several processes, and a part of an array

@@ -49,6 +49,46 @@ def draw(results: Mapping[str, Any], directory: Path) -> list[Path]:
     ]
 
 
+def draw_scale(results: Mapping[str, Any], path: Path) -> list[Path]:
+    """Draws what `benchmarks.scale` has measured."""
+    plt.rcParams |= {"svg.hashsalt": "ckptmgr", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    counts = results["sizes"]
+    figure, panels = plt.subplots(2, 2, figsize=(10, 8), layout="constrained", sharex=True)
+    for panel, (title, lines) in zip(panels.flat, _scale_panels(results).items(), strict=True):
+        for (name, costs), style in zip(lines.items(), _STYLES.values(), strict=False):
+            panel.plot(counts, costs, marker=style[2], color=style[0], markeredgecolor="black", label=name)
+        panel.set(xscale="log", yscale="log", ylabel="seconds")
+        panel.set_xticks(counts, [f"{count:,}" for count in counts])
+        panel.set_title(title, loc="left")
+        panel.legend(frameon=False)
+    for panel in panels[1]:
+        panel.set_xlabel("processes")
+    return _write(figure, path)
+
+
+def _scale_panels(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Curves by panel, and by name."""
+    agreed, steps = results["agreements"], results["steps"]
+    return {
+        "agreements, until the last has its answer": {
+            name: [each[name]["seconds"]["median"] for each in agreed]
+            for name in ("together", "every process reads all", "a save", "a restore")
+        },
+        "of these, CPU of process 0 and the coordinator": {
+            name: [each[name]["cpu_of_0_s"]["median"] for each in agreed]
+            for name in ("together", "every process reads all", "a save", "a restore")
+        },
+        "a save: process 0, for all": {
+            name: [each["save"][name]["median"] for each in steps]
+            for name in ("in all", "merge", "look through", "checksums", "flush", "a part")
+        },
+        "a restore: one process, its share": {
+            name: [each["read"][name]["median"] for each in steps]
+            for name in ("in all", "check files", "manifest", "index", "open", "arrays")
+        },
+    }
+
+
 def _write(figure: Any, path: Path) -> list[Path]:
     written = [path.with_suffix(".png"), path.with_suffix(".svg")]
     figure.savefig(written[0], dpi=150)

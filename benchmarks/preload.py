@@ -8,7 +8,8 @@ from absl import logging
 
 from benchmarks import distributed, measure, memory, series
 
-for name in ("ckptmgr", "orbax.checkpoint", "safetensors.numpy", "torch.distributed.checkpoint"):
+libraries = ("ckptmgr", "orbax.checkpoint", "safetensors.numpy", "torch.distributed.checkpoint")
+for name in (*libraries, "benchmarks.agreements", "benchmarks.parts"):  # the version before has no place for these
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 

@@ -30,7 +30,7 @@ def text(results: Results) -> str:
 
 
 def _parts(results: Results) -> Iterator[list[str]]:
-    yield _occasion(results)
+    yield occasion(results)
     for found in results["workloads"].values():
         yield _workload(found)
     series = results["series"]
@@ -39,18 +39,19 @@ def _parts(results: Results) -> Iterator[list[str]]:
             yield _growth(heading, series[name])
     for name, write in (
         ("training", _training), ("saves", _saves), ("opening", _opening), ("shards", _shards),
-        ("processes", _processes),
+        ("processes", _processes), ("late", _late),
     ):  # fmt: skip
         if name in series:
             yield write(series[name])
     if results["budgets"]:
         yield _budgets(results["budgets"])
     for what, lines in results.get("profiles", {}).items():
-        yield [_heading(f"a budget is missed: what remains of {what}"), *lines]
+        yield [section(f"a budget is missed: what remains of {what}"), *lines]
     yield _remarks(results)
 
 
-def _occasion(results: Results) -> list[str]:
+def occasion(results: Results) -> list[str]:
+    """Command, date, commit, machine and versions."""
     machine, versions = results["machine"], results["versions"]
     return [
         f"{results['command']}   {results['date']}   commit {results['commit'][:10]}{results['commit'][40:]}",
@@ -71,7 +72,7 @@ def _workload(found: Results) -> list[str]:
     ]  # fmt: skip
     header = ["seconds: median (min - max)", "blocked in save", "until durable", "restore",
               "until the old one is deleted", "first save and restore", "bits verified"]  # fmt: skip
-    return [_heading(found["title"]), *_table(header, times), _ceilings(found["ceilings"]), "", *_space(found)]
+    return [section(found["title"]), *table(header, times), _ceilings(found["ceilings"]), "", *_space(found)]
 
 
 def _space(found: Results) -> list[str]:
@@ -89,7 +90,7 @@ def _space(found: Results) -> list[str]:
     ]
     remark = "ratios and first times are blocked / durable / restore; memory is the peak above the job's own"
     arrays = f"as many JAX arrays, and nothing else, take {spell_bytes(found['ceilings']['arrays_peak_bytes'])}"
-    return [*_table(header, rows), remark, arrays]
+    return [*table(header, rows), remark, arrays]
 
 
 def _ceilings(found: Results) -> str:
@@ -103,12 +104,12 @@ def _ceilings(found: Results) -> str:
 def _growth(heading: str, points: Sequence[Results]) -> list[str]:
     rows = [
         [f"{point['leaves']:,}", spell_bytes(point["nbytes"]), _title(name),
-         *(_short(figures[time]["median"]) for time in TIMES)]
+         *(short(figures[time]["median"]) for time in TIMES)]
         for point in points
         for name, figures in point["peers"].items()
     ]  # fmt: skip
     header = ["leaves", "bytes", "", "blocked s", "durable s", "restore s"]
-    return [_heading(heading), *_table(header, rows, left=3)]
+    return [section(heading), *table(header, rows, left=3)]
 
 
 def _training(found: Results) -> list[str]:
@@ -117,7 +118,7 @@ def _training(found: Results) -> list[str]:
         for name, speed in found["steps_per_s"].items()
     ]
     heading = f"training that saves {spell_bytes(found['nbytes'])} every {found['save_every']} steps"
-    return [_heading(heading), *_table(["", "steps/s", "slower: mean, standard error"], rows)]
+    return [section(heading), *table(["", "steps/s", "slower: mean, standard error"], rows)]
 
 
 def _saves(found: Results) -> list[str]:
@@ -130,7 +131,7 @@ def _saves(found: Results) -> list[str]:
         for words, held in (("early", found["early"]), ("at the end", found["late"]))
     ]
     heading = f"a run of {found['count']} saves of {spell_bytes(found['nbytes'])}: what it holds after a save"
-    return [_heading(heading), *_table(["", "memory", "threads", "open files", "files on disk"], rows)]
+    return [section(heading), *table(["", "memory", "threads", "open files", "files on disk"], rows)]
 
 
 def _opening(found: Results) -> list[str]:
@@ -139,7 +140,7 @@ def _opening(found: Results) -> list[str]:
         for name, figures in found["peers"].items()
     ]
     header = ["seconds", "open, list", "blocked in the first save"]
-    return [_heading(f"opening a directory of {found['steps']:,} steps"), *_table(header, rows)]
+    return [section(f"opening a directory of {found['steps']:,} steps"), *table(header, rows)]
 
 
 def _shards(found: Results) -> list[str]:
@@ -149,12 +150,12 @@ def _shards(found: Results) -> list[str]:
         for name, figures in found["peers"].items()
     ]  # fmt: skip
     heading = f"restoring one shard of {found['count']} ({spell_bytes(found['shard_bytes'])}): bytes read / needed"
-    return [_heading(heading), *_table(["", "chunk", "along the saved axis", "along the other"], rows)]
+    return [section(heading), *table(["", "chunk", "along the saved axis", "along the other"], rows)]
 
 
 def _processes(found: Results) -> list[str]:
     rows = [
-        [_title(name), count, *(_short(figures[time]["median"]) for time in TIMES),
+        [_title(name), count, *(short(figures[time]["median"]) for time in TIMES),
          *(_bytes_or_dash(figures.get(peak)) for peak in PEAKS), ""]
         if figures["supported"]
         else [_title(name), count, *"-----", f"not supported yet: {figures['reason'][:60]}"]
@@ -163,7 +164,26 @@ def _processes(found: Results) -> list[str]:
     ]  # fmt: skip
     header = ["", "processes", "blocked s", "durable s", "restore s", "memory: save", "restore", ""]
     remark = "times are those of the slowest process; memory is the peak of the one that takes most, above its own"
-    return [_heading(f"several processes, {spell_bytes(found['nbytes'])}"), *_table(header, rows), remark]
+    return [section(f"several processes, {spell_bytes(found['nbytes'])}"), *table(header, rows), remark]
+
+
+def _late(found: Results) -> list[str]:
+    rows = [
+        [_title(name), count, *(_spread(figures[what]) for what in ("first_s", "blocked_s", "durable_s"))]
+        if figures["supported"]
+        else [_title(name), count, "-", "-", f"not supported yet: {figures['reason'][:60]}"]
+        for name, by_count in found["peers"].items()
+        for count, figures in by_count.items()
+    ]
+    header = [
+        "seconds: median (min - max)",
+        "processes",
+        "blocked in the first",
+        "in the slowest",
+        "until durable",
+    ]
+    title = f"a save to which each process but the first comes {found['late_s']:.1f} s later"
+    return [section(title), *table(header, rows)]
 
 
 # ---------------------------------------------------------------- budgets and remarks
@@ -171,14 +191,14 @@ def _processes(found: Results) -> list[str]:
 
 def _budgets(budgets: Sequence[Results]) -> list[str]:
     return [
-        _heading("budgets"),
-        *_table(["", "", "at most", "measured", ""], [_verdict(row) for row in budgets], left=2),
+        section("budgets"),
+        *table(["", "", "at most", "measured", ""], [_verdict(row) for row in budgets], left=2),
     ]
 
 
 def _verdict(row: Results) -> list[str]:
     words = {True: "met", False: "missed", None: "not judged"}
-    return [row["where"], row["what"], _short(row["limit"]), _short(row["measured"]), words[row["met"]]]
+    return [row["where"], row["what"], short(row["limit"]), short(row["measured"]), words[row["met"]]]
 
 
 def markdown(budgets: Sequence[Results]) -> str:
@@ -204,20 +224,20 @@ def _title(name: str) -> str:
     return peers.ALL[name].title if name in peers.ALL else name
 
 
-def _heading(words: str) -> str:
+def section(words: str) -> str:
     return f"== {words} "
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _spread(found: Mapping[str, float]) -> str:
-    return f"{_short(found['median'])} ({_short(found['min'])} - {_short(found['max'])})"
+    return f"{short(found['median'])} ({short(found['min'])} - {short(found['max'])})"
 
 
 def _slashed(times: Mapping[str, float]) -> str:
-    return " / ".join(_short(times[time]) for time in TIMES)
+    return " / ".join(short(times[time]) for time in TIMES)
 
 
 def _bytes_or_dash(count: float | None) -> str:
@@ -229,10 +249,10 @@ def _percent(found: Mapping[str, float] | None) -> str:
 
 
 def _ratio_or_reason(found: Mapping[str, Any]) -> str:
-    return _short(found["ratio"]) if found["supported"] else f"not supported yet: {found['reason'][:40]}"
+    return short(found["ratio"]) if found["supported"] else f"not supported yet: {found['reason'][:40]}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Columns as wide as they need; the first `left` are aligned to the left, the others to the right."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

@@ -14,6 +14,7 @@ differs             process 1 gives something else, in every way; says what came
 stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
 balanced            saves arrays that several processes hold, replicated and on a grid, and restores them
 mirrored STEP...    saves arrays that all processes hold, and says what this process has copied to the mirror
+crowd STEP...       restores and checks the newest step, then saves these, and checks the last
 own save|load       each process has iterators of its own
 rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
 emergency WHAT      restores and saves; then saves, or restores, on and on. Says what came of it, and when
@@ -288,6 +289,37 @@ def mirrored(directory, _, *steps):
     say(json.dumps(copied))
     if "CKPTMGR_ALONE" in os.environ:
         os._exit(0)  # JAX would wait for the processes that are gone
+
+
+def crowd(directory, _, *steps):
+    mesh = jax.make_mesh((jax.process_count(), jax.local_device_count()), ("data", "model"))
+
+    def array(name, values):
+        place = NamedSharding(mesh, P("data") if name == "rows" else P())
+        return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+
+    def saved(step):
+        found = {name: values + np.float32(step) for name, values in held_by_several().items()}
+        return found | {"rows": np.arange(4096 * 96, dtype=np.float32).reshape(4096, 96) + step}
+
+    def params(step):
+        return {name: array(name, values) for name, values in saved(step).items()}
+
+    def compare(found):
+        for name, values in saved(found.step).items():
+            for shard in found.params[name].addressable_shards:
+                assert np.array_equal(shard.data, values[shard.index]), name
+
+    manager = ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S)
+    found = manager.restore_or(params=params(0))
+    compare(found)
+    say("resumed", found.step)
+    for step in map(int, steps):
+        manager.save(step, params(step)).result(9 * TIMEOUT_S)  # the job's own wait ends before
+        say("durable", step)
+    compare(manager.restore(params=params(0)))
+    manager.close()
+    say("steps", *manager.steps())
 
 
 class Iterator:
@@ -597,6 +629,7 @@ if __name__ == "__main__":
                 stages,
                 balanced,
                 mirrored,
+                crowd,
                 own,
                 reader,
                 rewind,

@@ -152,9 +152,20 @@ MUTATIONS = [
     ),
     Mutation(
         "2c", "what lies in a step is not compared with what was meant",
-        'saving/committing.py', '        sealing.check(copied.step, draft, self._meant(copied, draft), found)\n',
+        'saving/committing.py',
+        '        sealing.check(copied.step, draft, self._meant(copied, draft, others), found)\n',
         '',
         'tests/saving/test_sealing.py::test_what_somebody_does_to_a_step_while_it_is_written_is_never_sealed_as_whole',
+    ),
+    Mutation(
+        '2c', 'what other processes have written is not compared with what they have reported',
+        'saving/sealing.py', '        if found.get(name) != file:', '        if False:',
+        'tests/saving/test_sealing.py::test_what_other_processes_have_written_is_what_they_have_reported_and_nothing_else',
+    ),
+    Mutation(
+        '2b', 'of what several processes have written nobody checks the files',
+        'format/manifest.py', 'int(written_by[1]) % count != here', 'True',
+        'tests/format/test_manifest.py::test_of_what_each_process_has_written_each_file_is_checked_by_one_and_all_else_by_all',
     ),
     Mutation(
         "3a", "a damaged newest step ends a restore",

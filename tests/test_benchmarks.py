@@ -82,7 +82,7 @@ def test_every_peer_is_measured_on_every_workload_and_restores_the_bits_it_saved
             assert all(number > 0 for time in measure.TIMES for number in numbers(figures[time])), (name, peer)
             assert figures["disk_bytes"] > 0
             assert figures["files"] > 0
-    assert set(results["series"]) == {"leaves", "bytes", "training", "saves", "opening", "shards", "processes"}
+    assert set(results["series"]) == set(plan.SERIES)
     assert all(numbers(series) for series in results["series"].values())
     assert {"cpu", "cores", "file_system", "kernel"} <= set(results["machine"])
     assert all(isinstance(row["measured"], float | int) for row in results["budgets"])

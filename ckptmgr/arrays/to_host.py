@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,8 +76,9 @@ class Plan:
         return [-1 if at is None else min(_processes(at)) for at in self.shardings]
 
 
-def _processes(sharding: Any) -> set[int]:
-    return {device.process_index for device in sharding.device_set}
+@functools.lru_cache(maxsize=64)  # a tree has few shardings, each of thousands of devices in a large job
+def _processes(sharding: Any) -> frozenset[int]:
+    return frozenset(device.process_index for device in sharding.device_set)
 
 
 def _spell(leaf: LeafSpec, sharding: Any) -> str:
@@ -87,15 +88,18 @@ def _spell(leaf: LeafSpec, sharding: Any) -> str:
         said += f" in chunks of {list(leaf.chunks)}"
     if sharding is None or len(_processes(sharding)) == 1:
         return said
+    partition = f" {leaf.partition}" if isinstance(sharding, jax.sharding.NamedSharding) else ""
+    return f"{said}{partition} over {_devices(sharding)}"
+
+
+@functools.lru_cache(maxsize=64)  # as above
+def _devices(sharding: Any) -> str:
+    """The axes of a mesh, and its devices in their order; without a mesh the devices alone."""
     mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
     order = sharding.device_set if mesh is None else mesh.devices.flat
     ids = [device.id for device in order]
     where = f"{len(ids)} devices ({agreement.digest(str(ids if mesh else sorted(ids)))[:8]})"
-    return (
-        f"{said} {leaf.partition} over {dict(mesh.shape)} of {where}"
-        if mesh is not None
-        else f"{said} over {where}"
-    )
+    return where if mesh is None else f"{dict(mesh.shape)} of {where}"
 
 
 class Planner:
@@ -125,7 +129,7 @@ def _plan(tree: TreeSpec, leaves: Sequence[Any], chunk_bytes: int) -> Plan:
     )
     shardings = tuple(getattr(array, "sharding", None) for array in arrays)
     takes = list(map(_take, arrays, leaves))
-    for place, mine in _own_share(held, stored, most_bytes).items():
+    for place, mine in shares.own(jax.process_index(), held, stored, most_bytes).items():
         takes[place] = _take_share(arrays[place], mine, is_key=arrays[place] is not leaves[place])
     starts = tuple(
         place
@@ -149,18 +153,6 @@ def _held_by_several(arrays: Sequence[Any]) -> dict[int, list[Piece]]:
 def _piece_nbytes(array: Any) -> int:
     shape: tuple[int, ...] = array.sharding.shard_shape(array.shape)
     return math.prod(shape) * int(array.dtype.itemsize)
-
-
-def _own_share(
-    held: Mapping[int, list[Piece]], stored: Sequence[Stored], most_bytes: int
-) -> dict[int, list[Unit]]:
-    """What this process writes of the arrays that several processes hold."""
-    work = [unit for place, some in held.items() for unit in shares.units(place, some, stored[place], most_bytes)]
-    mine: dict[int, list[Unit]] = {place: [] for place in held}
-    for unit, writer in zip(work, shares.assign(work), strict=True):
-        if writer == jax.process_index():
-            mine[unit.leaf].append(unit)
-    return mine
 
 
 def _in_host_memory(array: jax.Array) -> bool:

@@ -134,10 +134,15 @@ def write(directory: epath.Path, snapshot: Snapshot, compression: str | None) ->
 def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
     """Writes what has been copied, and lets go of it."""
     plan, copied, snapshot.copied = snapshot.plan, snapshot.copied, []
-    encoded = [plan.encoded_sizes[place] for place, _ in copied]  # held until the commit
+    encoded = [_nbytes(parts) if plan.encoded_sizes[place] else 0 for place, parts in copied]  # until the commit
     most_bytes = _ENCODED_BYTES if paths.is_local(directory) else _ENCODED_BYTES_IN_BUCKETS
     for some in chunks.runs(encoded, most_bytes) if copied else ():
         _write(directory, plan, [copied[i] for i in some], compression)
+
+
+def _nbytes(parts: Sequence[Part]) -> int:
+    """What this process writes of a leaf: in a large job that is little of it, and many leaves make one commit."""
+    return parts[0][1].nbytes if len(parts) == 1 else sum(part.nbytes for _, part in parts)
 
 
 def _write(

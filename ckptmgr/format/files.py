@@ -66,12 +66,26 @@ def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
     """Every directory below and including `directory`, and the size of every file by relative name."""
     folders, sizes = [directory], {}
     for folder in folders:  # grows while it is walked
-        for entry in folder.iterdir():
-            if entry.is_dir():
-                folders.append(entry)
+        place = "" if folder == directory else f"{folder.relative_to(directory).as_posix()}/"
+        for name, is_folder, size in _entries(folder):
+            if is_folder:
+                folders.append(folder / name)
             else:
-                sizes[entry.relative_to(directory).as_posix()] = entry.stat().length
+                sizes[place + name] = size
     return folders, sizes
+
+
+def _entries(folder: epath.Path) -> Iterator[tuple[str, bool, int]]:
+    """Name, kind and size of what is in a folder. A step of thousands of processes has many thousands of files."""
+    if is_local(folder):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                is_folder = entry.is_dir()
+                yield entry.name, is_folder, 0 if is_folder else entry.stat().st_size
+    else:
+        for path in folder.iterdir():
+            is_folder = path.is_dir()
+            yield path.name, is_folder, 0 if is_folder else path.stat().length
 
 
 def for_each(directory: epath.Path, act: Callable[[str], Result], names: Iterable[str]) -> Iterator[Result]:

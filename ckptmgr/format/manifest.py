@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -316,12 +317,20 @@ def _leaf_from_json(leaf: Mapping[str, Any]) -> LeafSpec:
 
 
 def record_files(
-    directory: epath.Path, sizes: Mapping[str, int], checks_itself: Callable[[str, int], bool]
+    directory: epath.Path,
+    sizes: Mapping[str, int],
+    checks_itself: Callable[[str, int], bool],
+    known: Mapping[str, File] = MappingProxyType({}),
 ) -> dict[str, File]:
-    """The size of every file below `directory`, and the CRC-32 of files that do not check themselves."""
+    """The size of every file below `directory`, and the CRC-32 of files that do not check themselves.
+
+    A file is not read that is `known`, and still has its size.
+    """
 
     def record(name: str) -> File:
         size = sizes[name]
+        if name in known and known[name].size == size:
+            return known[name]
         return File(size, None if checks_itself(name, size) else checksum(directory / name))
 
     found = sorted(sizes.keys() - {NAME})
@@ -343,17 +352,32 @@ def _checksum(descriptor: int) -> int:
     return found
 
 
-def check_files(manifest: Manifest, directory: epath.Path, items: Iterable[str]) -> None:
-    """Raises CorruptCheckpointError for a missing, short or changed file of these items or of the step."""
+def check_files(
+    manifest: Manifest, directory: epath.Path, items: Iterable[str], *, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Raises CorruptCheckpointError for a missing, short or changed file of these items or of the step.
+
+    `share`: the number of this process, and of how many that restore the step together. What the n-th process has
+    written at the save is checked by the n-th of them alone, so that none has to read all files.
+    """
     folders = {manifest.items[name].place(name) if name in manifest.items else name for name in items}
     chosen, root = tuple(f"{folder}/" for folder in folders), str(directory)
-    wanted = [name for name in manifest.files if "/" not in name or "." in folders or name.startswith(chosen)]
+    here, count = share
+
+    def is_wanted(name: str) -> bool:
+        written_by = _OWN.search(name) if count > 1 else None
+        is_others = written_by is not None and int(written_by[1]) % count != here
+        return not is_others and ("/" not in name or "." in folders or name.startswith(chosen))
 
     def check(name: str) -> None:
         check_file(manifest, root, name, manifest.files[name])
 
-    for _ in files.for_each(directory, check, wanted):
+    for _ in files.for_each(directory, check, filter(is_wanted, manifest.files)):
         pass
+
+
+_OWN = re.compile(r"/(?:ocdbt\.)?process_([0-9]+)(?:/|\.json$)")
+"""A file that one of several processes has written."""
 
 
 def missing_file(manifest: Manifest, directory: epath.Path) -> str | None:

@@ -35,7 +35,7 @@ def write(
     items: Mapping[str, Item],
     compression: str | None,
     *,
-    made: Callable[[], None] = lambda: None,
+    made: Callable[[], object] = lambda: None,
     written: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes a step into a directory, which Orbax makes. In a job only process 0 calls this.
@@ -155,7 +155,7 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
         self,
         step: epath.Path,
         compression: str | None,
-        made: Callable[[], None],
+        made: Callable[[], object],
         written: Callable[[], None],
         threads: concurrent.futures.Executor,
     ) -> None:

@@ -56,5 +56,11 @@ def first_difference(found: Sequence[Sequence[str]]) -> str:
     )
 
 
+_NAMED = 16
+"""How many processes a message names: of a thousand nobody reads more."""
+
+
 def spell(processes: Sequence[int]) -> str:
-    return f"process{'es' * (len(processes) > 1)} {', '.join(map(str, processes))}"
+    named = ", ".join(map(str, processes[:_NAMED]))
+    more = f" and {len(processes) - _NAMED} more" if len(processes) > _NAMED else ""
+    return f"process{'es' * (len(processes) > 1)} {named}{more}"

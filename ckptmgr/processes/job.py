@@ -36,6 +36,7 @@ from ckptmgr.processes.remote_errors import Packed, is_timeout, pack, unpack
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
+_PAUSES, _MOST_S = 4, 1.0  # of thousands of reports a look takes a while: it takes a fifth of the time at most
 _epochs = itertools.count()
 
 
@@ -170,7 +171,10 @@ class Job:
             raise problem
 
     def collect(self, call: Call, found: Any) -> list[Any]:
-        """In process 0 what each process has found, in order; in the others an empty list."""
+        """In process 0 what each process has found, in order; in the others an empty list.
+
+        Raises what has failed in a process that calls `share` instead.
+        """
         if self._coordinator is None:
             return [found]
         with self._turn_at(call):
@@ -178,7 +182,10 @@ class Job:
                 self._listen(call, Report(found=found))
                 return []
             reports = self._gather_or_say(call, Report(found=found))
-            self._say(call)
+            failed = next((each.error for each in reports if each.error is not None), None)
+            self._say(call, error=failed)
+            if failed is not None:
+                raise unpack(failed, self.index)
             return [report.found for report in reports]
 
     def _share(self, call: Call, report: Report, *, is_late: bool = False) -> list[bool]:
@@ -286,6 +293,7 @@ class Job:
         """The reports of all processes, once all have come to this call."""
         patience, pause_s = self._patience(), _FIRST_PAUSE_S
         while True:
+            began = time.monotonic()
             here = self._here()
             elsewhere = {i: at for i, (at, _) in here.items() if at != call}
             reports = {0: own} | {i: report for i, (at, report) in here.items() if at == call}
@@ -301,7 +309,7 @@ class Job:
             elif pause_s == _FIRST_PAUSE_S:
                 self._come(call, own)
             self.awaited = Awaited(sorted(set(range(self.count)) - set(reports)), call)
-            time.sleep(pause_s)
+            time.sleep(max(pause_s, min(_PAUSES * (time.monotonic() - began), _MOST_S)))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _tidy(self) -> None:
@@ -372,10 +380,11 @@ class Job:
         assert self._coordinator is not None
         wait_s = self.timeout_s if self.leads else heartbeat.look_s(self.timeout_s)
         entries = self._coordinator.entries(f"{self._prefix}/here", wait_s)
-        said = {int(key.rpartition("/")[2]): json.loads(value) for key, value in entries.items()}
+        said = {text: json.loads(text) for text in set(entries.values())}  # mostly all report the same
+        here = {int(key.rpartition("/")[2]): said[text] for key, text in entries.items()}
         return {
             i: (Call(*call), Report(*report))
-            for i, (call, number, report) in said.items()
+            for i, (call, number, report) in here.items()
             if number == self._number
         }
 

@@ -213,7 +213,8 @@ class Restorer:
             manifest = home.manifest(step, fresh=True)
             templates = request.templates(manifest)
             plan = self._planner.plan(manifest, templates, request, is_local=paths.is_local(directory))
-            manifests.check_files(manifest, directory, {*templates, manifests.STEP, manifests.METRICS})
+            items, share = {*templates, manifests.STEP, manifests.METRICS}, (self._job.index, self._job.count)
+            manifests.check_files(manifest, directory, items, share=share)
             trees = reading.Trees(plan.trees, plan.structures, step, directory, others)
             trees.fetch()
             return manifest, templates, plan, trees

@@ -57,15 +57,15 @@ class Committer:
 
     def _lead(self, copied: Copied, stages: Stages, replaces: bool) -> manifests.Manifest:
         self._look(copied.step, replaces)
-        draft = self._begin(copied.step)
+        draft, others = self._begin(copied.step), dict[str, manifests.File]()
         orbax.write(
             draft,
             copied.contents,
             self._compression,
             made=lambda: stages.reach("directories"),
-            written=lambda: stages.reach("arrays"),
+            written=lambda: others.update(sealing.unpack(stages.reach("arrays"))),
         )
-        manifest, data = self._seal(copied, draft)
+        manifest, data = self._seal(copied, draft, others)
         self._publish(copied.step, draft, replaces)
         return self._run.remember(manifest, data)
 
@@ -85,33 +85,42 @@ class Committer:
         """In processes other than 0: writes their arrays, once process 0 has made the directories."""
         draft, here = self._run.draft(copied.step), jax.process_index()
         stages.reach("directories")
-        for name in copied.own - copied.snapshots.keys():
-            place = draft / name / manifests.own_place(here, manifests.json_file(name))
-            files.write(place, json.dumps(copied.contents[name]()).encode())  # process 0 may be on another machine
-
-        def write(name: str) -> None:
-            part = manifests.own_place(here) if name in copied.own else writing.own_part()
-            writing.write(draft / name / part, copied.snapshots[name], self._compression)
-
+        texts = [f"{name}/{manifests.own_place(here, manifests.json_file(name))}" for name in copied.own_values]
+        for name, text in zip(copied.own_values, texts, strict=True):
+            files.write(draft / text, json.dumps(copied.contents[name]()).encode())
+        parts = {
+            name: f"{name}/{manifests.own_place(here) if name in copied.own else writing.own_part()}"
+            for name in copied.snapshots
+        }
         with concurrent.futures.ThreadPoolExecutor() as threads:
-            for _ in threads.map(write, copied.snapshots):
+            for _ in threads.map(
+                lambda name: writing.write(draft / parts[name], copied.snapshots[name], self._compression), parts
+            ):
                 pass
-        stages.reach("arrays")
+        stages.reach("arrays", sealing.pack(sealing.own_files(draft, texts, parts.values())))
 
     # ------------------------------------------------------------ sealing
 
-    def _seal(self, copied: Copied, draft: epath.Path) -> tuple[manifests.Manifest, bytes]:
-        """Checks that the draft holds what was meant, writes the manifest, and makes the draft durable."""
+    def _seal(
+        self, copied: Copied, draft: epath.Path, others: Mapping[str, manifests.File]
+    ) -> tuple[manifests.Manifest, bytes]:
+        """Checks that the draft holds what was meant, writes the manifest, and makes the draft durable.
+
+        `others` has what the other processes have written, and flushed.
+        """
         if paths.is_local(draft):
             files.write(draft / names.COMMITTED, self._marker(copied.step), durable=False)
         folders, sizes = files.walk(draft)
-        found = manifests.record_files(draft, sizes, manifests.checks_itself)
-        sealing.check(copied.step, draft, self._meant(copied, draft), found)
+        found = manifests.record_files(draft, sizes, manifests.checks_itself, others)
+        sealing.check(copied.step, draft, self._meant(copied, draft, others), found)
         manifest = copied.seal(found)
         data = manifests.encode(manifest)
         files.write(draft / manifests.NAME, data, durable=False)
         self._run.keep_pin(copied.step)
-        ours = [name for name in found if not sealing.is_of_database(name)]  # TensorStore flushes its own
+        folders = sealing.without_parts(draft, folders, others)
+        ours = [
+            name for name in found.keys() - others.keys() if not sealing.is_of_database(name)
+        ]  # TensorStore's are
         files.sync([*folders, *(draft / name for name in [*ours, manifests.NAME])])
         return manifest, data
 
@@ -127,21 +136,15 @@ class Committer:
     def _marker(self, step: int) -> bytes:
         return f"Checkpoint commit was successful to {self._run.directory / str(step)}".encode()
 
-    def _meant(self, copied: Copied, draft: epath.Path) -> sealing.Meant:
+    def _meant(self, copied: Copied, draft: epath.Path, others: Mapping[str, manifests.File]) -> sealing.Meant:
         """What the step is to hold."""
         plans = {name: snapshot.plan for name, snapshot in copied.snapshots.items()}
-        others = range(1, jax.process_count())
-        told = {
-            f"{name}/{manifests.own_place(each, manifests.json_file(name))}"
-            for name in copied.own - plans.keys()
-            for each in others
-        }
         parts = {
             f"{name}/{manifests.own_place(each)}": plans[name]
             for name in copied.own & plans.keys()
-            for each in others
+            for each in range(1, jax.process_count())
         }
-        return sealing.Meant(self._texts(copied, draft), frozenset(told), parts | plans, self._compression)
+        return sealing.Meant(self._texts(copied, draft), others, parts | plans, self._compression)
 
     def _texts(self, copied: Copied, draft: epath.Path) -> Mapping[str, bytes]:
         """The files beside the arrays, and their contents."""

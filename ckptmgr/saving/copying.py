@@ -40,6 +40,11 @@ class Copied:
     def snapshots(self) -> dict[str, writing.Snapshot]:
         return {name: each for name, each in sorted(self.contents.items()) if isinstance(each, writing.Snapshot)}
 
+    @property
+    def own_values(self) -> list[str]:
+        """The items of which each process writes its own JSON value."""
+        return sorted(self.own - self.snapshots.keys())
+
     def spec(self) -> agreement.Spec:
         """What all processes of a job must agree on before anything is written."""
         kinds = [

@@ -6,12 +6,13 @@ or replaced something while the step was written.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from etils import epath
@@ -20,11 +21,11 @@ from ckptmgr.arrays import chunks, extents
 from ckptmgr.arrays.chunks import Stored
 from ckptmgr.arrays.to_host import Plan
 from ckptmgr.errors import SaveError
+from ckptmgr.format import files, paths
 from ckptmgr.format import manifest as manifests
-from ckptmgr.format import paths
 from ckptmgr.trees.structure import numpy_dtype
 
-_DATABASE = re.compile(r"(ocdbt\.process_[0-9]+/)?(manifest\.ocdbt|d/[0-9a-f]{32})")
+_DATABASE = re.compile(r"(ocdbt\.process_0/)?(manifest\.ocdbt|d/[0-9a-f]{32})")
 
 
 class Meant(NamedTuple):
@@ -32,8 +33,8 @@ class Meant(NamedTuple):
 
     files: Mapping[str, bytes]
     """The content of each file, by its name."""
-    other_files: frozenset[str]
-    """Files whose content this process does not know: those of Orbax and of other processes."""
+    reported: Mapping[str, manifests.File]
+    """What the other processes have written, as each of them has found it there."""
     databases: Mapping[str, Plan]
     """The plan of the arrays in each database, by its folder."""
     compression: str | None
@@ -42,6 +43,46 @@ class Meant(NamedTuple):
 def is_of_database(name: str) -> bool:
     """Whether TensorStore wrote this file of a step, and has flushed it."""
     return _DATABASE.fullmatch(name.partition("/")[2]) is not None
+
+
+# ---------------------------------------------------------------- what each process has written
+
+Facts = Mapping[str, tuple[int, int | None]]
+"""Size and CRC-32 of files by their names in the step, as JSON."""
+
+
+def own_files(draft: epath.Path, texts: Iterable[str], parts: Iterable[str]) -> dict[str, manifests.File]:
+    """The files that this process has written: `texts`, and those of the databases in `parts`. Flushes the names.
+
+    Each process reads and flushes its own: else process 0 would read and flush those of thousands.
+    """
+    sizes = {text: paths.size(draft / text) for text in texts}
+    for part in parts:
+        with contextlib.suppress(FileNotFoundError):  # this process has nothing to write
+            folders, found = files.walk(draft / part)
+            sizes |= {f"{part}/{name}": size for name, size in found.items()}
+            files.sync(folders)
+    return manifests.record_files(draft, sizes, manifests.checks_itself)
+
+
+def pack(found: Mapping[str, manifests.File]) -> Facts:
+    """For the way to process 0."""
+    return {name: (file.size, file.crc32) for name, file in found.items()}
+
+
+def unpack(reports: Iterable[Facts | None]) -> dict[str, manifests.File]:
+    """What all have written, in one."""
+    return {name: manifests.File(*facts) for each in reports for name, facts in (each or {}).items()}
+
+
+def without_parts(draft: epath.Path, folders: Iterable[epath.Path], others: Iterable[str]) -> list[epath.Path]:
+    """The folders but for those of parts that other processes have written, and flushed."""
+    parts = {tuple(parts[:2]) for name in others if len(parts := name.split("/")) > 2}
+    depth = len(draft.parts)
+    return [folder for folder in folders if tuple(folder.parts[depth : depth + 2]) not in parts]
+
+
+# ---------------------------------------------------------------- what the step holds
 
 
 def check(step: int, draft: epath.Path, meant: Meant, found: Mapping[str, manifests.File]) -> None:
@@ -53,14 +94,15 @@ def check(step: int, draft: epath.Path, meant: Meant, found: Mapping[str, manife
             step=step,
         )
 
-    for name in meant.other_files - found.keys():
-        raise refuse(name, "is missing")
+    for name, file in meant.reported.items():
+        if found.get(name) != file:
+            raise refuse(name, "is not what was written" if name in found else "is missing")
     for name, data in meant.files.items():
         if name not in found:
             raise refuse(name, "is missing")
         if (found[name].size, found[name].crc32) != (len(data), zlib.crc32(data)):
             raise refuse(name, "is not what was written")
-    for name in found.keys() - meant.files.keys() - meant.other_files:
+    for name in found.keys() - meant.files.keys() - meant.reported.keys():
         folder = next((each for each in meant.databases if name.startswith(f"{each}/")), None)
         if folder is None or not _DATABASE.fullmatch(name.removeprefix(f"{folder}/")):
             raise refuse(name, "was not written by this save")

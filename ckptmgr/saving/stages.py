@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ckptmgr.errors import CheckpointError
 from ckptmgr.processes.agreement import Spec
@@ -29,10 +30,12 @@ class Stages:
             self._ahead.clear()
             raise
 
-    def reach(self, stage: str) -> None:
-        """Waits until the others have reached a stage; raises what has failed in one of them."""
-        if stage in self._ahead:
-            self._pass(None)
+    def reach(self, stage: str, found: Any = None) -> list[Any]:
+        """Waits until the others have reached a stage; raises what has failed in one of them.
+
+        At "arrays" process 0 gets what each process has found; elsewhere nothing comes back.
+        """
+        return self._pass(None, found) if stage in self._ahead else []
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
@@ -45,14 +48,17 @@ class Stages:
                     self._pass(problem)
             raise
 
-    def _pass(self, problem: Exception | None) -> None:
+    def _pass(self, problem: Exception | None, found: Any = None) -> list[Any]:
         stage = self._ahead.pop(0)
         call = Call(f"the {stage}", self._step)
         try:
-            if stage == "arrays":
+            if stage != "arrays":
+                self._job.tell(call, problem)
+            elif problem is not None:
                 self._job.share(call, problem)
             else:
-                self._job.tell(call, problem)
+                return self._job.collect(call, found)
+            return []
         except Exception:
             self._ahead.clear()
             raise

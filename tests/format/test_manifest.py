@@ -390,6 +390,44 @@ def test_items_that_are_not_read_are_not_looked_at(recorded):
         manifest.check_files(wrote, epath.Path(directory), ["params", "opt_state"])
 
 
+PARTS = [f"params/{part}{n}/d/x" for part in ("ocdbt.process_", "process_") for n in range(7)]
+PARTS += [f"mine/process_{n}.json" for n in range(7)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10])
+def test_of_what_each_process_has_written_each_file_is_checked_by_one_and_all_else_by_all(count, tmp_path):
+    shared = ["manifest.ocdbt", "params/d/x", "params/array_metadatas/process_0", "mine/metadata"]
+    for name in PARTS + shared:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    sizes = {name: len(name) for name in PARTS + shared}
+    files = manifest.record_files(epath.Path(tmp_path), sizes, lambda name, size: False)
+    whole = dataclasses.replace(sample(), files=files, items={})
+
+    def finds(process):
+        try:
+            manifest.check_files(whole, epath.Path(tmp_path), ["params", "mine"], share=(process, count))
+        except CorruptCheckpointError:
+            return True
+        return False
+
+    assert not any(finds(process) for process in range(count))
+    for name in PARTS + shared:
+        (tmp_path / name).write_bytes(b"x" * len(name))
+        assert sum(map(finds, range(count))) == (count if name in shared else 1), name
+        (tmp_path / name).write_bytes(name.encode())
+
+
+def test_a_file_that_its_writer_has_told_of_is_not_read_again_unless_its_size_has_changed(tmp_path):
+    for name in ("told", "grown", "new"):
+        (tmp_path / name).write_bytes(b"1234")
+    told = {"told": manifest.File(4, 7), "grown": manifest.File(3, 7)}
+    found = manifest.record_files(epath.Path(tmp_path), dict.fromkeys(("told", "grown", "new"), 4),
+                                  lambda name, size: False, told)  # fmt: skip
+    seen = manifest.File(4, zlib.crc32(b"1234"))
+    assert found == {"told": manifest.File(4, 7), "grown": seen, "new": seen}
+
+
 def test_bytes_of_scalars_and_of_every_dtype_are_counted():
     tree = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": np.ones(4, np.complex128), "c": 1.0, "d": np.float16(1)}
     assert manifest.Item("arrays", structure.describe(tree, item="params")).nbytes == 12 + 64 + 8 + 2

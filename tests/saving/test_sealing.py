@@ -136,7 +136,38 @@ def check(draft, wrote):
     (draft / "manifest.json").unlink(missing_ok=True)
     sizes = files.walk(epath.Path(draft))[1]
     found = manifests.record_files(epath.Path(draft), sizes, manifests.checks_itself)
-    sealing.check(1, epath.Path(draft), sealing.Meant(texts, frozenset(), plans, None), found)
+    sealing.check(1, epath.Path(draft), sealing.Meant(texts, {}, plans, None), found)
+
+
+def test_what_other_processes_have_written_is_what_they_have_reported_and_nothing_else(tmp_path):
+    draft = epath.Path(tmp_path)
+    part, text = "params/ocdbt.process_1", "mine/process_1.json"
+    for name in (f"{part}/manifest.ocdbt", f"{part}/d/{'0' * 32}", text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    told = sealing.unpack([None, sealing.pack(sealing.own_files(draft, [text], [part, "opt_state/none"]))])
+    assert set(told) == set(files.walk(draft)[1])
+
+    def look(reported):
+        found = manifests.record_files(draft, files.walk(draft)[1], manifests.checks_itself)
+        sealing.check(
+            1, draft, sealing.Meant({}, reported, {"params": to_host.Plan(None, (), (), ())}, None), found
+        )
+
+    look(told)
+    for name, file in told.items():
+        rest = {each: facts for each, facts in told.items() if each != name}
+        for wrong in (
+            rest,
+            told | {name: manifests.File(file.size, 7)},
+            told | {name: manifests.File(9, file.crc32)},
+        ):
+            with pytest.raises(ckptmgr.SaveError, match=name):
+                look(wrong)
+    with pytest.raises(ckptmgr.SaveError, match=r"params/d/x is missing"):
+        look(told | {"params/d/x": manifests.File(1, 1)})
+    folders = files.walk(draft)[0]
+    assert set(folders) - set(sealing.without_parts(draft, folders, told)) == {draft / part, draft / part / "d"}
 
 
 def plan_of(tree):
