@@ -48,8 +48,8 @@ class Plan:
     """What is read of the trees of a step, and where each leaf goes: the same for each step of one structure.
 
     `sources` says whose state of an item is read, where the processes that saved it had each their own.
-    `max_host_bytes` bounds what is held on the host above the arrays that are restored: half of it what is on its
-    way to a device, half the chunks of which that is made.
+    `max_host_bytes` bounds what is held on the host above the arrays that are restored: three eighths of it what
+    is on its way to a device, as much the chunks of which that is made; the allocator keeps some freed memory.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Plan:
         max_host_bytes: int | None = None,
     ) -> None:
         self.is_local = is_local
-        self.most_bytes = None if max_host_bytes is None else max(1, max_host_bytes // 2)
+        self.most_bytes = None if max_host_bytes is None else max(1, max_host_bytes * 3 // 8)
         self.matched: list[matching.Matched] = []
         """One for each tree: of some items there is one for each process."""
         self.lists = {each.item for each in matched if sources.get(each.item, 0) is None}

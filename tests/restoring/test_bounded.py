@@ -14,9 +14,9 @@ BOUND = 16 * MIB
 
 
 def save(directory, case):
-    """A step that is small, and one of 48 MiB or 96."""
+    """A step that is small, and one of 40 MiB or 96."""
     draw = np.random.default_rng(0)
-    shapes = [(48, MIB // 4)] if case == "pieces" else [(8, MIB // 4)] * 12
+    shapes = [(40, MIB // 4)] if case == "pieces" else [(4, MIB // 4)] * 24
     options = {"compression": "zstd"} if case == "host" else {}
     with ckptmgr.CheckpointManager(directory, chunk_bytes=MIB, **options) as manager:
         manager.save(1, {f"w{n}": np.ones((4, 300_000), np.float32) for n in range(2)})
