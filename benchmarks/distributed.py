@@ -144,6 +144,7 @@ def _peaks(peer: peers.Peer, state: State, template: State) -> dict[str, int]:
     with memory.Peak() as saving:
         peer.save(state)
         peer.wait()
+        peer.finish()
     with memory.Peak() as restoring:
         restored = jax.block_until_ready(peer.restore(template))
     del restored
