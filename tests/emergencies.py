@@ -5,7 +5,7 @@
     cut     SIGSTOP too: a test takes the network away, and lets it go on
 
 An act is a call that the processes make together, by its name, or a function. The process notes when it was there,
-in the file that CKPTMGR_EMERGENCY_AT names.
+in a file.
 """
 
 import functools
@@ -18,22 +18,22 @@ CALLS = ("ckptmgr.processes.job:Job.decide", "ckptmgr.processes.job:Job._share")
 SAVE = {
     "leaves": "ckptmgr.saving.items:Composer.compose",  # the first act
     "copies": "ckptmgr.saving.copying:Copier.copy",
-    "the save of step 3": CALLS,  # the second
-    "the directories of step 3": CALLS,
+    "the save of step STEP": CALLS,  # the second
+    "the directories of step STEP": CALLS,
     "arrays": "ckptmgr.arrays.writing:write_wave",
-    "the arrays of step 3": CALLS,
+    "the arrays of step STEP": CALLS,
     "seal": "ckptmgr.saving.committing:Committer._seal",
     "publish": "ckptmgr.saving.committing:Committer._publish",
-    "the commit of step 3": CALLS,
+    "the commit of step STEP": CALLS,
     "retention": "ckptmgr.saving.aftermath:Aftermath._retain",
 }
 RESTORE = {
     "the choice of a step to restore": CALLS,
     "place": "ckptmgr.restoring.reading:Trees.place",
-    "the restore from step 2": CALLS,
+    "the restore from step STEP": CALLS,
 }
 BROADCAST = RESTORE | {
-    "the reading from step 2": CALLS,
+    "the reading from step STEP": CALLS,
     "sum": "ckptmgr.arrays.broadcast:_sum_block",
 }
 ACTS = {"save": SAVE, "restore": RESTORE, "broadcast": BROADCAST}
@@ -41,12 +41,12 @@ OF_PROCESS_0 = {"seal", "publish", "retention"}
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "cut": signal.SIGSTOP}
 
 
-def install(emergency, acts, at):
-    """It happens the first time that this process comes to the act from now on."""
+def install(emergency, acts, step, at):
+    """It happens the first time that this process comes to the act, of this step, from now on."""
     kind, _, act = emergency.partition(" ")
     found = acts[act]
     for place in [found] if isinstance(found, str) else found:
-        _watch(place, act if found is CALLS else None, SIGNALS[kind], at)
+        _watch(place, act.replace("STEP", str(step)) if found is CALLS else None, SIGNALS[kind], at)
 
 
 def _watch(place, call, number, at):

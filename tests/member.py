@@ -535,12 +535,12 @@ def emergency(directory, mesh, what):
     check(found.params, found.step)
     say("resumed", found.step)
 
-    def save(step):
+    def save(step, timeout_s=None):
         params = spread(mesh, step)
         say("begins", time.monotonic())
-        manager.save(step, params).result()
+        manager.save(step, params).result(timeout_s)
         say("durable", step)
-        manager.wait()
+        manager.wait(timeout_s)
 
     def restore(_):
         template = spread(mesh, 0)
@@ -548,18 +548,19 @@ def emergency(directory, mesh, what):
         step = manager.restore(params=template, broadcast=what == "broadcast").step
         say("restored", step)
 
-    for step in (found.step + 1, found.step + 2):
-        save(step)
     is_alone = False
     try:
+        for step in (found.step + 1, found.step + 2):
+            save(step, timeout_s=60)  # however busy the machine is
         if emergency := os.environ.get("CKPTMGR_EMERGENCY"):
-            emergencies.install(emergency, emergencies.ACTS[what], os.environ["CKPTMGR_EMERGENCY_AT"])
+            at, step = os.environ["CKPTMGR_EMERGENCY_AT"], found.step + (3 if what == "save" else 2)
+            emergencies.install(emergency, emergencies.ACTS[what], step, at)
         for step in (found.step + 3, found.step + 4):
             (save if what == "save" else restore)(step)
     except ckptmgr.CheckpointError as problem:
         late = problem if isinstance(problem, ckptmgr.CheckpointTimeoutError) else problem.__cause__
         named = [getattr(late, name, None) for name in ("missing", "waiting_for")]
-        say("failed", json.dumps([time.monotonic(), type(problem).__name__, str(problem), *named]))
+        say("raised", json.dumps([time.monotonic(), type(problem).__name__, str(problem), *named]))
         is_alone = True
     try:
         manager.close()

@@ -94,7 +94,7 @@ class Job:
         self._given_up: set[Call] = set()
         self._turn = threading.RLock()
         self.awaited: Awaited | None = None
-        """Whom this process waits for now, and at which call."""
+        """Whom this process waits for now, and at which call; or whom it waited for in a call that failed."""
 
     @property
     def leads(self) -> bool:
@@ -225,12 +225,14 @@ class Job:
         if self._heartbeats is None:
             return run()
         errand, others = Errand(run), set(range(self.count)) - {self.index}
+        ends, pulse_s = time.monotonic() + self.timeout_s, 3 * heartbeat.beat_s(self.timeout_s)
         _thread.start_new_thread(errand.run, ())
-        pulse_s = 3 * heartbeat.beat_s(self.timeout_s)
         errand.comes(self.timeout_s - pulse_s)
         if errand.is_done():
             return errand.result()
         missing = heartbeat.without_pulse(self._heartbeats, others, pulse_s, errand.is_done)
+        if not missing:
+            errand.comes(ends - time.monotonic())
         if errand.over.is_set() and not (errand.problem and missing):
             return errand.result()
         if not missing:
@@ -257,13 +259,13 @@ class Job:
     def _turn_at(self, call: Call) -> Iterator[None]:
         """One thread at a time is in a call. If the coordinator is silent there, process 0 is missing."""
         with self._turn:
+            self.awaited = None
             try:
                 yield
             except CoordinatorSilentError as problem:
                 self._given_up.add(call)
                 raise self._late(call, {0}, "did not answer at") from problem
-            finally:
-                self.awaited = None
+            self.awaited = None  # not if it failed: a save that has not yet ended for it says why
 
     def _pack(self, problem: Exception | None) -> Packed | None:
         return pack(problem, self.index)
