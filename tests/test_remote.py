@@ -251,10 +251,10 @@ def test_a_step_that_is_deleted_under_a_readers_hands_is_not_called_damaged(run,
         manager.wait()
         reader, check = ckptmgr.CheckpointManager(run, read_only=True), manifests.check_files
 
-        def overtaken(*args):
+        def overtaken(*args, **how):
             if 2 in manager.steps():
                 manager.delete(2)
-            return check(*args)
+            return check(*args, **how)
 
         monkeypatch.setattr(manifests, "check_files", overtaken)
         assert saved(reader) == (1, [])
