@@ -67,20 +67,23 @@ def draw_scale(results: Mapping[str, Any], path: Path) -> list[Path]:
 
 
 def _scale_panels(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """Curves by panel, and by name."""
-    agreed, steps = results["agreements"], results["steps"]
+    """Curves by panel, and by name: what is paid once for all processes is divided among them."""
+    agreed, steps, counts = results["agreements"], results["steps"], results["sizes"]
+    acts = ("together", "every process reads all", "a save", "a restore")
+
+    def shared(costs: Sequence[Any]) -> list[float]:
+        return [each["median"] / count for each, count in zip(costs, counts, strict=True)]
+
     return {
-        "agreements, until the last has its answer": {
-            name: [each[name]["seconds"]["median"] for each in agreed]
-            for name in ("together", "every process reads all", "a save", "a restore")
+        "agreements until the last has its answer / processes": {
+            name: shared([each[name]["seconds"] for each in agreed]) for name in acts
         },
-        "of these, CPU of process 0 and the coordinator": {
-            name: [each[name]["cpu_of_0_s"]["median"] for each in agreed]
-            for name in ("together", "every process reads all", "a save", "a restore")
+        "of these, CPU of process 0 and the coordinator / processes": {
+            name: shared([each[name]["cpu_of_0_s"] for each in agreed]) for name in acts
         },
-        "a save: process 0, for all": {
-            name: [each["save"][name]["median"] for each in steps]
-            for name in ("in all", "merge", "look through", "checksums", "flush", "a part")
+        "a save: process 0, for all / processes": {
+            name: shared([each["save"][name] for each in steps])
+            for name in ("in all", "merge", "look through", "checksums", "compare", "flush")
         },
         "a restore: one process, its share": {
             name: [each["read"][name]["median"] for each in steps]

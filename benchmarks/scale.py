@@ -210,7 +210,7 @@ _MODEL = {
     "save: in all": "a save: process 0, for all, seconds",
     "a save, CPU of process 0": "a save: agreements, CPU seconds of process 0",
     "save: a part": "a save: each process, its own part, seconds",
-    "read: in all": "a restore: each process, seconds beside its arrays",
+    "read: in all": "a restore: each process, 64 kB, seconds",
     "a restore, CPU of process 0": "a restore: agreements, CPU seconds of process 0",
     "read: open": "an opening: each process, seconds",
     "an opening, CPU of process 0": "an opening: agreements, CPU seconds of process 0",

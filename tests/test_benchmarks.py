@@ -28,6 +28,7 @@ from benchmarks import (
     plan,
     profiling,
     report,
+    scale,
     workloads,
 )
 
@@ -207,6 +208,26 @@ def test_the_report_of_a_missed_budget_ends_with_what_remains(monkeypatch):
 def test_the_table_of_the_page_is_that_of_the_results():
     rows = json.loads((ROOT / "docs/performance/results.json").read_text())["budgets"]
     assert report.markdown(rows) in (ROOT / "docs/performance.md").read_text()
+
+
+def test_the_tables_of_the_page_about_many_processes_are_those_of_the_results():
+    page = (ROOT / "docs/scale.md").read_text()
+    for table in scale.markdown(json.loads((ROOT / "docs/performance/scale.json").read_text())).values():
+        assert table in page
+
+
+@pytest.mark.xdist_group("benchmarks")
+def test_what_a_large_job_pays_is_measured_and_drawn(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.scale", "--sizes", "2,5", "--repeats", "1", "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "scale.json").read_text())
+    assert [each["count"] for each in results["steps"]] == results["sizes"] == [2, 5]
+    assert all(math.isfinite(number) and number >= 0 for number in numbers(results))
+    assert results["agreements"][1]["a save"]["seconds"]["median"] > 0
+    assert results["lines"]["files"]["1024"] > results["lines"]["files"]["64"]
+    assert "every process reads all" in (tmp_path / "scale.txt").read_text()
+    assert (tmp_path / "scale.png").stat().st_size > 1000
 
 
 # ---------------------------------------------------------------- the version before
