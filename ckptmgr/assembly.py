@@ -64,6 +64,8 @@ def assemble(path: str | os.PathLike[str], given: Mapping[str, Any]) -> Parts:
     if not options.read_only:
         signals.drain_on_sigterm()
         after.update_mirror()  # an earlier process may have left steps to copy
+        if not paths.is_local(directory):
+            saver.look_ahead()
     return Parts(
         options=options, directory=directory, catalog=catalog, history=history, journal=journal, job=job,
         shared=shared, writer=writer, pending=pending, aftermath=after, restorer=restorer, saver=saver,

@@ -62,7 +62,7 @@ class FaultyDirectory:
 
 
 def _pass_on(name):
-    return lambda self, *args: getattr(self._real, name)(*args)
+    return lambda self, *args, **given: getattr(self._real, name)(*args, **given)
 
 
 for _name in {*vars(Directory)} - {*vars(object)}:

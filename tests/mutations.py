@@ -104,7 +104,7 @@ MUTATIONS = [
     ),
     Mutation(
         "1b", "leftovers of an interrupted save stay",
-        "run/catalog.py", "            elif why not in STAYS:\n", "            elif False:\n",
+        "run/catalog.py", "if why not in (SET_BACK, *STAYS)", "if False",
         "tests/run/test_local.py",
     ),
     Mutation(
@@ -377,8 +377,7 @@ MUTATIONS = [
     ),
     Mutation(
         "11b", "in a bucket any object that is named as the marker is one",
-        "run/bucket.py", "if marker is None or (marker and not marker.startswith(recognize.MARKED)):",
-        "if marker is None:",
+        "run/bucket.py", "if marker and not marker.startswith(recognize.MARKED):", "if False:",
         "tests/run/test_strangers.py::test_strangers_in_a_bucket_are_not_there_for_us_and_stay",
     ),
     Mutation(
@@ -442,7 +441,8 @@ MUTATIONS = [
     ),
     Mutation(
         "11d", "policies go by what was set aside",
-        "saving/saver.py", "        self._last = None\n        self._shared.newest", "        self._shared.newest",
+        "saving/saver.py",
+        "        self._last, self._is_empty = None, False\n        self._shared", "        self._shared",
         "tests/run/test_rewind.py::test_policies_go_by_the_branch_that_is_live",
     ),
     Mutation(

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from etils import epath
 
+from ckptmgr.format import paths
 from ckptmgr.format.paths import is_local, open_to_write, refuse_exhausted
 
 Result = TypeVar("Result")
@@ -21,11 +22,11 @@ _MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os
 def write(path: epath.Path, data: bytes, *, durable: bool = True) -> None:
     """Writes a file. On a local disk its content is durable when this returns; its name only after `sync`.
 
-    Raises OSError if the path is a symlink. With `durable=False` the content, too, waits for `sync`: to flush many
-    files together takes a disk less time.
+    Raises OSError if the path is a symlink, or if in a bucket another process has written it. With `durable=False`
+    the content, too, waits for `sync`: to flush many files together takes a disk less time.
     """
     if not is_local(path):
-        path.write_bytes(data)
+        paths.create_bytes(path, data)
         return
     with open(path, "wb", opener=open_to_write) as file:
         file.write(data)
@@ -64,6 +65,8 @@ def sync(places: Iterable[epath.Path]) -> None:
 
 def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
     """Every directory below and including `directory`, and the size of every file by relative name."""
+    if not is_local(directory):
+        return [directory], paths.sizes_below(directory)
     folders, sizes = [directory], {}
     for folder in folders:  # grows while it is walked
         place = "" if folder == directory else f"{folder.relative_to(directory).as_posix()}/"

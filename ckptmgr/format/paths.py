@@ -14,6 +14,8 @@ from etils.epath import backend
 from ckptmgr.errors import CheckpointError
 
 _NEEDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+_ONE_READ = {"s3": {"max_concurrency": 1}}
+"""What the client is told so that it does not ask for the size first."""
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 """Errors that mean that there is no such file; after any other error there may be one."""
@@ -68,11 +70,49 @@ def _regular(descriptor: int, path: str | os.PathLike[str]) -> int:
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The content of a small file; in a bucket that is one request."""
     if not is_local(path):
-        return bytes(backend.fsspec_backend.fs(str(path)).cat_file(str(path)))
+        more = _ONE_READ.get(str(path).partition("://")[0], {})
+        return bytes(backend.fsspec_backend.fs(str(path)).cat_file(str(path), **more))
     with open_to_read(path) as file:
         if (found := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
             raise OSError(f"{path} has {found} bytes, too many for such a file")
         return file.read()
+
+
+def create_bytes(path: epath.Path, data: bytes) -> None:
+    """Writes a new object in a bucket, in one request; raises FileExistsError if another has written it meanwhile.
+
+    A store that knows no condition for a write gets it without one.
+    """
+    client = backend.fsspec_backend.fs(str(path))
+    try:
+        client.pipe_file(str(path), data, mode="create")
+    except OSError as problem:
+        if problem.errno == errno.ENOSYS:  # "NotImplemented" of a server that is S3 in part
+            client.pipe_file(str(path), data)
+        elif not is_refused(problem):
+            raise
+        elif read_bytes(path) != data:  # else the client has sent it twice, because an answer was lost
+            raise FileExistsError(f"{path} was written by another process meanwhile") from problem
+
+
+def is_refused(problem: OSError) -> bool:
+    """Whether a server refused to write over an object; s3fs makes such an error only if the server says much."""
+    said = getattr(problem.__cause__, "response", {}).get("Error", {}).get("Code")
+    return isinstance(problem, FileExistsError) or said in ("PreconditionFailed", "ConditionalRequestConflict")
+
+
+def sizes_below(directory: epath.Path) -> dict[str, int]:
+    """The size of every object below a folder in a bucket, by its relative name; from one listing."""
+    client = backend.fsspec_backend.fs(str(directory))
+    client.invalidate_cache()
+    start = f"{client._strip_protocol(str(directory))}/"
+    found = client.find(start.rstrip("/"), detail=True)
+    client.invalidate_cache()  # which remembers what it found
+    return {
+        name.removeprefix(start): int(facts["size"])
+        for name, facts in found.items()
+        if name.startswith(start) and not name.endswith("/")
+    }
 
 
 def size(path: epath.Path) -> int:

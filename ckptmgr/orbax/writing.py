@@ -212,5 +212,6 @@ def _describe(directory: epath.Path, plan: Plan) -> None:
     """Writes Orbax's own files about the arrays of an item. They are flushed with all others of the step."""
     for name, data in item_files.files(plan).items():
         path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if paths.is_local(path):  # a bucket has no folders; the client would ask whether the bucket is there
+            path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, data, durable=False)

@@ -2,38 +2,62 @@
 
     <directory>/<step>/commit_success.txt      the last file of a step: without it the step is not there
     <directory>/<step>/PINNED                  retention leaves it alone
+    <directory>/.ckptmgr/lock                  the claim of the process that writes (`claim`)
     <directory>/.ckptmgr/saving/<step>         a note: the step is being written under its own name
     <directory>/.ckptmgr/deleting/<step>       a note: the step is being deleted
     <directory>/.ckptmgr/damaged/<step>-*/     a damaged checkpoint whose step was saved again
     <directory>/.ckptmgr/abandoned/<branch>/   what a rewind has set aside: copied, then removed
     <directory>/.ckptmgr/rewinding             the moves that a rewind has not made yet
 
-Every look is one request or more. So what would take a request for each step is not looked up.
+Every request takes time. So `look` lists the whole run, with one request for each 1,000 small files. The other
+questions are answered from what it saw: which steps there are, their pins, and the sizes and identities of their
+files. What must be read of a file is read once for each identity.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 from etils import epath
-from etils.epath import backend
 
 from ckptmgr.format import manifest as manifests
-from ckptmgr.format import names, paths
-from ckptmgr.format.names import COMMITTED, DAMAGED, DELETING, PIN, REWINDING, SAVING
+from ckptmgr.format import names
+from ckptmgr.format.names import COMMITTED, DAMAGED, DELETING, OURS, PIN, REWINDING, SAVING
 from ckptmgr.run import directory as directories
-from ckptmgr.run import recognize
+from ckptmgr.run import objects, recognize
 from ckptmgr.run.branches import Move
 from ckptmgr.run.directory import Leftover
+from ckptmgr.run.manifest_cache import Stamp
+from ckptmgr.run.objects import Found
 
 _log = logging.getLogger("ckptmgr")
 _DAY_S = 86_400.0
+_DATA = "/d/"
+"""The folder of the data files of a database. There may be thousands of them, and no question is about them."""
+
+
+class _Entry(NamedTuple):
+    """An entry of the run, as the last look saw it."""
+
+    own: Found | None = None
+    """The object that has this name itself."""
+    files: Mapping[str, Found] = MappingProxyType({})
+    """The objects below, by their names in the entry; but for data files."""
+    data: frozenset[str] = frozenset()
+    """The folders with data files."""
+
+    @property
+    def is_taken(self) -> bool:
+        return bool(self.own or self.files or self.data)
 
 
 class BucketDirectory:
@@ -43,6 +67,19 @@ class BucketDirectory:
 
     def __init__(self, path: epath.Path) -> None:
         self.path = path
+        self._objects = objects.open_objects(path)
+        self._run = objects.key_of(path)
+        self._seen: Mapping[str, _Entry] = {}
+        self._has_seen_all = False
+        self._stale: set[str] = set()
+        """Entries that this process has changed since the last look."""
+        self._seeing = threading.Lock()
+        self._recognized: dict[str, tuple[tuple[Found | None, ...], bool]] = {}
+        """Whether an entry is a step, as long as its marker and its metadata are these."""
+        self._begun: set[str] = set()
+        """Steps that are being written here."""
+        self._overtaken: set[str] = set()
+        """Steps that a process has begun which may still be alive, and has no right to write any more."""
 
     def prepare(self) -> None:
         """Does nothing: a bucket has no directories, and only a write shows whether it can be written to."""
@@ -52,61 +89,143 @@ class BucketDirectory:
 
     # ------------------------------------------------------------ looking
 
+    def look(self, *only: str) -> None:
+        self._see({name: self._look_at(name) for name in only} if only else self._look_at_all(), only)
+
+    def _see(self, found: Mapping[str, _Entry], only: Collection[str]) -> None:
+        with self._seeing:
+            self._seen = {**self._seen, **found} if only else found
+            self._has_seen_all |= not only
+            self._stale = self._stale.difference(only) if only else set()
+
+    def _look_at_all(self) -> dict[str, _Entry]:
+        return _entries(self._objects.list(self._key(""), _DATA), self._key(""))
+
+    def _look_at(self, name: str) -> _Entry:
+        """One entry: one request if nothing has this name, else two."""
+        key = self._key(name)
+        around = self._objects.list(key, "/")
+        below = self._look_below(name) if f"{key}/" in around.rolled_up else _Entry()
+        return below._replace(own=around.objects.get(key))
+
+    def _look_below(self, name: str) -> _Entry:
+        found = self._objects.list(self._key(f"{name}/"), _DATA)
+        return _entries(found, self._key("")).get(name, _Entry())
+
+    def _entry(self, name: str) -> _Entry:
+        """An entry as it was last seen; one that was not, or has been changed here, is looked at."""
+        if name in self._stale or not (name in self._seen or self._has_seen_all):
+            self.look(name)
+        return self._seen.get(name, _Entry())
+
+    def _has_changed(self, name: str) -> None:
+        with self._seeing:
+            self._stale = {*self._stale, name}
+
     def entries(self) -> Mapping[str, bool]:
-        """Every name may be a folder: finding out would take a request for each."""
-        return dict.fromkeys(self._children(self.path), True)
+        """Every name may be a folder: an object may have the same name, too."""
+        self.look()
+        return dict.fromkeys(sorted(self._seen), True)
 
     def find_steps(self, entries: Iterable[str]) -> list[str]:
-        return list(filter(self._is_step, entries))
+        marked = {name: entry for name in entries if COMMITTED in (entry := self._entry(name)).files}
+        signs = {
+            name: (entry.files[COMMITTED], entry.files.get(names.STEP_METADATA)) for name, entry in marked.items()
+        }
+        known = self._recognized
+        new = [name for name, sign in signs.items() if name not in known or known[name][0] != sign]
+        for name, is_step in self._recognize(new).items():
+            known[name] = signs[name], is_step
+        return [name for name, sign in signs.items() if known.get(name) == (sign, True)]
 
-    def _is_step(self, name: str) -> bool:
-        """Whether a folder has Orbax's marker and is not a copy of a step of ours, which have plain numbers."""
-        marker = self._read(f"{name}/{COMMITTED}")
-        if marker is None or (marker and not marker.startswith(recognize.MARKED)):
-            return False
-        is_own = recognize.marked_step(marker) in (None, recognize.own_number(name))
-        if is_own and names.STEP.fullmatch(name):
-            return True
-        is_signed = self._is_signed(name)
-        return is_own if is_signed is None else not is_signed
+    def _recognize(self, entries: Sequence[str]) -> dict[str, bool]:
+        """Whether each of these is a step: it has Orbax's marker, and is not a copy of a step of ours.
 
-    def _is_signed(self, name: str) -> bool | None:
-        """Whether ckptmgr wrote this step; None if that is not known."""
-        metadata = self._read(f"{name}/{names.STEP_METADATA}")
-        return None if metadata is None else recognize.is_signature(metadata)
+        Our steps have plain numbers. An entry whose marker was deleted meanwhile is left out.
+        """
+        markers = self._read_markers(entries)
+        found = {name: _is_step_by(name, marker) for name, marker in markers.items()}
+        unclear = [name for name, is_step in found.items() if is_step is None]
+        for name, is_signed in self._are_signed(unclear).items():
+            found[name] = _is_own(name, markers[name]) if is_signed is None else not is_signed
+        return {name: bool(is_step) for name, is_step in found.items()}
+
+    def _read_markers(self, entries: Sequence[str]) -> dict[str, bytes]:
+        """What the markers hold. That of an own step holds its path, which its checksum in the listing shows."""
+        found = dict[str, bytes]()
+        for name in entries:
+            marker = self._entry(name).files.get(COMMITTED)
+            likely = recognize.MARKED + str(self.path / name).encode()
+            if marker is not None and marker.size == 0:
+                found[name] = b""
+            elif marker is not None and marker.md5 == hashlib.md5(likely, usedforsecurity=False).hexdigest():
+                found[name] = likely
+        return found | self._read({name: f"{name}/{COMMITTED}" for name in entries if name not in found})
+
+    def _are_signed(self, entries: Sequence[str]) -> dict[str, bool | None]:
+        """Whether ckptmgr wrote each of these steps; None where that is not known."""
+        metadata = self._read(
+            {
+                name: f"{name}/{names.STEP_METADATA}"
+                for name in entries
+                if names.STEP_METADATA in self._entry(name).files
+            }
+        )
+        return {name: recognize.is_signature(metadata[name]) if name in metadata else None for name in entries}
 
     def is_somebodys(self, name: str) -> bool:
         """An interrupted save is not: a note of ckptmgr is there. (Version 1 wrote no notes.)"""
-        if self._is_step(name) or self._note(SAVING, name).exists() or not self._is_taken(name):
+        entry = self._entry(name)
+        if not entry.is_taken or self.find_steps([name]) or self._has_note(SAVING, name):
             return False
-        if not self._is_signed(name):
+        if not self._are_signed([name])[name]:
             return True
-        return self._read(f"{name}/{COMMITTED}") is not None  # a copy of another step
-
-    def _is_taken(self, name: str) -> bool:
-        """Whether there is an object with this name, or below it."""
-        own, found = self._list(self.path / name)
-        return any(
-            each["name"].rstrip("/") != own or (each["name"] == own and each["type"] == "file") for each in found
-        )
+        return COMMITTED in entry.files  # a copy of another step
 
     def closed(self) -> list[int]:
         return []
 
     def inside(self, folder: str) -> list[str]:
-        return self._children(self.path / folder)
+        files, data = self._below(folder)
+        return sorted({name.partition("/")[0] for name in (*files, *data)})
 
-    def stamp(self, name: str) -> None:
-        return None
+    def _below(self, place: str) -> tuple[dict[str, Found], set[str]]:
+        """The files below a place, and its folders with data files, by their names in the place."""
+        name, _, rest = place.partition("/")
+        entry, start = self._entry(name), f"{rest}/" if rest else ""
+        files = {file.removeprefix(start): found for file, found in entry.files.items() if file.startswith(start)}
+        return files, {folder.removeprefix(start) for folder in entry.data if folder.startswith(start)}
+
+    def stamp(self, name: str) -> Stamp:
+        files = self._entry(name).files
+        found = next((files[file] for file in (manifests.NAME, names.STEP_METADATA) if file in files), None)
+        if found is None:
+            return None
+        digest = hashlib.sha256(found.identity.encode()).digest()
+        return found.size, int.from_bytes(digest[:8])
 
     def identity(self, name: str) -> None:
         return None
 
+    def is_pinned(self, name: str) -> bool:
+        return PIN in self._entry(name).files
+
     def mark(self, place: str) -> str:
         return directories.mark_of_description(self.path / place) or "0" * 8
 
-    def missing_file(self, manifest: manifests.Manifest, place: str) -> None:
+    def missing_file(self, manifest: manifests.Manifest, place: str) -> str | None:
+        """Data files are not looked at, but for their folder: to list them may take many requests."""
+        files, data = self._below(place)
+        for name, meant in manifest.files.items():
+            folder, is_data, _ = f"/{name}".partition(_DATA)
+            if name not in files and not (is_data and f"{folder}{_DATA}"[1:] in data):
+                return f"{name} is missing"
+            if name in files and files[name].size != meant.size:
+                return f"{name} has {files[name].size} bytes instead of {meant.size}"
         return None
+
+    def read_ahead(self, files: Iterable[str]) -> dict[str, bytes]:
+        return self._read({place: place for place in files})
 
     # ------------------------------------------------------------ a step that is written here
 
@@ -115,46 +234,83 @@ class BucketDirectory:
 
     def begin(self, name: str) -> epath.Path:
         self._write_note(SAVING, name)
+        self._begun.add(name)
+        self._has_changed(name)
         return self.path / name
 
     def publish(self, name: str) -> None:
         """Removes the note: the marker has made the draft a step."""
-        self._note(SAVING, name).unlink(missing_ok=True)
+        self._objects.delete([self._key(f"{SAVING}/{name}")])
+        self._begun.discard(name)
+        self._see({name: self._look_below(name)}, [name])
 
     def discard(self, name: str) -> None:
-        if self._note(SAVING, name).exists() and not self._is_step(name):
+        is_begun = name in self._begun
+        if is_begun:
+            self.look(name)  # it may have become a step just before the save failed
+        self._begun.discard(name)
+        is_draft = is_begun or (self._entry(name).is_taken and self._has_note(SAVING, name))
+        if is_draft and not self.find_steps([name]):
             self.remove(self.path / name)
 
     def pin(self, folder: epath.Path) -> None:
         (folder / PIN).write_bytes(b"")
+        self._has_changed(folder.name)
 
     def unpin(self, folder: epath.Path) -> None:
-        (folder / PIN).unlink(missing_ok=True)
+        self._objects.delete([self._key(f"{folder.name}/{PIN}")])
+        self._has_changed(folder.name)
 
     # ------------------------------------------------------------ a step that leaves the listing
 
     def hide(self, name: str) -> epath.Path:
         self._write_note(DELETING, name)
-        (self.path / name / COMMITTED).unlink()
+        self._objects.delete([self._key(f"{name}/{COMMITTED}")])
+        self._has_changed(name)
         return self.path / name
 
-    def remove(self, leftover: epath.Path) -> None:
-        """Removes what is in no listing, then the notes about it."""
-        if directories.remove(leftover) and leftover.parent == self.path:
-            for folder in (SAVING, DELETING):
-                self._note(folder, leftover.name).unlink(missing_ok=True)
+    def remove(self, *leftovers: epath.Path) -> None:
+        """Removes what is in no listing, then the notes about it; in few requests."""
+        ours = [each.name for each in leftovers if each.parent == self.path]
+        notes = [f"{folder}/{name}" for folder in (SAVING, DELETING) for name in ours]
+        stay = {f"{SAVING}/{name}" for name in self._overtaken}
+        try:
+            for each in leftovers:
+                self._remove_all(each)
+            self._objects.delete([self._key(note) for note in notes if note not in stay])
+            self._has_changed(OURS)
+        except Exception as problem:  # of a client
+            said = ", ".join(map(str, leftovers))
+            _log.warning("%s could not be removed; the next start tries again: %s", said, problem)
+
+    def _remove_all(self, place: epath.Path) -> None:
+        """Deletes every object below a place; one that is named like a folder is no other's."""
+        within = self._within(place)
+        self._objects.delete(list(self._objects.list(self._key(f"{within}/"), "").objects))
+        self._has_changed(within.partition("/")[0])
 
     def set_aside(self, name: str) -> epath.Path:
         aside = self.path / DAMAGED / f"{recognize.own_number(name)}-{time.time_ns()}"
-        copy(self.path / name, aside)
+        self._copy(self.path / name, aside)
         self._remove_all(self.path / name)
         return aside
 
-    def leftovers(self) -> list[Leftover]:
-        """A save that another process may still be writing is not among them: a bucket has no lock."""
-        saved = [name for name in self._notes_of_no_step(SAVING) if self._is_nobodys(name)]
+    def _copy(self, source: epath.Path, target: epath.Path) -> None:
+        self._look_anew()
+        copy(source, target)
+        self._look_anew()
+        self._has_changed(self._within(target).partition("/")[0])
+
+    def leftovers(self, *, is_alone: bool = False) -> list[Leftover]:
+        """A save that another process may still be writing is not among them, unless this one is alone."""
+        saved = self._notes_of_no_step(SAVING)
+        others = {name for name in saved if not self._is_nobodys(name)}
+        if is_alone:
+            self._overtaken = others
+        found = [
+            (self.path / name, directories.INTERRUPTED_SAVE) for name in saved if is_alone or name not in others
+        ]
         deleted = self._notes_of_no_step(DELETING)
-        found = [(self.path / name, directories.INTERRUPTED_SAVE) for name in saved]
         found += [(self.path / name, directories.INTERRUPTED_DELETION) for name in deleted]
         return found + [(self.path / DAMAGED / name, directories.KEPT) for name in self.inside(DAMAGED)]
 
@@ -165,12 +321,12 @@ class BucketDirectory:
 
     def write_plan(self, plan: bytes) -> None:
         (self.path / REWINDING).write_bytes(plan)
+        self._has_changed(OURS)
 
     def read_plan(self) -> bytes | None:
-        try:
-            return paths.read_bytes(self.path / REWINDING)
-        except FileNotFoundError:
+        if REWINDING.partition("/")[2] not in self._entry(OURS).files:
             return None
+        return self._read({REWINDING: REWINDING}).get(REWINDING)
 
     def move(self, ahead: Sequence[Move]) -> None:
         """Copies, then removes. Only the first of the moves ahead may have been begun."""
@@ -183,30 +339,26 @@ class BucketDirectory:
             _log.error("%s is not moved: %s is taken by another checkpoint", source, target)
             return
         if (source / COMMITTED).exists():
-            copy(source, target)
+            self._copy(source, target)
             (source / COMMITTED).unlink()
-        if self._children(source):
-            self._remove_all(source)
+        self._remove_all(source)
 
     def has_moved(self, rest: bytes) -> None:
         self.write_plan(rest)
 
     def end_plan(self) -> None:
         (self.path / REWINDING).unlink()
-
-    def _remove_all(self, folder: epath.Path) -> None:
-        client = _client(self.path)
-        client.rm(client._strip_protocol(str(folder)), recursive=True)
+        self._has_changed(OURS)
 
     # ------------------------------------------------------------ notes
 
-    def _note(self, folder: str, name: str) -> epath.Path:
-        self._look_anew()
-        return self.path / folder / name
-
     def _write_note(self, folder: str, name: str) -> None:
         said = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        self._note(folder, name).write_bytes(json.dumps(said).encode())
+        (self.path / folder / name).write_bytes(json.dumps(said).encode())
+        self._has_changed(OURS)
+
+    def _has_note(self, folder: str, name: str) -> bool:
+        return name in self.inside(folder)
 
     def _notes_of_no_step(self, folder: str) -> list[str]:
         """The notes without a step. A note may be left although its step is committed."""
@@ -217,7 +369,7 @@ class BucketDirectory:
     def _is_nobodys(self, name: str) -> bool:
         """Whether the process that began a save is gone. A save of another machine counts as gone after a day."""
         try:
-            said = json.loads(self._note(SAVING, name).read_bytes())
+            said = json.loads(self._read({name: f"{SAVING}/{name}"}).get(name, b""))
             if said["host"] != socket.gethostname():
                 return time.time() - float(said["time"]) > _DAY_S
             os.kill(int(said["pid"]), 0)
@@ -229,45 +381,60 @@ class BucketDirectory:
 
     # ------------------------------------------------------------ requests
 
-    def _read(self, place: str) -> bytes | None:
-        """An object, in one request; None if there is none with exactly this name."""
-        self._look_anew()
-        try:
-            return paths.read_bytes(self.path / place)
-        except FileNotFoundError:
-            return None
+    def _within(self, path: epath.Path) -> str:
+        """A path in the run, from the directory of the run."""
+        return str(path).removeprefix(f"{self.path}/")
 
-    def _children(self, directory: epath.Path) -> list[str]:
-        """The names in a directory.
+    def _key(self, place: str) -> str:
+        """The key of an object in the run."""
+        return f"{self._run}/{place}" if self._run else place
 
-        Some clients list the directory itself too. It may have the same name as an entry; the paths differ.
-        """
-        own, found = self._list(directory)
-        listed = (each["name"].rstrip("/") for each in found)
-        return sorted(path.rpartition("/")[2] for path in listed if path != own)
-
-    def _list(self, directory: epath.Path) -> tuple[str, list[dict[str, Any]]]:
-        """The path of a directory as its client writes it, and what the client lists there."""
-        self._look_anew()
-        client = _client(self.path)
-        own = client._strip_protocol(str(directory))
-        try:
-            return own, client.ls(own, detail=True)
-        except FileNotFoundError:
-            return own, []
+    def _read(self, wanted: Mapping[str, str]) -> dict[str, bytes]:
+        """By name what the objects in these places hold; those that are not there are left out."""
+        found = self._objects.read([self._key(place) for place in wanted.values()])
+        read = {name: found.get(self._key(place)) for name, place in wanted.items()}
+        return {name: data for name, data in read.items() if data is not None}
 
     def _look_anew(self) -> None:
         """Makes the client forget its listings: others write there too."""
-        _client(self.path).invalidate_cache()
+        objects.client_of(self.path).invalidate_cache()
 
 
 def copy(source: epath.Path, target: epath.Path) -> None:
     """Copies a checkpoint on the server; the file that makes it a step comes last."""
-    client = _client(source)
+    client = objects.client_of(source)
     start = client._strip_protocol(str(source))
     for name in sorted(client.find(start), key=lambda name: name.endswith(f"/{COMMITTED}")):
         client.cp_file(name, f"{target}{name.removeprefix(start)}")
 
 
-def _client(path: epath.Path) -> Any:
-    return backend.fsspec_backend.fs(str(path))
+def _entries(listing: objects.Listing, start: str) -> dict[str, _Entry]:
+    """The entries of a run, from a listing of it; `start` is the part of each key that leads to the run."""
+    own, files, data = dict[str, Found](), dict[str, dict[str, Found]](), dict[str, set[str]]()
+    for key, found in listing.objects.items():
+        name, is_below, rest = key.removeprefix(start).partition("/")
+        if not is_below:
+            own[name] = found
+        elif not key.endswith("/"):  # else it only stands for a folder, as the consoles of the clouds make them
+            files.setdefault(name, {})[rest] = found
+        else:
+            files.setdefault(name, {})
+    for folder in listing.rolled_up:
+        name, _, rest = folder.removeprefix(start).partition("/")
+        data.setdefault(name, set()).add(rest)
+    return {
+        name: _Entry(own.get(name), files.get(name, {}), frozenset(data.get(name, ())))
+        for name in {*own, *files, *data}
+    }
+
+
+def _is_step_by(name: str, marker: bytes) -> bool | None:
+    """Whether a marker makes an entry a step; None if its metadata must be read, too."""
+    if marker and not marker.startswith(recognize.MARKED):
+        return False
+    return True if _is_own(name, marker) and names.STEP.fullmatch(name) else None
+
+
+def _is_own(name: str, marker: bytes) -> bool:
+    """Whether a marker names the step that it is in, or none."""
+    return recognize.marked_step(marker) in (None, recognize.own_number(name))

@@ -16,7 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
 
-from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, SaveError
+from ckptmgr.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    NewerFormatError,
+    SaveError,
+)
 from ckptmgr.format import manifest as manifests
 from ckptmgr.format import names, paths
 from ckptmgr.format.names import STEP
@@ -52,6 +58,7 @@ class Catalog:
         self._mover = Mover(storage)
         self._manifests = ManifestCache()
         self._names: Mapping[int, str] = {}
+        self._numbers: frozenset[int] = frozenset()
         self._damaged: dict[int, Stamp] = {}
 
     def prepare(self) -> None:
@@ -66,6 +73,7 @@ class Catalog:
         Raises CheckpointNotFoundError if there is none, but checkpoints that must be opened otherwise.
         """
         entries = self._storage.entries()
+        self._numbers = frozenset(map(int, filter(STEP.fullmatch, entries)))
         plain = [int(name) for name in self._storage.find_steps(filter(STEP.fullmatch, entries))]
         self._names = {} if plain else self._named(entries)
         self._manifests.keep_only(plain or self._names)
@@ -88,7 +96,17 @@ class Catalog:
 
     def holds(self, step: int) -> bool:
         """Whether a step is committed under its plain number; the directory is not listed."""
+        self._storage.look(str(step))
         return bool(self._storage.find_steps([str(step)]))
+
+    def is_listed(self, step: int) -> bool:
+        """Whether a step is committed, as the last look saw it; on a disk, now."""
+        return bool(self._storage.find_steps([self._name(step)]))
+
+    def look(self, *only: int) -> None:
+        """Sees what is in the run now, or only in these steps: in a bucket `is_listed`, `is_pinned` and `stamp`
+        answer from it."""
+        self._storage.look(*map(self._name, only))
 
     def has(self, step: int) -> bool:
         """Whether a step is committed."""
@@ -104,9 +122,9 @@ class Catalog:
             )
         return self.path(step)
 
-    def taken(self) -> set[int]:
-        """The numbers that are names in the directory, of steps or of anything else."""
-        return {int(name) for name in self._storage.entries() if STEP.fullmatch(name)}
+    def taken(self) -> frozenset[int]:
+        """The numbers that are names in the directory, of steps or of anything else, as last listed."""
+        return self._numbers
 
     def strangers(self) -> list[str]:
         """The names of what is neither a step nor ours."""
@@ -122,6 +140,7 @@ class Catalog:
     def check_free(self, step: int) -> None:
         """Raises SaveError if a save would mix names of two forms, or replace what is not a checkpoint."""
         self.check_names(step)
+        self._storage.look(str(step))
         if self.can_replace and step not in self.damaged and self.holds(step):
             with contextlib.suppress(CorruptCheckpointError):
                 self.manifest(step)  # raises NewerFormatError: what a later ckptmgr wrote is not replaced
@@ -176,6 +195,20 @@ class Catalog:
         read, text = _read_manifest(step, self.require(step), self._manifests.items)
         return self._manifests.put(step, stamp, read, text)
 
+    def read_ahead(self, steps: Iterable[int]) -> None:
+        """Reads the manifests of listed steps that are not known yet, in a bucket all at the same time."""
+        stamps = {step: self.stamp(step) for step in steps}
+        wanted = {
+            f"{self._name(step)}/{manifests.NAME}": step
+            for step, seen in stamps.items()
+            if seen is not None and self._manifests.get(step, seen) is None
+        }
+        for file, data in self._storage.read_ahead(wanted).items():
+            step = wanted[file]
+            with contextlib.suppress(CorruptCheckpointError, NewerFormatError):  # `manifest` raises it again
+                read = manifests.decode(data, step=step, path=manifests.NAME, known=self._manifests.items)
+                self._manifests.put(step, stamps[step], read, manifests.items_text(data))
+
     def remember(self, manifest: manifests.Manifest, data: bytes) -> manifests.Manifest:
         """The manifest of a step that was just published, and what its file holds: it need not be read."""
         return self._manifests.put(manifest.step, self.stamp(manifest.step), manifest, manifests.items_text(data))
@@ -223,7 +256,7 @@ class Catalog:
 
     def is_pinned(self, step: int) -> bool:
         """Also True if that cannot be found out now: then the step must not be deleted."""
-        return paths.may_exist(self.path(step) / names.PIN)
+        return self._storage.is_pinned(self._name(step))
 
     def pin(self, step: int) -> None:
         folder = self.require(step)
@@ -278,15 +311,20 @@ class Catalog:
     def delete(self, step: int) -> None:
         """Takes a step out of the listing in one move, then removes its files."""
         self.require(step)
+        self.remove(self.hide(step))
+
+    def hide(self, step: int) -> epath.Path:
+        """Takes a step out of the listing in one move; returns the folder that is then to be removed."""
         self.forget(step)
         with _refusing(step, "deleted"):
             hidden = self._storage.hide(self._name(step))
         _log.info("step %d deleted", step)
-        self.remove(hidden)
+        return hidden
 
-    def remove(self, leftover: epath.Path) -> None:
+    def remove(self, *leftovers: epath.Path) -> None:
         """Removes what is in no listing. If that fails, the next start tries again."""
-        self._storage.remove(leftover)
+        if leftovers:
+            self._storage.remove(*leftovers)
 
     def set_aside(self, step: int) -> epath.Path:
         """Takes a damaged step out of the listing, and keeps its files."""
@@ -298,6 +336,7 @@ class Catalog:
 
     def branches(self) -> list[branching.Branch]:
         """What rewinds have set aside, the oldest first."""
+        self._storage.look(names.OURS)
         return self._mover.branches()
 
     def plan_rewind(self, step: int) -> branching.Plan | None:
@@ -326,23 +365,32 @@ class Catalog:
 
     # ------------------------------------------------------------ what was interrupted
 
-    def tidy(self) -> None:
-        """Finishes what an earlier process began; removes its unfinished saves and deletions."""
+    def tidy(self, *, is_alone: bool = False) -> None:
+        """Finishes what an earlier process began; removes its unfinished saves and deletions.
+
+        `is_alone`: no other process may write into the run.
+        """
         self._storage.upgrade()
+        self._storage.look()
         try:
             self.finish_rewind()
         except Exception as problem:  # of a disk or of a client; the run can be used all the same
             _log.error("a rewind of %s was interrupted, and cannot be finished now: %s", self.directory, problem)
-        for entry, why in self.leftovers():
+        found = self._leftovers(is_alone=is_alone)
+        for entry, why in found:
             if why == SET_BACK:
                 self._storage.set_back(entry)
-            elif why not in STAYS:
-                self.remove(entry)
+        self.remove(*(entry for entry, why in found if why not in (SET_BACK, *STAYS)))
 
     def leftovers(self) -> list[Leftover]:
         """What is not a step, and why it is there. `tidy` keeps what is damaged or was set aside."""
-        places = [branch.place(step) for branch in self.branches() for step in sorted(branch.steps)]
-        return self._storage.leftovers() + [(self.directory / place, BRANCH) for place in places]
+        self._storage.look()
+        return self._leftovers()
+
+    def _leftovers(self, *, is_alone: bool = False) -> list[Leftover]:
+        places = [branch.place(step) for branch in self._mover.branches() for step in sorted(branch.steps)]
+        found = self._storage.leftovers(is_alone=is_alone)
+        return found + [(self.directory / place, BRANCH) for place in places]
 
 
 def _has_steps(path: epath.Path) -> bool:

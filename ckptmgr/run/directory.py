@@ -43,6 +43,13 @@ class Directory(Protocol):
 
     # ------------------------------------------------------------ looking
 
+    def look(self, *only: str) -> None:
+        """Sees what is in the run now, or only in these entries.
+
+        In a bucket that is a request, and the questions below are answered from what was seen. On a disk each of
+        them looks itself.
+        """
+
     def entries(self) -> Mapping[str, bool]:
         """The names in the directory, and whether each may be a folder; empty if there is no directory."""
 
@@ -64,11 +71,17 @@ class Directory(Protocol):
     def identity(self, name: str) -> tuple[int, int] | None:
         """Tells the folder of a step from a later one of the same name; None if it is gone or not known."""
 
+    def is_pinned(self, name: str) -> bool:
+        """Also True if that cannot be found out now: then the step must not be deleted."""
+
+    def read_ahead(self, files: Iterable[str]) -> Mapping[str, bytes]:
+        """What these files hold, all read at the same time; empty where that takes no less time."""
+
     def mark(self, place: str) -> str:
         """Eight hexadecimal digits that tell the checkpoint in a place from all others."""
 
     def missing_file(self, manifest: manifests.Manifest, place: str) -> str | None:
-        """Which file is missing or has not its recorded size; None if none, or if the look costs too much."""
+        """Which file is missing or has not its recorded size; None if none, as far as it is known."""
 
     # ------------------------------------------------------------ writing and removing
 
@@ -96,7 +109,7 @@ class Directory(Protocol):
     def hide(self, name: str) -> epath.Path:
         """Takes a step out of the listing in one move; returns the folder that is then to be removed."""
 
-    def remove(self, leftover: epath.Path) -> None:
+    def remove(self, *leftovers: epath.Path) -> None:
         """Removes what is in no listing. If that fails, the next start tries again."""
 
     def set_aside(self, name: str) -> epath.Path:
@@ -124,8 +137,11 @@ class Directory(Protocol):
     def upgrade(self) -> None:
         """Moves the files of version 1 to their new places, once."""
 
-    def leftovers(self) -> list[Leftover]:
-        """What interrupted processes have left, and damaged steps that were set aside."""
+    def leftovers(self, *, is_alone: bool = False) -> list[Leftover]:
+        """What interrupted processes have left, and damaged steps that were set aside.
+
+        `is_alone`: no other process may write into the run, so each save that is not over was interrupted.
+        """
 
     def set_back(self, replaced: epath.Path) -> None:
         """Makes the old checkpoint the step again, because the new one was not published."""

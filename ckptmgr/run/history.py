@@ -44,6 +44,7 @@ class History:
         return self._look_at(self._catalog.steps())
 
     def _look_at(self, steps: Sequence[int]) -> list[CheckpointInfo]:
+        self._catalog.read_ahead(steps)
         pinned, damaged = {step for step in steps if self._catalog.is_pinned(step)}, self._catalog.damaged
         read = (self._read(step, pinned) for step in steps)
         found = [self._doubt(info, damaged) for info in read if info is not None]
@@ -106,7 +107,7 @@ class History:
         )
 
     def still_holds(self, decision: Decision, step: int) -> bool:
-        """Whether a step may still be deleted.
+        """Whether a step may still be deleted, as the last look at the catalog saw it; on a disk, now.
 
         Another process may have pinned or replaced it meanwhile, or deleted one of the steps to keep.
         """
@@ -114,7 +115,7 @@ class History:
             return False
         if decision.to_delete[step] is None and not self._is_as_old(step, decision.saved_at[step]):
             return False
-        return self._catalog.has(max(decision.kept)) and all(
+        return self._catalog.is_listed(max(decision.kept)) and all(
             self._catalog.stamp(each) == seen and self._catalog.what_is_missing(each) is None
             for each, seen in decision.kept.items()
         )

@@ -60,6 +60,9 @@ class LocalDirectory:
 
     # ------------------------------------------------------------ looking
 
+    def look(self, *only: str) -> None:
+        """Does nothing: every question is asked of the disk itself."""
+
     def entries(self) -> Mapping[str, bool]:
         try:
             with os.scandir(self.path) as entries:
@@ -119,6 +122,12 @@ class LocalDirectory:
         except FileNotFoundError:
             return None
         return found.st_ino, found.st_mtime_ns  # the inode number alone may be used again
+
+    def is_pinned(self, name: str) -> bool:
+        return paths.may_exist(self.path / name / PIN)
+
+    def read_ahead(self, files: Iterable[str]) -> Mapping[str, bytes]:
+        return {}
 
     def mark(self, place: str) -> str:
         path = self.path / place
@@ -183,15 +192,16 @@ class LocalDirectory:
         if (self.path / REPLACED / step).exists():
             directories.remove(self._own.folder(REPLACED) / step)
 
-    def remove(self, leftover: epath.Path) -> None:
-        directories.remove(leftover)
+    def remove(self, *leftovers: epath.Path) -> None:
+        for each in leftovers:
+            directories.remove(each)
 
     def set_aside(self, name: str) -> epath.Path:
         return (self.path / name).rename(
             self._own.folder(DAMAGED) / f"{recognize.own_number(name)}-{time.time_ns()}"
         )
 
-    def leftovers(self) -> list[Leftover]:
+    def leftovers(self, *, is_alone: bool = False) -> list[Leftover]:
         return [
             (self.path / folder / name, self._why(folder, name)) for folder in _WHY for name in self.inside(folder)
         ]

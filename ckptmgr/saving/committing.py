@@ -72,7 +72,7 @@ class Committer:
     def _look(self, step: int, replaces: bool) -> None:
         """Raises if the name of the step is taken. `save` looks only at what this process knows."""
         self._run.check_free(step)
-        if not replaces and step not in self._run.damaged and self._run.holds(step):
+        if not replaces and step not in self._run.damaged and self._run.is_listed(step):
             raise CheckpointExistsError(
                 f"another checkpoint was written to {self._run.path(step)} meanwhile; it is kept", step=step
             )

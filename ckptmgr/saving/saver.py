@@ -19,7 +19,7 @@ from typing import Any
 
 from ckptmgr import policies
 from ckptmgr.clock import Clock
-from ckptmgr.errors import CheckpointExistsError, SaveError
+from ckptmgr.errors import CheckpointError, CheckpointExistsError, SaveError
 from ckptmgr.options import Options
 from ckptmgr.processes import background
 from ckptmgr.processes.job import Call, Job
@@ -59,6 +59,8 @@ class Saver:
         self._composer = items.Composer()
         self._copier = copying.Copier(options)
         self._last: CheckpointInfo | None = None
+        self._is_empty = False
+        """Whether nothing was saved when this manager looked: a declined step does not look again."""
         self.preemption = Preemption()
         self.is_open = writer is not None
 
@@ -83,10 +85,30 @@ class Saver:
 
     # ------------------------------------------------------------ deciding
 
+    def look_ahead(self) -> None:
+        """Looks up what the first call of `save` will ask: in a bucket that call makes no request then."""
+        if self._shared.newest is None:  # in all processes alike
+            known = self._job.decide(Call("the first look at a run"), self._newest_and_taken)
+            self._shared.newest, taken = known or (None, [])
+            self._shared.taken = frozenset(taken)
+        if self._job.leads and not self._needs_no_time():
+            self._last_save()
+
+    def _newest_and_taken(self) -> tuple[int, list[int]] | None:
+        """The newest step, and numbers that are names of something else; None if the run cannot be listed."""
+        try:
+            steps = self._catalog.steps()
+        except CheckpointError:  # `save` raises it
+            return None
+        return max([*steps, self._pending.step or 0]), sorted(self._catalog.taken().difference(steps))
+
+    def _needs_no_time(self) -> bool:
+        return all(isinstance(each, policies.every_steps | policies.at_steps) for each in self._options.save_every)
+
     def should_save(self, step: int) -> bool:
         """Whether a call would save now: by `save_every`, or because the run is to stop."""
-        if all(isinstance(each, policies.every_steps | policies.at_steps) for each in self._options.save_every):
-            due = self._is_due(step, None)  # no time is needed: a declined step makes no request to a bucket
+        if self._needs_no_time():
+            due = self._is_due(step, None)
         else:  # clocks differ
             call = Call("the decision about a save", step)
             due = self._job.decide(call, lambda: self._is_due(step, self._last_save()))
@@ -97,13 +119,15 @@ class Saver:
 
     def _last_save(self) -> policies.Record | None:
         """The last save that this manager accepted, else the newest on disk; its time is on the clock of `now`."""
-        if self._last is None and (newest := self._history.newest()) is not None:
-            self._last = dataclasses.replace(newest, time=self._clock.since(newest.time))
+        if self._last is None and not self._is_empty:
+            newest = self._history.newest()
+            self._is_empty = newest is None
+            self._last = newest and dataclasses.replace(newest, time=self._clock.since(newest.time))
         return self._last
 
     def after_rewind(self) -> None:
         """After a rewind the policies of `save_every` look at the steps that are listed now."""
-        self._last = None
+        self._last, self._is_empty = None, False
         self._shared.newest = None
 
     def _refuse(self, step: int, force: bool, on_exists: str) -> str | None:
@@ -213,7 +237,7 @@ class Saver:
             return dataclasses.replace(info, blocked_s=blocked_s, durable_s=time.perf_counter() - called)
 
         def failed(failure: SaveError) -> None:
-            self._last = None
+            self._last, self._is_empty = None, False
             self._aftermath.record_failure(step, failure)
 
         self._last, before = CheckpointInfo(step=step, time=self._clock.now()), self._last

@@ -1,0 +1,53 @@
+"""The objects of a bucket, on servers on this machine."""
+
+import uuid
+
+import pytest
+from etils import epath
+
+from ckptmgr.run import objects
+
+pytestmark = [
+    pytest.mark.xdist_group("remote"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture(params=["gs", "s3"])
+def folder(request, servers):
+    return epath.Path(f"{request.param}://bucket/{uuid.uuid4().hex}")
+
+
+def test_listed_read_and_deleted_also_over_several_pages(folder):
+    store, start = objects.open_objects(folder), objects.key_of(folder)
+    odd = ["a b", "a[1]", "a*b", "ä", "deep/d/1", "deep/d/2", "deep/er/d/3"]
+    many = 1005 if str(folder).startswith("s3:") else 20  # the server for gs:// knows no pages
+    kept = {f"{start}/{name}": name.encode() for name in (*odd, *map(str, range(many)))}
+    for key, data in kept.items():
+        store.create(key, data)
+    whole = store.list(f"{start}/", "")
+    assert set(whole.objects) == set(kept)
+    assert whole.objects[f"{start}/a b"].size == 3
+    rolled = store.list(f"{start}/", "/d/")
+    assert set(rolled.rolled_up) == {f"{start}/deep/d/", f"{start}/deep/er/d/"}
+    assert len(rolled.objects) == len(kept) - 3
+    assert store.read([*list(kept)[:9], f"{start}/missing"]) == dict(list(kept.items())[:9])
+    store.delete([*kept, f"{start}/missing"])
+    assert not store.list(f"{start}/", "").objects
+
+
+def test_the_identity_of_an_object_is_its_md5(folder):
+    store, key = objects.open_objects(folder), objects.key_of(folder)
+    store.create(key, b"one")
+    assert store.list(key, "").objects[key].md5 == "f97c5d29941bfb1b2fdab0874906ab82"
+
+
+def test_the_server_says_how_old_an_object_is(folder):
+    store, key = objects.open_objects(folder), objects.key_of(folder)
+    assert store.fetch(key) is None
+    store.create(key, b"one")
+    found = store.fetch(key)
+    assert found.data == b"one"
+    assert 0 <= found.age_s < 60
