@@ -49,7 +49,7 @@ ALL = [
 FEW = [
     Emergency("save", "the arrays of step STEP", "stop", 0),
     Emergency("save", "arrays", "stop", 1),
-    Emergency("restore", "the restore from step STEP", "stop", 1),
+    Emergency("restore", "the restore from step STEP", "stop", 0),
     Emergency("broadcast", "sum", "stop", 1),
 ]
 
