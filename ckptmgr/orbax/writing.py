@@ -179,7 +179,7 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         self._written()
-        if jax.process_count() > 1:
+        if paths.is_local(self._step) or jax.process_count() > 1:  # to look for parts in a bucket is a request
             writing.merge(self._step / directory.name)
 
 
