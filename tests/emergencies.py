@@ -14,7 +14,7 @@ import os
 import signal
 import time
 
-CALLS = ("ckptmgr.processes.job:Job.decide", "ckptmgr.processes.job:Job._share")
+CALLS = tuple(f"ckptmgr.processes.job:Job.{name}" for name in ("decide", "collect", "_share"))
 SAVE = {
     "leaves": "ckptmgr.saving.items:Composer.compose",  # the first act
     "copies": "ckptmgr.saving.copying:Copier.copy",
