@@ -17,7 +17,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckptmgr.arrays import writing
+from ckptmgr.arrays import database, writing
 from ckptmgr.arrays.to_host import Plan
 from ckptmgr.format import files, names, paths
 from ckptmgr.format import manifest as manifests
@@ -34,6 +34,7 @@ def write(
     *,
     made: Callable[[], None] = lambda: None,
     written: Callable[[], None] = lambda: None,
+    check: database.Check = lambda: None,
 ) -> None:
     """Writes a step into a directory, which Orbax makes. In a job only process 0 calls this.
 
@@ -44,13 +45,15 @@ def write(
       directory: its name is the number of the step; if it exists, it is removed first.
       made: called once the directories of the items exist.
       written: called once the arrays are written. It may wait for other processes, whose arrays are merged then.
+      check: raises if this process may not write any more; called before what may write over files of another.
     """
     everything = {
         name: ocp.args.StandardSave(item) if isinstance(item, writing.Snapshot) else ocp.args.JsonSave(item)
         for name, item in items.items()
     }
     with concurrent.futures.ThreadPoolExecutor() as threads:  # after a failure the other writers are waited for
-        arrays = _ArraysHandler(compression, made, written, threads)
+        arrays = _ArraysHandler(compression, made, written, check, threads)
+        check()
         with _open(directory.parent, arrays, threads) as manager:
             manager.save(
                 int(directory.name),
@@ -134,11 +137,12 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
         compression: str | None,
         made: Callable[[], None],
         written: Callable[[], None],
+        check: database.Check,
         threads: concurrent.futures.Executor,
     ) -> None:
         super().__init__()
         self._compression = compression
-        self._made, self._written = made, written
+        self._made, self._written, self._check = made, written, check
         self._threads = threads
 
     @classmethod
@@ -151,12 +155,13 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
         return []
 
     def _write(self, directory: epath.Path, snapshot: writing.Snapshot) -> None:
-        writing.write(directory / writing.own_part(), snapshot, self._compression)
+        writing.write(directory / writing.own_part(), snapshot, self._compression, self._check)
         _describe(directory, snapshot.plan)
 
     def finalize(self, directory: epath.Path) -> None:
         self._written()
-        writing.merge(directory)
+        self._check()
+        writing.merge(directory, self._check)
 
 
 class _JsonHandler(ocp.JsonCheckpointHandler):
