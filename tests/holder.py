@@ -6,6 +6,7 @@ It saves step 1, then does what it is told, a line at a time, and says a line ab
 
 import functools
 import importlib
+import socket
 import sys
 
 import trainer
@@ -24,7 +25,7 @@ POINTS = {
 def main():
     run, *machine = sys.argv[1:]
     if machine:
-        owner.machine = lambda: machine[0]
+        owner.machine = socket.gethostname = lambda: machine[0]
     with ckptmgr.CheckpointManager(run) as manager:
         manager.save(1, trainer.state(1)).result()
         say("open")
