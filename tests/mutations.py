@@ -103,9 +103,43 @@ MUTATIONS = [
         "tests/run/test_strangers.py::test_another_process_that_took_a_run_whose_lock_was_removed_is_named",
     ),
     Mutation(
+        "1a", "a second writer in a bucket is let in",
+        "run/claim.py",
+        '            if found is None or self._is_own(found) or self._is_over(found, _now() - seen_at):\n',
+        '            if True:\n',
+        "tests/run/test_claim.py::test_a_second_writer_is_told_who_writes_and_a_reader_needs_no_claim",
+    ),
+    Mutation(
+        "1a", "a claim is not renewed",
+        "run/claim.py",
+        '        while self._lost is None and not over.wait(self._lease_s / _RENEWALS):\n',
+        '        while False:\n',
+        "tests/run/test_claim.py::test_a_claim_is_renewed_as_long_as_its_process_lives",
+    ),
+    Mutation(
+        "1a", "who was stopped beyond its lease goes on writing",
+        "run/claim.py",
+        '        if self._lost is not None or _now() >= self._ends:\n            self.renew()\n',
+        '        return\n',
+        "tests/run/test_claim.py::test_a_holder_that_was_stopped_beyond_its_lease_does_not_commit",
+    ),
+    Mutation(
+        "1a", "a file in a bucket is written over one of another process",
+        "format/paths.py",
+        'client.pipe_file(str(path), data, mode="create")',
+        'client.pipe_file(str(path), data)',
+        "tests/run/test_claim.py::test_a_file_of_a_step_that_another_process_has_written_is_not_written_over",
+    ),
+    Mutation(
         "1b", "leftovers of an interrupted save stay",
         "run/catalog.py", "if why not in (SET_BACK, *STAYS)", "if False",
         "tests/run/test_local.py",
+    ),
+    Mutation(
+        "1b", "what a process has left in a bucket that may still live stays",
+        "run/bucket.py", "for name in saved if is_alone or name not in others",
+        "for name in saved if name not in others",
+        "tests/run/test_claim.py::test_the_holder_is_killed_in_a_save_and_the_next_one_goes_on_without_what_it_left",
     ),
     Mutation(
         "2a", "the checksum of a small chunk is not compared",
@@ -222,7 +256,7 @@ MUTATIONS = [
     Mutation(
         "6b", "what a failed save has written stays",
         "saving/committing.py",
-        "                self._run.discard(copied.step)\n", "                pass\n",
+        "            self._run.discard(step)\n", "",
         "tests/test_faults.py::test_a_write_that_fails_at_any_point_is_said_and_harms_nothing",
     ),
     Mutation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import tensorstore as ts
@@ -11,6 +12,9 @@ from etils import epath
 from ckptmgr.errors import CheckpointError
 from ckptmgr.format import paths
 
+MANIFEST = "manifest.ocdbt"
+Check = Callable[[], object]
+"""Raises if this process may not write any more."""
 _process: int | None = None
 _READS_IN_BUCKETS = {
     "experimental_read_coalescing_threshold_bytes": 1 << 20,
@@ -35,6 +39,31 @@ def open_spec(directory: epath.Path) -> dict[str, Any]:
     refuse_fork()
     reads = {} if paths.is_local(directory) else _READS_IN_BUCKETS
     return {"driver": "ocdbt", "base": _base(str(directory)), **reads}
+
+
+def write_spec(directory: epath.Path) -> dict[str, Any]:
+    """A database that is written. In a bucket its manifest is kept in memory until `publish`.
+
+    The manifest is the one file of a database that a second writer would change too, and TensorStore would merge
+    what both have written. The other files have random names.
+    """
+    if paths.is_local(directory):
+        return open_spec(directory)
+    return open_spec(directory) | {"manifest": _in_memory(directory)}
+
+
+def publish(directory: epath.Path, context: Any, check: Check) -> None:
+    """In a bucket writes the manifest of a database, once all else is there, and if it is not there yet."""
+    if paths.is_local(directory):
+        return
+    found = ts.KvStore.open(_in_memory(directory), context=context).result().read(MANIFEST).result()
+    if found.state == "value":  # an item without arrays has no database
+        check()
+        paths.create_bytes(directory / MANIFEST, bytes(found.value))
+
+
+def _in_memory(directory: epath.Path) -> dict[str, Any]:
+    return {"driver": "memory", "path": f"{directory}/"}
 
 
 def base(directory: str | os.PathLike[str]) -> Any:

@@ -106,13 +106,13 @@ def own_part() -> str:
     return f"{PART}{jax.process_index()}" if jax.process_count() > 1 else ""
 
 
-def merge(directory: epath.Path) -> None:
+def merge(directory: epath.Path, check: database.Check = lambda: None) -> None:
     """Makes one database of the parts that several processes wrote; it refers to their chunks and copies none."""
     parts = [entry for entry in directory.iterdir() if entry.name.startswith(PART)]
     if not parts:
         return
     transaction, context = ts.Transaction(atomic=True), ts.Context()
-    spec = {**database.open_spec(directory), "config": _CONFIG}
+    spec = {**database.write_spec(directory), "config": _CONFIG}
     whole = ts.KvStore.open(spec, context=context).result().with_transaction(transaction)
     copies = [
         ts.KvStore.open(database.open_spec(part), context=context).result().experimental_copy_range_to(whole)
@@ -121,23 +121,28 @@ def merge(directory: epath.Path) -> None:
     for each in copies:
         each.result()
     transaction.commit_async().result()
+    database.publish(directory, context, check)
 
 
-def write(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
-    """Writes this process's part of an item."""
-    write_wave(directory, snapshot, compression)
+def write(
+    directory: epath.Path, snapshot: Snapshot, compression: str | None, check: database.Check = lambda: None
+) -> None:
+    """Writes this process's part of an item. Before others see it, `check` raises if it must not be written."""
+    context = ts.Context()
+    write_wave(directory, snapshot, compression, context)
     while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
         snapshot.collect()
-        write_wave(directory, snapshot, compression)
+        write_wave(directory, snapshot, compression, context)
+    database.publish(directory, context, check)
 
 
-def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None) -> None:
+def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None, context: Any) -> None:
     """Writes what has been copied, and lets go of it."""
     plan, copied, snapshot.copied = snapshot.plan, snapshot.copied, []
     encoded = [_nbytes(parts) if plan.encoded_sizes[place] else 0 for place, parts in copied]  # until the commit
     most_bytes = _ENCODED_BYTES if paths.is_local(directory) else _ENCODED_BYTES_IN_BUCKETS
     for some in chunks.runs(encoded, most_bytes) if copied else ():
-        _write(directory, plan, [copied[i] for i in some], compression)
+        _write(directory, plan, [copied[i] for i in some], compression, context)
 
 
 def _nbytes(parts: Sequence[Part]) -> int:
@@ -146,11 +151,15 @@ def _nbytes(parts: Sequence[Part]) -> int:
 
 
 def _write(
-    directory: epath.Path, plan: Plan, copied: Sequence[tuple[int, list[Part]]], compression: str | None
+    directory: epath.Path,
+    plan: Plan,
+    copied: Sequence[tuple[int, list[Part]]],
+    compression: str | None,
+    context: Any,
 ) -> None:
     """Writes these leaves in one transaction."""
-    transaction, context = ts.Transaction(atomic=True), ts.Context()
-    spec = {**database.open_spec(directory), "config": _CONFIG}
+    transaction = ts.Transaction(atomic=True)
+    spec = {**database.write_spec(directory), "config": _CONFIG}
     store = ts.KvStore.open(spec, context=context).result().with_transaction(transaction)
     with _ENCODING:
         for key, data in _encoded(plan, copied) if compression is None else ():

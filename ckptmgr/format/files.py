@@ -80,15 +80,10 @@ def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
 
 def _entries(folder: epath.Path) -> Iterator[tuple[str, bool, int]]:
     """Name, kind and size of what is in a folder. A step of thousands of processes has many thousands of files."""
-    if is_local(folder):
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                is_folder = entry.is_dir()
-                yield entry.name, is_folder, 0 if is_folder else entry.stat().st_size
-    else:
-        for path in folder.iterdir():
-            is_folder = path.is_dir()
-            yield path.name, is_folder, 0 if is_folder else path.stat().length
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir()
+            yield entry.name, is_folder, 0 if is_folder else entry.stat().st_size
 
 
 def for_each(directory: epath.Path, act: Callable[[str], Result], names: Iterable[str]) -> Iterator[Result]:
@@ -112,7 +107,7 @@ def put_all(source: epath.Path, target: epath.Path) -> None:
 
 def remove_all(folder: epath.Path) -> None:
     """Removes what is below a folder in a bucket."""
-    if folder.exists():
+    if paths.sizes_below(folder):
         folder.rmtree()
 
 

@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckptmgr.arrays import writing
+from ckptmgr.arrays import database, writing
 from ckptmgr.arrays.to_host import Plan
 from ckptmgr.format import files, names, paths
 from ckptmgr.format import manifest as manifests
@@ -37,6 +37,7 @@ def write(
     *,
     made: Callable[[], object] = lambda: None,
     written: Callable[[], None] = lambda: None,
+    check: database.Check = lambda: None,
 ) -> None:
     """Writes a step into a directory, which Orbax makes. In a job only process 0 calls this.
 
@@ -50,6 +51,7 @@ def write(
       directory: its name is the number of the step; if it exists, it is removed first.
       made: called once the directories of the items exist.
       written: called once the arrays are written. It may wait for other processes, whose arrays are merged then.
+      check: raises if this process may not write any more; called before what may write over files of another.
     """
     everything = {
         name: ocp.args.StandardSave(item) if isinstance(item, writing.Snapshot) else ocp.args.JsonSave(item)
@@ -57,9 +59,9 @@ def write(
     }
     with (
         concurrent.futures.ThreadPoolExecutor() as threads,  # after a failure the other writers are waited for
-        _place_for_small_files(directory) as place,
+        _place_for_small_files(directory, check) as place,
     ):
-        arrays = _ArraysHandler(directory, compression, made, written, threads)
+        arrays = _ArraysHandler(directory, compression, made, written, check, threads)
         with _open(place.parent, arrays, threads) as manager:
             manager.save(
                 int(directory.name),
@@ -70,8 +72,9 @@ def write(
 
 
 @contextlib.contextmanager
-def _place_for_small_files(directory: epath.Path) -> Iterator[epath.Path]:
+def _place_for_small_files(directory: epath.Path, check: database.Check) -> Iterator[epath.Path]:
     """Where Orbax writes; what it has written there is in the directory of the step afterwards."""
+    check()
     if paths.is_local(directory):
         yield directory
         return
@@ -79,6 +82,7 @@ def _place_for_small_files(directory: epath.Path) -> Iterator[epath.Path]:
     with tempfile.TemporaryDirectory() as scratch:
         place = epath.Path(scratch) / directory.name
         yield place
+        check()
         files.put_all(place, directory)
 
 
@@ -157,11 +161,12 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
         compression: str | None,
         made: Callable[[], object],
         written: Callable[[], None],
+        check: database.Check,
         threads: concurrent.futures.Executor,
     ) -> None:
         super().__init__()
         self._step, self._compression = step, compression
-        self._made, self._written = made, written
+        self._made, self._written, self._check = made, written, check
         self._threads = threads
 
     @classmethod
@@ -174,13 +179,15 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
         return []
 
     def _write(self, directory: epath.Path, snapshot: writing.Snapshot) -> None:
-        writing.write(self._step / directory.name / writing.own_part(), snapshot, self._compression)
+        part = self._step / directory.name / writing.own_part()
+        writing.write(part, snapshot, self._compression, self._check)
         _describe(directory, snapshot.plan)
 
     def finalize(self, directory: epath.Path) -> None:
         self._written()
         if paths.is_local(self._step) or jax.process_count() > 1:  # to look for parts in a bucket is a request
-            writing.merge(self._step / directory.name)
+            self._check()
+            writing.merge(self._step / directory.name, self._check)
 
 
 class _JsonHandler(ocp.JsonCheckpointHandler):

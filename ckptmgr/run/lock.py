@@ -1,7 +1,8 @@
 """One writing process for each run: a lock that ends with its process, however the process ends.
 
 The lock is `flock` on `<directory>/.ckptmgr/lock`. The text in that file names the owner, for people to read. The
-managers of one process share the lock; a forked child closes its copy of it.
+managers of one process share the lock; a forked child closes its copy of it. A bucket has no such lock: there the
+process holds a claim (`claim`).
 """
 
 from __future__ import annotations
@@ -9,14 +10,11 @@ from __future__ import annotations
 import _thread
 import atexit
 import contextlib
-import datetime
 import json
 import os
-import socket
 import sys
 import threading
 import weakref
-from typing import Any
 
 from etils import epath
 
@@ -24,7 +22,8 @@ from ckptmgr.errors import SaveError
 from ckptmgr.format import names, paths
 from ckptmgr.processes import background
 from ckptmgr.processes.background import Background
-from ckptmgr.run import version_1
+from ckptmgr.run import owner, version_1
+from ckptmgr.run.claim import Claim
 from ckptmgr.run.manifest_cache import Stamp
 
 if sys.platform != "win32":
@@ -51,6 +50,8 @@ class Shared:
         """Numbers above it that are names of something else than a step."""
         self.owners: set[object] = set()
         self.path = ""
+        self.claim: Claim | None = None
+        """The claim on a run in a bucket."""
         self.descriptor: int | None = None
         """The open file of the lock that is held."""
         self.opened: int | None = None
@@ -82,7 +83,12 @@ class Shared:
         return speaks and is_first
 
     def hold(self) -> None:
-        """Takes the lock anew if its file was removed. Raises SaveError if another process holds it now."""
+        """Takes the lock anew if its file was removed. Raises SaveError if another process holds it now.
+
+        Makes a request to a bucket only if the claim on the run is over.
+        """
+        if self.claim is not None:
+            self.claim.hold()
         with _guard:
             descriptor = self.descriptor
             if descriptor is not None and not _is_still(self.path, descriptor):
@@ -116,7 +122,22 @@ class Shared:
         if opened is not None:
             os.close(opened)
 
+    def take_claim(self, directory: epath.Path, timeout_s: float) -> None:
+        """Takes the claim on a run in a bucket if this process does not have it."""
+        self.claim = self.claim or Claim(directory)
+        self.claim.take(timeout_s)
+
+    def confirm(self) -> None:
+        """Raises SaveError if this process may not publish a step. Asks a bucket whether the claim is its own."""
+        if self.claim is not None:
+            self.claim.renew()
+        else:
+            self.hold()
+
     def let_go(self) -> None:
+        claim, self.claim = self.claim, None
+        if claim is not None:
+            claim.release()
         self._close_opened()
         descriptor = self.descriptor
         if descriptor is not None:
@@ -140,7 +161,7 @@ class Writer:
     In a job one process `speaks` for all: it alone holds the lock.
     """
 
-    def __init__(self, directory: epath.Path, *, speaks: bool = True) -> None:
+    def __init__(self, directory: epath.Path, *, speaks: bool = True, timeout_s: float = 1200.0) -> None:
         self._key = os.path.realpath(directory) if paths.is_local(directory) else str(directory)
         self._owner = object()
         weakref.finalize(self, _leave, self._key, self._owner, os.getpid()).atexit = False
@@ -150,6 +171,12 @@ class Writer:
             _runs[self._key] = self.shared  # first: if Ctrl-C comes, the next manager finds what is locked
             self.is_first = self.shared.enter(directory, speaks)
             self.shared.owners.add(self._owner)
+        if speaks and not paths.is_local(directory):  # that may take a while, in which other runs are opened
+            try:
+                self.shared.take_claim(directory, timeout_s)
+            except BaseException:
+                self.release()
+                raise
 
     def is_held(self) -> bool:
         return self._owner in self.shared.owners
@@ -197,11 +224,9 @@ def _end() -> None:
 
 def _sign(descriptor: int) -> None:
     """Writes into the file of the lock who holds it."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    said = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now})
     with contextlib.suppress(OSError):  # on a full disk the lock holds without the text
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, said.encode(), 0)
+        os.pwrite(descriptor, json.dumps(owner.describe()).encode(), 0)
 
 
 def _refuse_version_1(directory: epath.Path) -> None:
@@ -221,12 +246,7 @@ def _take(descriptor: int, path: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.read(descriptor, 4096)
-        raise SaveError(
-            f"{_run(path)} is being written to by {_spell(owner)}; a run has one writer. Wait "
-            "until it ends, or open the directory with read_only=True",
-            step=None,
-        ) from None
+        raise owner.refuse(_run(path), os.read(descriptor, 4096)) from None
 
 
 def _run(lock: str) -> str:
@@ -241,14 +261,6 @@ def _is_still(path: str, descriptor: int) -> bool:
         return False
 
 
-def _spell(owner: bytes) -> str:
-    try:
-        said: dict[str, Any] = json.loads(owner)
-        return f"process {said['pid']} on {said['host']} since {said['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
-
-
 def _forget() -> None:
     """After a fork: closes the child's copies, because a lock is held until its last copy is closed."""
     global _guard
@@ -259,6 +271,7 @@ def _forget() -> None:
             if descriptor is not None:
                 os.close(descriptor)
         shared.descriptor = shared.opened = None
+        shared.claim = None  # it is the parent's
     _runs.clear()
     _left.clear()
 

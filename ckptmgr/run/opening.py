@@ -24,9 +24,9 @@ def open_run(directory: epath.Path, catalog: Catalog, timeout_s: float) -> tuple
 
     def claim() -> list[str]:
         catalog.prepare()
-        claimed.append(Writer(directory))
+        claimed.append(Writer(directory, timeout_s=timeout_s / 2))  # the other processes wait for this one
         if claimed[0].is_first:  # no other writer holds the run, so leftovers can be removed
-            catalog.tidy()
+            catalog.tidy(is_alone=True)
         return [job.new_name(), str(directory), _write_token(directory) if line.count > 1 else ""]
 
     token = ""

@@ -228,6 +228,11 @@ class Aftermath:
     def _retain(self) -> None:
         """Deletes what no policy keeps; called once a newer checkpoint is durable."""
         with self._shared.retaining:  # the thread that copies to the mirror calls this too
+            try:
+                self._shared.hold()
+            except Exception as problem:  # of a client, or another process has the run now
+                _log.error("nothing is deleted in %s: %s", self._home.directory, problem)
+                return
             retention.retain(
                 self._home,
                 self._history,

@@ -7,6 +7,7 @@ its files and directories are flushed, then the draft gets the name of the step:
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 from collections.abc import Mapping
 
@@ -21,6 +22,7 @@ from ckptmgr.orbax import item_files
 from ckptmgr.orbax import writing as orbax
 from ckptmgr.processes.job import Job
 from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.lock import Shared
 from ckptmgr.saving import sealing
 from ckptmgr.saving.copying import Copied
 from ckptmgr.saving.stages import Stages
@@ -32,10 +34,11 @@ class Committer:
     In a job only process 0 calls Orbax, and seals. The others write their arrays beside those of process 0.
     """
 
-    def __init__(self, run: Catalog, *, compression: str | None, job: Job) -> None:
+    def __init__(self, run: Catalog, *, compression: str | None, job: Job, shared: Shared) -> None:
         self._run = run
         self._compression = compression
         self._job = job
+        self._shared = shared
 
     def commit(self, copied: Copied, *, replaces: bool = False) -> manifests.Manifest:
         """Returns the manifest once the step is durable. If that fails, removes the draft and raises."""
@@ -50,7 +53,7 @@ class Committer:
             return manifest or self._run.manifest(copied.step, fresh=True)
         except BaseException:
             if self._job.leads:
-                self._run.discard(copied.step)
+                self._discard(copied.step)
             raise
         finally:
             copied.release()
@@ -64,9 +67,10 @@ class Committer:
             self._compression,
             made=lambda: stages.reach("directories"),
             written=lambda: others.update(sealing.unpack(stages.reach("arrays"))),
+            check=self._shared.hold,
         )
         manifest, data = self._seal(copied, draft, others)
-        self._publish(copied.step, draft, replaces)
+        self._publish(copied.step, draft, data, replaces)
         return self._run.remember(manifest, data)
 
     def _look(self, step: int, replaces: bool) -> None:
@@ -76,6 +80,12 @@ class Committer:
             raise CheckpointExistsError(
                 f"another checkpoint was written to {self._run.path(step)} meanwhile; it is kept", step=step
             )
+
+    def _discard(self, step: int) -> None:
+        """Removes the draft, if the run is still this process's: else it may be that of another."""
+        with contextlib.suppress(Exception):  # the failure of the save says more
+            self._shared.confirm()
+            self._run.discard(step)
 
     def _begin(self, step: int) -> epath.Path:
         self._run.discard(step)
@@ -115,6 +125,7 @@ class Committer:
         sealing.check(copied.step, draft, self._meant(copied, draft, others), found)
         manifest = copied.seal(found)
         data = manifests.encode(manifest)
+        self._shared.hold()
         files.write(draft / manifests.NAME, data, durable=False)
         self._run.keep_pin(copied.step)
         folders = sealing.without_parts(draft, folders, others)
@@ -124,14 +135,27 @@ class Committer:
         files.sync([*folders, *(draft / name for name in [*ours, manifests.NAME])])
         return manifest, data
 
-    def _publish(self, step: int, draft: epath.Path, replaces: bool) -> None:
+    def _publish(self, step: int, draft: epath.Path, manifest: bytes, replaces: bool) -> None:
         """Gives the draft the name of the step, durably."""
+        self._shared.confirm()
         if not paths.is_local(draft):  # a bucket has no rename: the last file makes the draft a step
             files.write(draft / names.COMMITTED, self._marker(step))
+            self._check_in_time(draft, manifest)
         replaced = self._run.publish(step, replaces=replaces)
         files.sync([self._run.directory])
         if replaced is not None:
             self._run.remove(replaced)
+
+    def _check_in_time(self, draft: epath.Path, manifest: bytes) -> None:
+        """Takes the marker back if this process was stopped just before, and another has the run now."""
+        try:
+            self._shared.hold()
+        except SaveError:
+            with contextlib.suppress(FileNotFoundError):
+                if paths.read_bytes(draft / manifests.NAME) != manifest:
+                    raise  # the other has written its own step there
+            (draft / names.COMMITTED).unlink(missing_ok=True)
+            raise
 
     def _marker(self, step: int) -> bytes:
         return f"Checkpoint commit was successful to {self._run.directory / str(step)}".encode()

@@ -55,7 +55,7 @@ class Saver:
         self._catalog, self._history = catalog, history
         self._job, self._shared, self._writer = job, shared, writer
         self._pending, self._aftermath = pending, aftermath
-        self._committer = Committer(catalog, compression=options.compression, job=pending.job)
+        self._committer = Committer(catalog, compression=options.compression, job=pending.job, shared=shared)
         self._composer = items.Composer()
         self._copier = copying.Copier(options)
         self._last: CheckpointInfo | None = None

@@ -1,0 +1,219 @@
+"""Claims on runs in a bucket: one writer, whichever way another one ends. The servers run on this machine."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+
+import holder
+import pytest
+import trainer
+from etils import epath
+
+import ckptmgr
+from ckptmgr import CheckpointManager
+from ckptmgr.format import names
+from ckptmgr.run import claim, objects
+
+pytestmark = [
+    pytest.mark.xdist_group("remote"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+LEASE_S = 4.0
+
+
+@pytest.fixture(params=["gs", "s3"])
+def run(request, servers):
+    return f"{request.param}://bucket/{uuid.uuid4().hex}/run"
+
+
+@pytest.fixture(autouse=True)
+def short_lease(monkeypatch):
+    monkeypatch.setenv(claim.LEASE_VARIABLE, str(LEASE_S))
+
+
+class Holder:
+    """Another process that writes into a run."""
+
+    def __init__(self, run, *machine):
+        command = [sys.executable, holder.__file__, run, *machine]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, text=True, bufsize=1, **pipes)
+        assert self.hear() == "open"
+
+    def hear(self):
+        return self.process.stdout.readline().strip()
+
+    def tell(self, line, *, hears):
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        if hears:
+            return self.hear()
+        return None
+
+    def stop(self):
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def go_on(self):
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def another(run):
+    with contextlib.ExitStack() as started:
+
+        def start(*machine):
+            found = Holder(run, *machine)
+            started.callback(found.kill)
+            return found
+
+        yield start
+
+
+def values(manager, step):
+    found = manager.restore(step, params=trainer.state(0))
+    return trainer.step_of(found.params)
+
+
+def held(run):
+    path = epath.Path(run) / names.LOCK
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def test_a_second_writer_is_told_who_writes_and_a_reader_needs_no_claim(run, another):
+    first = another()
+    who = f"is being written to by process {first.process.pid} on {socket.gethostname()} since .*; a run has one"
+    for _ in range(2):
+        with pytest.raises(ckptmgr.SaveError, match=who):
+            CheckpointManager(run)
+    assert CheckpointManager(run, read_only=True).steps() == [1]
+    assert first.tell("save 2", hears=True) == "saved 2"
+    assert first.tell("close", hears=True) == "closed"
+    with CheckpointManager(run) as manager:
+        assert manager.steps() == [1, 2]
+        with CheckpointManager(run) as beside:  # the managers of one process share the claim
+            assert beside.steps() == [1, 2]
+        assert held(run)["pid"] == os.getpid()
+    assert held(run) is None
+
+
+def test_a_second_writer_on_another_machine_is_refused_once_the_first_renews_its_claim(run, another):
+    first = another("another machine")
+    with pytest.raises(ckptmgr.SaveError, match=f"is being written to by process {first.process.pid} on "):
+        CheckpointManager(run)
+    assert first.tell("save 2", hears=True) == "saved 2"
+
+
+def test_a_claim_is_renewed_as_long_as_its_process_lives(run, another):
+    first = another()
+    time.sleep(2 * LEASE_S + 1)
+    with pytest.raises(ckptmgr.SaveError, match=f"is being written to by process {first.process.pid} on "):
+        CheckpointManager(run)
+    assert first.tell("save 2", hears=True) == "saved 2"
+
+
+@pytest.mark.parametrize("machine", [(), ("another machine",)], ids=["this machine", "another machine"])
+def test_the_holder_is_killed_in_a_save_and_the_next_one_goes_on_without_what_it_left(run, another, machine):
+    first = another(*machine)
+    first.tell("pause seal", hears=True)
+    assert first.tell("save 2", hears=True) == "paused"
+    first.kill()
+    with CheckpointManager(run) as manager:
+        assert manager.steps() == [1]
+        assert not (epath.Path(run) / "2").exists()
+        manager.save(2, trainer.state(7)).result()
+        assert values(manager, 2) == 7
+        assert manager.verify(2)
+    assert names_below(run) == {"1", "2"}
+
+
+@pytest.mark.parametrize("point", list(holder.POINTS))
+def test_a_holder_that_was_stopped_beyond_its_lease_does_not_commit(run, another, point):
+    first = another("another machine")
+    first.tell(f"pause {point}", hears=True)
+    assert first.tell("save 2", hears=True) == "paused"
+    first.stop()
+    with CheckpointManager(run) as manager:
+        assert manager.steps() == [1]
+        manager.save(2, trainer.state(7)).result()
+        first.go_on()
+        said = first.tell("", hears=True)
+        assert said.startswith("refused: step 2 could not be saved: "), said
+        assert "does not write into" in said or "was written by another process meanwhile" in said, said
+        assert manager.steps() == [1, 2]
+        assert values(manager, 2) == 7
+        assert manager.verify(2)
+        said = first.tell("save 3", hears=True)
+        assert said.startswith(f"refused: this process does not write into {run} any more: "), said
+        assert f"process {os.getpid()} on {socket.gethostname()} " in said
+        manager.save(3, trainer.state(8)).result()
+        first.tell("close", hears=True)
+        assert held(run)["pid"] == os.getpid()
+        assert [values(manager, step) for step in manager.steps()] == [1, 7, 8]
+
+
+def test_a_holder_that_was_stopped_and_not_replaced_goes_on(run, another):
+    first = another()
+    first.stop()
+    time.sleep(LEASE_S + 1)
+    first.go_on()
+    assert first.tell("save 2", hears=True) == "saved 2"
+
+
+def test_a_claim_that_somebody_removed_is_made_again(run, another):
+    with CheckpointManager(run) as manager:
+        (epath.Path(run) / names.LOCK).unlink()
+        manager.save(1, trainer.state(1)).result()
+        assert held(run)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("found", [b"", b"{", b"[1]", b'{"pid": "x", "machine": 1, "lease_s": "y"}'], ids=repr)
+def test_what_is_no_claim_is_waited_for_and_replaced(run, found, monkeypatch):
+    monkeypatch.setattr(claim, "_LEASE_S", LEASE_S)
+    (epath.Path(run) / names.LOCK).write_bytes(found)
+    with CheckpointManager(run):
+        assert held(run)["pid"] == os.getpid()
+
+
+def test_only_one_of_two_that_want_the_same_claim_gets_it(servers):
+    """On s3://: the server for gs:// knows no conditions."""
+    store = objects.open_objects(epath.Path("s3://bucket/claims"))
+    key = f"claims/{uuid.uuid4().hex}"
+    first = store.create(key, b"one")
+    assert first is not None
+    assert store.create(key, b"two") is None
+    second = store.replace(key, b"two", first)
+    assert second is not None
+    assert store.replace(key, b"three", first) is None
+    store.remove(key, first)
+    assert store.fetch(key).data == b"two"
+    store.remove(key, second)
+    assert store.fetch(key) is None
+    assert store.replace(key, b"four", second) is None
+
+
+def test_a_file_of_a_step_that_another_process_has_written_is_not_written_over(servers):
+    """On s3://: the server for gs:// knows no conditions."""
+    from ckptmgr.format import files
+
+    path = epath.Path(f"s3://bucket/{uuid.uuid4().hex}/manifest.json")
+    files.write(path, b"one")
+    files.write(path, b"one")  # an answer may be lost, and the client sends it again
+    with pytest.raises(FileExistsError, match="was written by another process meanwhile"):
+        files.write(path, b"two")
+    assert path.read_bytes() == b"one"
+
+
+def names_below(run):
+    return {entry.name for entry in epath.Path(run).iterdir() if entry.name != names.OURS}
