@@ -31,6 +31,7 @@ from ckptmgr.format import files
 from ckptmgr.format import manifest as manifests
 from ckptmgr.processes.job import Call, Job
 from ckptmgr.run import catalog
+from ckptmgr.run.lock import Shared
 from ckptmgr.saving import committing, sealing
 from ckptmgr.saving.copying import Copied
 from ckptmgr.specs import LeafSpec, TreeSpec
@@ -92,7 +93,10 @@ def _save(count: int, leaves: int, directory: Path) -> dict[str, float]:
         parts.extend(part_s for _, part_s in done)
         return [report for report, _ in done]
 
-    copied, committer = _copied(count, leaves), committing.Committer(run, compression=None, job=_Line(write_parts))
+    copied, committer = (
+        _copied(count, leaves),
+        committing.Committer(run, compression=None, job=_Line(write_parts), shared=Shared()),
+    )
     with _timed(_TIMED) as seconds:
         _, all_s = measure.timed(committer.commit, copied)
     others = sum(seconds.values()) + sum(parts)
