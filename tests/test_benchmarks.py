@@ -196,7 +196,7 @@ def test_every_budget_that_can_be_judged_alone_is_in_a_run_of_budgets(out):
 
 def test_the_report_of_a_missed_budget_ends_with_what_remains(monkeypatch):
     """py-spy looks at real saves."""
-    monkeypatch.setitem(profiling.ENOUGH, "tiny", 5)
+    monkeypatch.setitem(profiling.ENOUGH, "tiny", 60)  # at a hundred samples a second
     row = {"where": "tiny", "what": "blocked", "limit": 1, "measured": 2}
     rows = [row | {"met": False, "profiled": ["tiny", "save"]}, row | {"met": True, "profiled": ["big", "save"]}]
     profiles = profiling.of_missed([*rows, row | {"met": False, "profiled": None}])
