@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -141,28 +141,41 @@ __main__.main(["start", "--host=localhost", f"--port={sys.argv[1]}", "--in-memor
 @contextlib.contextmanager
 def servers() -> Iterator[Mapping[str, Proxy]]:
     """The proxies of both servers, by scheme. The environment leads clients that are made from now on to them."""
-    ports = {"gs": _free_port(), "s3": _free_port()}
-    commands = {
-        "gs": [sys.executable, "-c", _GCS, str(ports["gs"])],
-        "s3": [_BIN / "moto_server", "-p", str(ports["s3"])],
-    }
-    running = [
-        subprocess.Popen(each, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for each in commands.values()
-    ]
-    proxies = {scheme: Proxy(port) for scheme, port in ports.items()}
-    try:
-        for port in ports.values():
-            _answers(f"http://localhost:{port}/")
-        made = urllib.request.Request(f"http://localhost:{ports['s3']}/bucket", method="PUT")
-        urllib.request.urlopen(made).close()
+    with server("gs") as gs, server("s3") as s3:
+        proxies = {"gs": Proxy(gs), "s3": Proxy(s3)}
         os.environ |= environment(proxies["gs"].port, proxies["s3"].port)
-        yield proxies
+        try:
+            yield proxies
+        finally:
+            for proxy in proxies.values():
+                proxy.close()
+
+
+@contextlib.contextmanager
+def server(scheme: str) -> Iterator[int]:
+    """The port of a server that holds an empty bucket of the name "bucket"."""
+    port = free_port()
+    command = {
+        "gs": [sys.executable, "-c", _GCS, str(port)],
+        "s3": [str(_BIN / "moto_server"), "-p", str(port)],
+    }[scheme]
+    with running(command):
+        answers(f"http://localhost:{port}/")
+        if scheme == "s3":
+            made = urllib.request.Request(f"http://localhost:{port}/bucket", method="PUT")
+            urllib.request.urlopen(made).close()
+        yield port
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str]) -> Iterator[None]:
+    """A process that is killed in the end."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
     finally:
-        for proxy in proxies.values():
-            proxy.close()
-        for process in running:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 def environment(gs: int, s3: int) -> dict[str, str]:
@@ -178,13 +191,14 @@ def environment(gs: int, s3: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return int(found.getsockname()[1])
 
 
-def _answers(url: str) -> None:
+def answers(url: str) -> None:
+    """Waits until something answers there."""
     for _ in range(300):
         try:
             urllib.request.urlopen(url, timeout=5).close()

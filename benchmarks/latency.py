@@ -12,11 +12,8 @@ import argparse
 import contextlib
 import json
 import os
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,17 +24,20 @@ import tensorstore as ts
 from etils import epath
 
 import ckptmgr
-from benchmarks import fresh, slow_proxy, workloads
+from benchmarks import counting, fresh, peers, slow_proxy, workloads
 from benchmarks.workloads import State, Workload
 from ckptmgr.arrays import chunks, database
 
-WORKLOADS = {"many": workloads.uniform(301, 25_000_000), "large": workloads.uniform(97, 201_000_000)}
-_BIN = Path(sys.executable).parent
+WORKLOADS = {
+    "few": workloads.uniform(7, 10_000),
+    "many": workloads.uniform(301, 25_000_000),
+    "large": workloads.uniform(97, 201_000_000),
+}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, writes, and prints."""
-    options = _parse()
+    options = _parse(arguments)
     rows: list[dict[str, Any]] = []
     for store in options.stores.split(","):
         for delay_ms in map(float, options.delays_ms.split(",")):
@@ -45,7 +45,8 @@ def main() -> int:
                 with _bucket(store, delay_ms / 1000) as (environment, port):
                     run, workload = f"{store}://bucket/run", WORKLOADS[name]
                     found = fresh.call(_measured, workload, run, options.repeats, environment, port)
-                rows.append({"store": store, "delay_ms": delay_ms, "title": workload.title, **found})
+                title = f"{workload.leaves} leaves, {workloads.spell_bytes(workload.nbytes)}"
+                rows.append({"store": store, "delay_ms": delay_ms, "title": title, **found})
                 print(_line(rows[-1]), file=sys.stderr, flush=True)
     text = "\n".join([_HEAD, *map(_line, rows)])
     if options.out:
@@ -81,7 +82,10 @@ def _measured(
     """Times and requests of both, in turns; the quietest of the rounds after the first, which makes plans."""
     os.environ.update(environment)
     state, template = workloads.build(workload), workloads.template(workload)
-    both = {"ckptmgr": _Ckptmgr(f"{run}/ckptmgr"), "tensorstore": _TensorStore(f"{run}/tensorstore")}
+    both: dict[str, peers.Peer] = {
+        "ckptmgr": _Ckptmgr(f"{run}/ckptmgr"),
+        "tensorstore": _TensorStore(f"{run}/tensorstore"),
+    }
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in both}
     for _ in range(repeats + 1):
         for name, peer in both.items():
@@ -92,12 +96,13 @@ def _measured(
     }
 
 
-def _round(peer: Any, state: State, template: State, port: int) -> dict[str, float]:
+def _round(peer: peers.Peer, state: State, template: State, port: int) -> dict[str, float]:
     before = slow_proxy.requests(port)
     began = time.perf_counter()
     peer.save(workloads.copy(state))
+    peer.wait()
     saved, between = time.perf_counter(), slow_proxy.requests(port)
-    peer.settle()
+    peer.finish()
     settled, again = slow_proxy.requests(port), time.perf_counter()
     restored = jax.block_until_ready(peer.restore(template))
     ended = time.perf_counter()
@@ -110,38 +115,22 @@ def _round(peer: Any, state: State, template: State, port: int) -> dict[str, flo
     }  # fmt: skip
 
 
-class _Ckptmgr:
+class _Ckptmgr(peers.Ckptmgr):
     def __init__(self, run: str) -> None:
         self._manager, self._step = ckptmgr.CheckpointManager(run, keep=2), 0
 
-    def save(self, state: State) -> None:
-        """Returns once the step is durable."""
-        self._step += 1
-        self._manager.save(self._step, state.params, state.opt_state).result()
 
-    def settle(self) -> None:
-        """Waits for retention."""
-        self._manager.wait()
-
-    def restore(self, template: State) -> State:
-        found = self._manager.restore(params=template.params, opt_state=template.opt_state)
-        return State(found.params, found.opt_state)
-
-    def close(self) -> None:
-        self._manager.close()
-
-
-class _TensorStore:
+class _TensorStore(peers.Peer):
     """The arrays in one database, one transaction; with the checksums that ckptmgr has, and nothing else."""
 
     def __init__(self, run: str) -> None:
         self._run, self._step = run, 0
 
     def _store(self) -> Any:
-        spec = {"driver": "ocdbt", "base": database.open_spec(epath.Path(f"{self._run}/{self._step}"))["base"]}
-        return ts.KvStore.open(
-            {**spec, "config": {"compression": None, "max_inline_value_bytes": 4096}}, context=ts.Context()
-        ).result()
+        base = database.open_spec(epath.Path(f"{self._run}/{self._step}"))["base"]
+        config = {"compression": None, "max_inline_value_bytes": 4096}
+        spec = {"driver": "ocdbt", "base": base, "config": config}
+        return ts.KvStore.open(spec, context=ts.Context()).result()
 
     def save(self, state: State) -> None:
         self._step += 1
@@ -152,8 +141,6 @@ class _TensorStore:
         for array, leaf in zip(opened, leaves, strict=True):
             array.result().write(leaf, can_reference_source_data_indefinitely=True).copy.result()
         transaction.commit_async().result()
-
-    def settle(self) -> None: ...
 
     def restore(self, template: State) -> State:
         leaves, treedef = jax.tree.flatten(template)
@@ -175,60 +162,24 @@ def _zarr(leaf: np.ndarray[Any, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _bucket(store: str, delay_s: float) -> Iterator[tuple[dict[str, str], int]]:
     """A server, and a proxy that adds the delay: the environment that leads there, and the port of the proxy."""
-    behind, port = _free_port(), _free_port()
-    server = {
-        "s3": [_BIN / "moto_server", "-p", str(behind)],
-        "gs": [_BIN / "gcp-storage-emulator", "start", "--host=localhost", f"--port={behind}", "--in-memory",
-               "--default-bucket=bucket"],
-    }[store]  # fmt: skip
-    proxy = [sys.executable, slow_proxy.__file__, str(port), str(behind), str(delay_s)]
-    with _running(server), _running(proxy):
-        for each in (behind, port):
-            _wait_for(each)
-        if store == "s3":
-            bucket = urllib.request.Request(f"http://localhost:{behind}/bucket", method="PUT")
-            urllib.request.urlopen(bucket).close()
-        address = f"http://localhost:{port}"
-        yield {
-            "STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "NO_GCE_CHECK": "true",
-            "AWS_ENDPOINT_URL": address, "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "not-a-secret",
-        }, port  # fmt: skip
+    port = counting.free_port()
+    with counting.server(store) as behind:
+        proxy = [sys.executable, slow_proxy.__file__, str(port), str(behind), str(delay_s)]
+        with counting.running(proxy):
+            counting.answers(f"http://localhost:{port}/")
+            yield counting.environment(port, port), port
 
 
-@contextlib.contextmanager
-def _running(command: Sequence[Any]) -> Iterator[None]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("localhost", 0))
-        return int(opened.getsockname()[1])
-
-
-def _wait_for(port: int, patience_s: float = 60) -> None:
-    ends = time.monotonic() + patience_s
-    while time.monotonic() < ends:
-        with contextlib.suppress(OSError), socket.create_connection(("localhost", port)):
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"nothing answers at port {port}")
-
-
-def _parse() -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__.partition("\n")[0])
     parser.add_argument("--delays-ms", default="0,20,100", help="added to each request (default: %(default)s)")
     parser.add_argument("--stores", default="s3", help="s3, gs, or both (default: %(default)s)")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="default: %(default)s")
+    parser.add_argument(
+        "--workloads", default="many,large", help=f"of {','.join(WORKLOADS)}; default: %(default)s"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="the quietest counts (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where latency.txt and latency.json go")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

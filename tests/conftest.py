@@ -3,12 +3,6 @@
 import math
 import os
 import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -75,47 +69,12 @@ def nobody(tmp_path):
     os.seteuid(0)
 
 
-BIN = Path(sys.executable).parent
-
-
 @pytest.fixture(scope="session")
 def servers():
     """The environment that leads to two servers, which end with the tests."""
-    gs, s3 = free_port(), free_port()
-    commands = [
-        [BIN / "gcp-storage-emulator", "start", "--host=localhost", f"--port={gs}", "--in-memory",
-         "--default-bucket=bucket"],
-        [BIN / "moto_server", "-p", str(s3)],
-    ]  # fmt: skip
-    running = [subprocess.Popen(each, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for each in commands]
-    for port in (gs, s3):
-        answers(f"http://localhost:{port}/")
-    urllib.request.urlopen(urllib.request.Request(f"http://localhost:{s3}/bucket", method="PUT")).close()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "STORAGE_EMULATOR_HOST": f"http://localhost:{gs}",
-            "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{gs}",
-            "NO_GCE_CHECK": "true",  # nobody is to be asked for credentials
-            "AWS_ENDPOINT_URL": f"http://localhost:{s3}",
-            "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "not-a-secret",
-        }.items():
+    from benchmarks import counting
+
+    with counting.server("gs") as gs, counting.server("s3") as s3, pytest.MonkeyPatch.context() as patch:
+        for name, value in counting.environment(gs, s3).items():
             patch.setenv(name, value)
         yield
-    for process in running:
-        process.kill()
-        process.wait()
-
-
-def answers(url):
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise TimeoutError(url)

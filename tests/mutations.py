@@ -125,10 +125,17 @@ MUTATIONS = [
     ),
     Mutation(
         "1a", "a file in a bucket is written over one of another process",
-        "format/paths.py",
-        'client.pipe_file(str(path), data, mode="create")',
-        'client.pipe_file(str(path), data)',
+        "format/objects.py",
+        '    if store.create(key, data) is None and',
+        '    store.write(key, data)\n    if False and',
         "tests/run/test_claim.py::test_a_file_of_a_step_that_another_process_has_written_is_not_written_over",
+    ),
+    Mutation(
+        "2a", "a small file is sent to a bucket between lines of text",
+        "format/objects.py",
+        "    open_objects(path).write(key_of(path), data)\n",
+        "    client_of(path).pipe_file(str(path), data)\n",
+        "tests/format/test_objects.py::test_whatever_the_last_byte_is_it_arrives",
     ),
     Mutation(
         "1b", "leftovers of an interrupted save stay",

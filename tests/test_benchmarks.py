@@ -230,6 +230,19 @@ def test_what_a_large_job_pays_is_measured_and_drawn(tmp_path):
     assert (tmp_path / "scale.png").stat().st_size > 1000
 
 
+@pytest.mark.xdist_group("benchmarks")
+def test_what_a_bucket_costs_is_measured_beside_tensorstore_alone(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.latency", "--workloads=few", "--delays-ms=0,30", "--repeats=1",
+               "--out", tmp_path]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    quick, slow = json.loads((tmp_path / "latency.json").read_text())
+    for name in ("ckptmgr", "tensorstore"):
+        assert min(slow[name]["save requests"], quick[name]["save requests"]) >= 4
+        assert slow[name]["save"] > quick[name]["save"] + 0.03
+    assert (tmp_path / "latency.txt").read_text().strip() == done.stdout.strip()
+
+
 # ---------------------------------------------------------------- the version before
 
 

@@ -27,9 +27,8 @@ from ckptmgr.trees.structure import numpy_dtype
 
 _BLOCK_BYTES = 64 << 20  # what one program sends to a device
 _LEAST_BYTES = 64 << 10  # blocks are powers of two from here on, so that few programs are compiled
-_TIMES = (
-    12  # how often a piece is held on its way: read, sent, summed, received, in blocks of up to twice its size
-)
+_TIMES = 12
+"""How often a piece is held on its way: read, sent, summed, received, in blocks of up to twice its size."""
 Spelled = tuple[tuple[int, int, int], ...]
 Sums = dict[Any, Values]
 """By device."""

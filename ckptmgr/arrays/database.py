@@ -10,7 +10,7 @@ import tensorstore as ts
 from etils import epath
 
 from ckptmgr.errors import CheckpointError
-from ckptmgr.format import paths
+from ckptmgr.format import objects, paths
 
 MANIFEST = "manifest.ocdbt"
 Check = Callable[[], object]
@@ -59,7 +59,7 @@ def publish(directory: epath.Path, context: Any, check: Check) -> None:
     found = ts.KvStore.open(_in_memory(directory), context=context).result().read(MANIFEST).result()
     if found.state == "value":  # an item without arrays has no database
         check()
-        paths.create_bytes(directory / MANIFEST, bytes(found.value))
+        objects.create(directory / MANIFEST, bytes(found.value))
 
 
 def _in_memory(directory: epath.Path) -> dict[str, Any]:

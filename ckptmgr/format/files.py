@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from etils import epath
 
-from ckptmgr.format import paths
+from ckptmgr.format import objects
 from ckptmgr.format.paths import is_local, open_to_write, refuse_exhausted
 
 Result = TypeVar("Result")
@@ -26,7 +26,7 @@ def write(path: epath.Path, data: bytes, *, durable: bool = True) -> None:
     the content, too, waits for `sync`: to flush many files together takes a disk less time.
     """
     if not is_local(path):
-        paths.create_bytes(path, data)
+        objects.create(path, data)
         return
     with open(path, "wb", opener=open_to_write) as file:
         file.write(data)
@@ -66,7 +66,7 @@ def sync(places: Iterable[epath.Path]) -> None:
 def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
     """Every directory below and including `directory`, and the size of every file by relative name."""
     if not is_local(directory):
-        return [directory], paths.sizes_below(directory)
+        return [directory], objects.sizes_below(directory)
     folders, sizes = [directory], {}
     for folder in folders:  # grows while it is walked
         place = "" if folder == directory else f"{folder.relative_to(directory).as_posix()}/"
@@ -107,8 +107,8 @@ def put_all(source: epath.Path, target: epath.Path) -> None:
 
 def remove_all(folder: epath.Path) -> None:
     """Removes what is below a folder in a bucket."""
-    if paths.sizes_below(folder):
-        folder.rmtree()
+    store, start = objects.open_objects(folder), f"{objects.key_of(folder)}/"
+    store.delete(list(store.list(start, "").objects))
 
 
 def check_regular(directory: epath.Path) -> None:

@@ -78,43 +78,6 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         return file.read()
 
 
-def create_bytes(path: epath.Path, data: bytes) -> None:
-    """Writes a new object in a bucket, in one request; raises FileExistsError if another has written it meanwhile.
-
-    A store that knows no condition for a write gets it without one.
-    """
-    client = backend.fsspec_backend.fs(str(path))
-    try:
-        client.pipe_file(str(path), data, mode="create")
-    except OSError as problem:
-        if problem.errno == errno.ENOSYS:  # "NotImplemented" of a server that is S3 in part
-            client.pipe_file(str(path), data)
-        elif not is_refused(problem):
-            raise
-        elif read_bytes(path) != data:  # else the client has sent it twice, because an answer was lost
-            raise FileExistsError(f"{path} was written by another process meanwhile") from problem
-
-
-def is_refused(problem: OSError) -> bool:
-    """Whether a server refused to write over an object; s3fs makes such an error only if the server says much."""
-    said = getattr(problem.__cause__, "response", {}).get("Error", {}).get("Code")
-    return isinstance(problem, FileExistsError) or said in ("PreconditionFailed", "ConditionalRequestConflict")
-
-
-def sizes_below(directory: epath.Path) -> dict[str, int]:
-    """The size of every object below a folder in a bucket, by its relative name; from one listing."""
-    client = backend.fsspec_backend.fs(str(directory))
-    client.invalidate_cache()
-    start = f"{client._strip_protocol(str(directory))}/"
-    found = client.find(start.rstrip("/"), detail=True)
-    client.invalidate_cache()  # which remembers what it found
-    return {
-        name.removeprefix(start): int(facts["size"])
-        for name, facts in found.items()
-        if name.startswith(start) and not name.endswith("/")
-    }
-
-
 def size(path: epath.Path) -> int:
     """The size of a file; it is opened, to see that it can be read."""
     if not is_local(path):

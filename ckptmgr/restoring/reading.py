@@ -111,9 +111,7 @@ class Plan:
     def held_bytes(self, n: int) -> int:
         """What a leaf takes on the host beside the array that it becomes."""
         held = to_devices.held_bytes(self.wanted[n].spec, self.targets[n])
-        return max(
-            1, held, self._held_twice(n)
-        )  # 1, so that a large one is alone also behind some that take nothing
+        return max(held, self._held_twice(n), 1)  # 1: so a large one is alone also behind some that take nothing
 
     def _held_twice(self, n: int) -> int:
         """Bytes of a leaf that JAX copies once more."""

@@ -30,14 +30,14 @@ from typing import NamedTuple
 from etils import epath
 
 from ckptmgr.format import manifest as manifests
-from ckptmgr.format import names
+from ckptmgr.format import names, objects
 from ckptmgr.format.names import COMMITTED, DAMAGED, DELETING, OURS, PIN, REWINDING, SAVING
+from ckptmgr.format.objects import Found
 from ckptmgr.run import directory as directories
-from ckptmgr.run import objects, recognize
+from ckptmgr.run import recognize
 from ckptmgr.run.branches import Move
 from ckptmgr.run.directory import Leftover
 from ckptmgr.run.manifest_cache import Stamp
-from ckptmgr.run.objects import Found
 
 _log = logging.getLogger("ckptmgr")
 _DAY_S = 86_400.0

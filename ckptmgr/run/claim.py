@@ -29,10 +29,10 @@ from typing import Any
 from etils import epath
 
 from ckptmgr.errors import SaveError
-from ckptmgr.format import names
+from ckptmgr.format import names, objects
+from ckptmgr.format.objects import Version
 from ckptmgr.processes.background import Moment
-from ckptmgr.run import objects, owner
-from ckptmgr.run.objects import Version
+from ckptmgr.run import owner
 
 LEASE_VARIABLE = "CKPTMGR_LEASE_S"
 """The name of the environment variable with another lease. All writers of a run honor the lease in the claim."""

@@ -102,10 +102,12 @@ class Committer:
             name: f"{name}/{manifests.own_place(here) if name in copied.own else writing.own_part()}"
             for name in copied.snapshots
         }
+
+        def write(name: str) -> None:
+            writing.write(draft / parts[name], copied.snapshots[name], self._compression)
+
         with concurrent.futures.ThreadPoolExecutor() as threads:
-            for _ in threads.map(
-                lambda name: writing.write(draft / parts[name], copied.snapshots[name], self._compression), parts
-            ):
+            for _ in threads.map(write, parts):
                 pass
         stages.reach("arrays", sealing.pack(sealing.own_files(draft, texts, parts.values())))
 
@@ -129,9 +131,8 @@ class Committer:
         files.write(draft / manifests.NAME, data, durable=False)
         self._run.keep_pin(copied.step)
         folders = sealing.without_parts(draft, folders, others)
-        ours = [
-            name for name in found.keys() - others.keys() if not sealing.is_of_database(name)
-        ]  # TensorStore's are
+        own = found.keys() - others.keys()
+        ours = [name for name in own if not sealing.is_of_database(name)]  # TensorStore flushes its own
         files.sync([*folders, *(draft / name for name in [*ours, manifests.NAME])])
         return manifest, data
 

@@ -17,8 +17,8 @@ from etils import epath
 
 import ckptmgr
 from ckptmgr import CheckpointManager
-from ckptmgr.format import names
-from ckptmgr.run import claim, objects
+from ckptmgr.format import names, objects
+from ckptmgr.run import claim
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),

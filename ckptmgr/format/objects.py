@@ -27,8 +27,6 @@ from etils import epath
 from etils.epath import backend
 from fsspec import asyn
 
-from ckptmgr.format import paths
-
 _AT_ONCE = 64
 _MD5 = re.compile("[0-9a-f]{32}")
 
@@ -75,6 +73,9 @@ class Objects(Protocol):
     def delete(self, keys: Sequence[str]) -> None:
         """Deletes objects, many with one request; one that is not there is no error."""
 
+    def write(self, key: str, data: bytes) -> None:
+        """Writes an object, whether there is one or not."""
+
     def fetch(self, key: str) -> Version | None:
         """What an object holds now; None if there is none."""
 
@@ -103,6 +104,25 @@ def key_of(path: epath.Path) -> str:
 def client_of(path: epath.Path) -> Any:
     """The client of fsspec for a path in a bucket."""
     return backend.fsspec_backend.fs(str(path))
+
+
+def create(path: epath.Path, data: bytes) -> None:
+    """Writes a new object; raises FileExistsError if another process has written it meanwhile."""
+    store, key = open_objects(path), key_of(path)
+    if store.create(key, data) is None and store.read([key]).get(key) != data:  # if it is, it was sent twice
+        raise FileExistsError(f"{path} was written by another process meanwhile")
+
+
+def write(path: epath.Path, data: bytes) -> None:
+    """Writes an object, whether there is one or not."""
+    open_objects(path).write(key_of(path), data)
+
+
+def sizes_below(directory: epath.Path) -> dict[str, int]:
+    """The size of every object below a folder, by its relative name."""
+    start = f"{key_of(directory)}/"
+    found = open_objects(directory).list(start, "").objects
+    return {key.removeprefix(start): each.size for key, each in found.items() if not key.endswith("/")}
 
 
 class _S3:
@@ -142,6 +162,9 @@ class _S3:
         now = found["ResponseMetadata"]["HTTPHeaders"].get("date", "")
         return Version(data, found["ETag"], _age_s(found["LastModified"], now))
 
+    def write(self, key: str, data: bytes) -> None:
+        self._call("put_object", Key=key, Body=data)
+
     def create(self, key: str, data: bytes) -> str | None:
         return self._put(key, data, IfNoneMatch="*")
 
@@ -162,7 +185,7 @@ class _S3:
         except FileNotFoundError:  # nothing has the tag
             return None
         except OSError as problem:
-            if not paths.is_refused(problem):
+            if not _is_refused(problem):
                 raise
         return None
 
@@ -223,20 +246,24 @@ class _Gcs:
         written = datetime.datetime.fromisoformat(found["updated"])
         return Version(bytes(data), found["generation"], _age_s(written, headers.get("Date", "")))
 
+    def write(self, key: str, data: bytes) -> None:
+        self._put(key, data)
+
     def create(self, key: str, data: bytes) -> str | None:
-        return self._put(key, data, "0")
+        return self._put(key, data, ifGenerationMatch="0")
 
     def replace(self, key: str, data: bytes, tag: str) -> str | None:
-        return self._put(key, data, tag)
+        return self._put(key, data, ifGenerationMatch=tag)
 
     def remove(self, key: str, tag: str) -> None:
         self._if("DELETE", "b/{}/o/{}", self.bucket, key, ifGenerationMatch=tag)
 
-    def _put(self, key: str, data: bytes, generation: str) -> str | None:
+    def _put(self, key: str, data: bytes, **condition: str) -> str | None:
+        """Sends nothing but the bytes: gcsfs sends small files between lines of text, and loses a last byte 13."""
         place = self._client.base.replace("/storage/v1/", "/upload/storage/v1/") + "b/{}/o"
         found = self._if(
-            "POST", place, self.bucket, uploadType="media", name=key, ifGenerationMatch=generation, data=data,
-            headers={"Content-Type": "application/octet-stream"},
+            "POST", place, self.bucket, uploadType="media", name=key, data=data,
+            headers={"Content-Type": "application/octet-stream"}, **condition,
         )  # fmt: skip
         return None if found is None else str(json.loads(found)["generation"])
 
@@ -249,6 +276,12 @@ class _Gcs:
 
 
 _FIELDS = "items(name,size,md5Hash,generation),prefixes,nextPageToken"
+
+
+def _is_refused(problem: OSError) -> bool:
+    """Whether a server refused to write over an object; s3fs makes such an error only if the server says much."""
+    said = getattr(problem.__cause__, "response", {}).get("Error", {}).get("Code")
+    return isinstance(problem, FileExistsError) or said in ("PreconditionFailed", "ConditionalRequestConflict")
 
 
 def _identity(item: Mapping[str, Any]) -> str:

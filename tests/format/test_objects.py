@@ -5,7 +5,8 @@ import uuid
 import pytest
 from etils import epath
 
-from ckptmgr.run import objects
+from ckptmgr.format import files, objects
+from ckptmgr.run import transfer
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),
@@ -51,3 +52,27 @@ def test_the_server_says_how_old_an_object_is(folder):
     found = store.fetch(key)
     assert found.data == b"one"
     assert 0 <= found.age_s < 60
+
+
+def test_whatever_the_last_byte_is_it_arrives(folder, tmp_path):
+    """Every file of a database ends with a checksum, so with any byte."""
+    source = epath.Path(tmp_path)
+    meant = {f"{last:02x}": bytes([255 - last, last]) for last in range(256)}
+    for name, data in meant.items():
+        (source / name).write_bytes(data)
+    transfer.put(source, folder / "put", list(meant))
+    files.put_all(source, folder / "created")
+    for way in ("put", "created"):
+        start = objects.key_of(folder / way)
+        found = objects.open_objects(folder).read([f"{start}/{name}" for name in meant])
+        assert found == {f"{start}/{name}": data for name, data in meant.items()}
+
+
+def test_what_another_has_written_is_not_written_over_and_the_same_twice_is_no_error(folder):
+    if str(folder).startswith("gs:"):
+        pytest.skip("the server for gs:// ignores conditions")
+    objects.create(folder / "one", b"1")
+    objects.create(folder / "one", b"1")
+    with pytest.raises(FileExistsError, match="was written by another process meanwhile"):
+        objects.create(folder / "one", b"2")
+    assert objects.sizes_below(folder) == {"one": 1}
