@@ -27,7 +27,7 @@ from ckptmgr.arrays import reading, shares, to_host, writing
 from ckptmgr.arrays.chunks import Index, Stored
 from ckptmgr.arrays.shares import Piece
 from ckptmgr.arrays.to_host import Part
-from ckptmgr.format import files
+from ckptmgr.format import files, recorded
 from ckptmgr.format import manifest as manifests
 from ckptmgr.processes.job import Call, Job
 from ckptmgr.run import catalog
@@ -186,7 +186,7 @@ def _read(count: int, directory: Path) -> dict[str, float]:
     )
     manifest, manifest_s = measure.timed(lambda: run.manifest(_STEP, fresh=True))
     items = [*_ITEMS, manifests.STEP, manifests.METRICS]
-    _, check_s = measure.timed(lambda: manifests.check_files(manifest, folder, items, share=(index, count)))
+    _, check_s = measure.timed(lambda: recorded.check_files(manifest, folder, items, share=(index, count)))
     sources = [reading.Source(name, plain=True) for name in _ITEMS]
     openers = [reading.Opener(folder, source) for source in sources]
     _, index_s = measure.timed(lambda: [opener.found for opener in openers])

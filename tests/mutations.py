@@ -166,7 +166,7 @@ MUTATIONS = [
     ),
     Mutation(
         "2a", "the checksum of a file is not compared",
-        "format/manifest.py", "if found != file.crc32:", "if False:",
+        "format/recorded.py", "if found != file.crc32:", "if False:",
         "tests/test_crash.py::test_damage_in_any_file_of_the_newest_step_gives_the_one_before_with_a_warning",
     ),
     Mutation(
@@ -176,7 +176,7 @@ MUTATIONS = [
     ),
     Mutation(
         "2b", "a small file of arrays has no checksum",
-        'format/manifest.py', 'return "/d/" in name and size > _SMALL_BYTES',
+        'format/recorded.py', 'return "/d/" in name and size > _SMALL_BYTES',
         'return "/d/" in name',
         'tests/saving/test_sealing.py::test_a_database_of_another_save_that_has_the_same_size_is_found',
     ),
@@ -188,7 +188,7 @@ MUTATIONS = [
     ),
     Mutation(
         "2b", "a file that is missing is passed over",
-        "format/manifest.py", '        raise damaged("is missing") from None\n', "        return\n",
+        "format/recorded.py", '        raise damaged("is missing") from None\n', "        return\n",
         "tests/test_crash.py::test_damage_in_any_file_of_the_newest_step_gives_the_one_before_with_a_warning",
     ),
     Mutation(
@@ -205,8 +205,8 @@ MUTATIONS = [
     ),
     Mutation(
         '2b', 'of what several processes have written nobody checks the files',
-        'format/manifest.py', 'int(written_by[1]) % count != here', 'True',
-        'tests/format/test_manifest.py::test_of_what_each_process_has_written_each_file_is_checked_by_one_and_all_else_by_all',
+        'format/recorded.py', 'int(written_by[1]) % count != here', 'True',
+        'tests/format/test_recorded.py::test_of_what_each_process_has_written_each_file_is_checked_by_one_and_all_else_by_all',
     ),
     Mutation(
         "3a", "a damaged newest step ends a restore",
@@ -540,7 +540,7 @@ MUTATIONS = [
     ),
     Mutation(
         "13a", "an error of the disk comes as it is",
-        "format/manifest.py",
+        "format/recorded.py",
         "except (OSError, ValueError) as problem:  # a directory in its place, a bad sector,",
         "except ValueError as problem:  #",
         "tests/test_odd_files.py::test_anything_in_the_place_of_any_file_or_folder_is_said_and_walked_back_from",

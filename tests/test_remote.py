@@ -18,8 +18,7 @@ from test_crash import run as train
 from test_job import finish, start
 
 import ckptmgr
-from ckptmgr.format import manifest as manifests
-from ckptmgr.format import names
+from ckptmgr.format import names, recorded
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),
@@ -249,14 +248,14 @@ def test_a_step_that_is_deleted_under_a_readers_hands_is_not_called_damaged(run,
         for step in (1, 2):
             manager.save(step, trainer.state(step))
         manager.wait()
-        reader, check = ckptmgr.CheckpointManager(run, read_only=True), manifests.check_files
+        reader, check = ckptmgr.CheckpointManager(run, read_only=True), recorded.check_files
 
         def overtaken(*args, **options):
             if 2 in manager.steps():
                 manager.delete(2)
             return check(*args, **options)
 
-        monkeypatch.setattr(manifests, "check_files", overtaken)
+        monkeypatch.setattr(recorded, "check_files", overtaken)
         assert saved(reader) == (1, [])
 
 

@@ -8,7 +8,7 @@ import os
 from etils import epath
 
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.format import files, paths
+from ckptmgr.format import files, paths, recorded
 from ckptmgr.format import manifest as manifests
 from ckptmgr.run import verifying
 from ckptmgr.run.catalog import Catalog, open_catalog
@@ -32,8 +32,8 @@ def _adopt(catalog: Catalog, step: int) -> bool:
     report = verifying.verify(manifest, directory, None)
     if not report:
         raise CorruptCheckpointError(f"step {step} gets no manifest: {report}", step=step)
-    recorded = manifests.record_files(directory, files.walk(directory)[1], lambda name, size: False)
-    _write(directory, manifests.encode(dataclasses.replace(manifest, files=recorded)))
+    found = recorded.record_files(directory, files.walk(directory)[1], lambda name, size: False)
+    _write(directory, manifests.encode(dataclasses.replace(manifest, files=found)))
     catalog.forget(step)
     return True
 

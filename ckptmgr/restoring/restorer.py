@@ -14,7 +14,7 @@ import jax
 
 from ckptmgr.errors import CheckpointNotFoundError, CheckpointTimeoutError, CorruptCheckpointError
 from ckptmgr.format import manifest as manifests
-from ckptmgr.format import paths
+from ckptmgr.format import paths, recorded
 from ckptmgr.processes import job
 from ckptmgr.processes.job import Call, Job
 from ckptmgr.restoring import extras, reading
@@ -214,7 +214,7 @@ class Restorer:
             templates = request.templates(manifest)
             plan = self._planner.plan(manifest, templates, request, is_local=paths.is_local(directory))
             items, share = {*templates, manifests.STEP, manifests.METRICS}, (self._job.index, self._job.count)
-            manifests.check_files(manifest, directory, items, share=share)
+            recorded.check_files(manifest, directory, items, share=share)
             trees = reading.Trees(plan.trees, plan.structures, step, directory, others)
             trees.fetch()
             return manifest, templates, plan, trees

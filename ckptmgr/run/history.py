@@ -11,7 +11,7 @@ from typing import Literal
 
 from ckptmgr import policies
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
-from ckptmgr.format import manifest as manifests
+from ckptmgr.format import recorded
 from ckptmgr.format.manifest import Manifest
 from ckptmgr.results import CheckpointInfo
 from ckptmgr.run.catalog import Catalog
@@ -161,7 +161,7 @@ class History:
         """Whether a step is there and its small files are whole. If they are damaged, that is logged."""
         try:
             manifest = self._catalog.manifest(step, fresh=True)
-            manifests.check_files(manifest, self._catalog.path(step), manifest.items)
+            recorded.check_files(manifest, self._catalog.path(step), manifest.items)
         except CheckpointNotFoundError:
             return False
         except CorruptCheckpointError as problem:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from etils import epath
 
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError
-from ckptmgr.format import files, names, paths
+from ckptmgr.format import files, names, paths, recorded
 from ckptmgr.format import manifest as manifests
 from ckptmgr.format.names import ABANDONED, DAMAGED, DELETING, PIN, REPLACED, REWINDING, SAVING, STEP
 from ckptmgr.run import directory as directories
@@ -140,7 +140,7 @@ class LocalDirectory:
         return "0" * 8
 
     def missing_file(self, manifest: manifests.Manifest, place: str) -> str | None:
-        return manifests.missing_file(manifest, self.path / place)
+        return recorded.missing_file(manifest, self.path / place)
 
     # ------------------------------------------------------------ a step that is written here
 

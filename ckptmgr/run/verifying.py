@@ -10,7 +10,7 @@ from etils import epath
 
 from ckptmgr.arrays import reading
 from ckptmgr.errors import CorruptCheckpointError
-from ckptmgr.format import files, paths
+from ckptmgr.format import files, paths, recorded
 from ckptmgr.format import manifest as manifests
 from ckptmgr.results import Damage, VerifyReport
 from ckptmgr.run import values
@@ -91,7 +91,7 @@ def _damaged_files(manifest: manifests.Manifest, directory: epath.Path) -> Itera
     yield from itertools.starmap(Damage, manifest.unreadable.items())
     for name, file in manifest.files.items():
         try:
-            manifests.check_file(manifest, str(directory), name, file)
+            recorded.check_file(manifest, str(directory), name, file)
         except CorruptCheckpointError as problem:
             yield Damage(name, str(problem).partition(f"{directory / name} ")[2])
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from ckptmgr.arrays import writing
 from ckptmgr.errors import CheckpointExistsError, SaveError
-from ckptmgr.format import files, names, paths
+from ckptmgr.format import files, names, paths, recorded
 from ckptmgr.format import manifest as manifests
 from ckptmgr.orbax import item_files
 from ckptmgr.orbax import writing as orbax
@@ -123,7 +123,7 @@ class Committer:
         if paths.is_local(draft):
             files.write(draft / names.COMMITTED, self._marker(copied.step), durable=False)
         folders, sizes = files.walk(draft)
-        found = manifests.record_files(draft, sizes, manifests.checks_itself, others)
+        found = recorded.record_files(draft, sizes, recorded.checks_itself, others)
         sealing.check(copied.step, draft, self._meant(copied, draft, others), found)
         manifest = copied.seal(found)
         data = manifests.encode(manifest)

@@ -21,7 +21,7 @@ from ckptmgr.arrays import chunks, extents
 from ckptmgr.arrays.chunks import Stored
 from ckptmgr.arrays.to_host import Plan
 from ckptmgr.errors import SaveError
-from ckptmgr.format import files, paths
+from ckptmgr.format import files, paths, recorded
 from ckptmgr.format import manifest as manifests
 from ckptmgr.trees.structure import numpy_dtype
 
@@ -62,7 +62,7 @@ def own_files(draft: epath.Path, texts: Iterable[str], parts: Iterable[str]) -> 
             folders, found = files.walk(draft / part)
             sizes |= {f"{part}/{name}": size for name, size in found.items()}
             files.sync(folders)
-    return manifests.record_files(draft, sizes, manifests.checks_itself)
+    return recorded.record_files(draft, sizes, recorded.checks_itself)
 
 
 def pack(found: Mapping[str, manifests.File]) -> Facts:
