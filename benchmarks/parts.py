@@ -41,7 +41,7 @@ _STEP = 1
 _TIMED = {
     "merge": (writing, "merge"),
     "look through": (files, "walk"),
-    "checksums": (manifests, "record_files"),
+    "checksums": (recorded, "record_files"),
     "compare": (sealing, "check"),
     "manifest": (manifests, "encode"),
     "flush": (files, "sync"),
