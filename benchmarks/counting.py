@@ -36,13 +36,16 @@ def kind(method: str, target: str) -> str:
 
 
 class Proxy:
-    """Passes requests on to a server, and counts them by kind, those of the caller's thread apart."""
+    """Passes requests on to a server after a delay; counts them by kind, those of the caller's thread apart."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, delay_s: float = 0.0) -> None:
         self.before: Counter[str] = Counter()
         """Requests that were passed on before the call returned: those of the caller's thread."""
         self.after: Counter[str] = Counter()
         self.targets: list[str] = []
+        self.spans: list[tuple[float, float]] = []
+        """When each request came, and when it was answered."""
+        self._delay_s = delay_s
         self._returned = threading.Event()
         self._returned.set()
         self._counting = threading.Lock()
@@ -59,7 +62,7 @@ class Proxy:
         If the call has not returned then, it waits for this request: the request is of the caller's thread.
         """
         with self._counting:
-            self.before, self.after, self.targets = Counter(), Counter(), []
+            self.before, self.after, self.targets, self.spans = Counter(), Counter(), [], []
             self._patience_s = patience_s
         self._returned.clear()
         try:
@@ -72,6 +75,24 @@ class Proxy:
         with self._counting:
             (self.after if has_returned else self.before)[kind(method, target)] += 1
             self.targets.append(f"{'after' if has_returned else 'before'} {method} {target}")
+
+    @contextlib.contextmanager
+    def request(self, method: str, target: str) -> Iterator[None]:
+        self.count(method, target)
+        began = time.perf_counter()
+        time.sleep(self._delay_s)
+        yield
+        with self._counting:
+            self.spans.append((began, time.perf_counter()))
+
+    def in_turn(self) -> int:
+        """How many of the requests came one after the other: the most of which each began after another's end."""
+        turns, last = 0, 0.0
+        with self._counting:
+            for began, ended in sorted(self.spans, key=lambda span: span[1]):
+                if began >= last:
+                    turns, last = turns + 1, ended
+        return turns
 
     def close(self) -> None:
         self._server.shutdown()
@@ -86,7 +107,10 @@ def _handler(proxy: Proxy, port: int) -> type[BaseHTTPRequestHandler]:
 
         def pass_on(self) -> None:
             body = self._body()
-            proxy.count(self.command, self.path)
+            with proxy.request(self.command, self.path):
+                self._answer(body)
+
+        def _answer(self, body: bytes) -> None:
             headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
             if body or self.command in ("PUT", "POST"):
                 headers["Content-Length"] = str(len(body))
@@ -139,10 +163,10 @@ __main__.main(["start", "--host=localhost", f"--port={sys.argv[1]}", "--in-memor
 
 
 @contextlib.contextmanager
-def servers() -> Iterator[Mapping[str, Proxy]]:
+def servers(delay_s: float = 0.0) -> Iterator[Mapping[str, Proxy]]:
     """The proxies of both servers, by scheme. The environment leads clients that are made from now on to them."""
     with server("gs") as gs, server("s3") as s3:
-        proxies = {"gs": Proxy(gs), "s3": Proxy(s3)}
+        proxies = {"gs": Proxy(gs, delay_s), "s3": Proxy(s3, delay_s)}
         os.environ |= environment(proxies["gs"].port, proxies["s3"].port)
         try:
             yield proxies

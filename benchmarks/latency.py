@@ -129,7 +129,8 @@ class _TensorStore(peers.Peer):
     def _store(self) -> Any:
         base = database.open_spec(epath.Path(f"{self._run}/{self._step}"))["base"]
         config = {"compression": None, "max_inline_value_bytes": 4096}
-        spec = {"driver": "ocdbt", "base": base, "config": config}
+        nodes = {"total_bytes_limit": 100_000_000}  # as Orbax has it: else a node is read again and again
+        spec = {"driver": "ocdbt", "base": base, "config": config, "cache_pool": nodes}
         return ts.KvStore.open(spec, context=ts.Context()).result()
 
     def save(self, state: State) -> None:

@@ -12,14 +12,23 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from benchmarks import counting
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-Counts = dict[str, dict[str, int]]
-"""By act ("caller", "background"): how many requests of each kind."""
+
+class Counts(TypedDict):
+    """The requests of one call."""
+
+    caller: dict[str, int]
+    """How many of each kind the caller waits for."""
+    background: dict[str, int]
+    in_turn: int
+    """How many of all came one after the other."""
+
+
 KINDS = ("list", "read", "write", "copy", "delete")
 READS_ALL = ("infos, the first", "first save with retention")
 """These calls read a small file of each step, once for each process."""
@@ -30,12 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.requests", description=__doc__)
     parser.add_argument("--steps", default="3,30,300", help="how many steps the run has; default: %(default)s")
     parser.add_argument("--schemes", default="s3,gs", help="default: %(default)s")
+    parser.add_argument(
+        "--delay-ms", type=float, default=0, help="added to each request, so that `in turn` is true"
+    )
     parser.add_argument("--json", action="store_true", help="prints every count, by scheme, steps, call and act")
     parser.add_argument("--targets", metavar="CALL", help="also prints each request of this call")
     options = parser.parse_args(arguments)
     counts = [int(count) for count in options.steps.split(",")]
     found: dict[str, dict[int, dict[str, Counts]]] = {}
-    with counting.servers() as proxies:
+    with counting.servers(options.delay_ms / 1000) as proxies:
         for scheme in options.schemes.split(","):
             found[scheme] = {count: dict(_measure(scheme, proxies[scheme], count, options)) for count in counts}
     print(json.dumps(found) if options.json else table(found))
@@ -68,7 +80,11 @@ def _measure(
             manager.wait()
         if options.targets == what:
             print(what, *proxy.targets, sep="\n  ", file=sys.stderr)
-        return what, {"caller": dict(proxy.before), "background": dict(proxy.after)}
+        return what, {
+            "caller": dict(proxy.before),
+            "background": dict(proxy.after),
+            "in_turn": proxy.in_turn(),
+        }
 
     def opened(**given: Any) -> Callable[[], object]:
         return lambda: managers.append(ckptmgr.CheckpointManager(run, **given))
@@ -118,10 +134,11 @@ def _table(by_count: Mapping[int, Mapping[str, Counts]]) -> str:
 
 
 def _cell(counts: Counts) -> str:
-    """For example "0 + 4: 1 list, 3 write": those of the caller's thread, those behind it, all by kind."""
+    """For example "0 + 4, 2 in turn: 1 list, 3 write": of the caller's thread, behind it, all by kind."""
     whole = Counter(counts["caller"]) + Counter(counts["background"])
     kinds = ", ".join(f"{whole[each]} {each}" for each in KINDS if whole[each])
     said = " + ".join(str(sum(each.values())) for each in (counts["caller"], counts["background"]))
+    said += f", {counts['in_turn']} in turn" if counts["in_turn"] else ""
     return f"{said}: {kinds}" if kinds else said
 
 

@@ -32,6 +32,7 @@ POINTS = {
     "file": "ckptmgr.format.files:write",  # any small file, the manifest last
     "sync": "ckptmgr.format.files:sync",  # names made durable
     "publish": "faults:FaultyDirectory.publish",  # the rename
+    "note": "faults:FaultyDirectory.after_publish",  # in a bucket the note that the step is written is removed
     "exchange": "ckptmgr.format.files:exchange",  # the swap of a step that is replaced
     "retain": "ckptmgr.saving.aftermath:Aftermath._retain",
     "choose": "ckptmgr.run.history:History.decide_deletions",  # what is to be deleted

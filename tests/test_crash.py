@@ -82,7 +82,7 @@ def test_killed_at_random_moments_the_newest_committed_step_is_there_and_nothing
 
 MATRIX = [
     (how, f"{when} {point}")
-    for how, absent in (("train", ["exchange"]), ("replace", ["delete"]))  # those are of the other kind of run
+    for how, absent in (("train", ["exchange"]), ("replace", ["delete", "rename"]))  # what the other kind does
     for point in faults.POINTS
     for when in ("before", "after")
     if point not in absent

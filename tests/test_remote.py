@@ -19,6 +19,7 @@ from test_job import finish, start
 
 import ckptmgr
 from ckptmgr.format import names, recorded
+from ckptmgr.saving import sealing
 
 pytestmark = [
     pytest.mark.xdist_group("remote"),
@@ -124,7 +125,7 @@ def folders(run):
 KILLS = [
     (place, f"{when} {point}")
     for point in ["arrays 4", "description 4", *(f"file {3 * FILES + n}" for n in (1, FILES - 1, FILES)),
-                  "choose 4", "retain 4", "delete 1", "remove 1"]
+                  "note 4", "choose 4", "retain 4", "delete 1", "remove 1"]
     for when in ("before", "after")
     for place in PLACES
 ]  # fmt: skip
@@ -179,6 +180,41 @@ def test_a_write_that_fails_at_any_point_is_said_and_harms_nothing(run, fault, m
         manager.save(2, trainer.state(2)).result()
         assert saved(reader) == (2, [])
         assert reader.verify()
+
+
+@pytest.mark.parametrize("kind", ["fail", "refuse"])
+def test_a_note_that_cannot_be_removed_does_no_harm(run, kind, monkeypatch, caplog):
+    with ckptmgr.CheckpointManager(run, keep=2) as manager:
+        with monkeypatch.context() as patch:
+            faults.install(f"{kind} note 1", patch.setattr)
+            assert manager.save(1, trainer.state(1)).result().step == 1
+            manager.wait()
+        assert "a note about a save could not be removed" in caplog.text
+        assert manager.steps() == [1]
+        assert saved(manager) == (1, [])
+        for step in (2, 3):
+            manager.save(step, trainer.state(step)).result()
+        manager.wait()
+        assert manager.steps() == folders(run) == [2, 3]
+    ckptmgr.CheckpointManager(run).close()
+    assert not (epath.Path(run) / names.SAVING).exists()
+
+
+def test_a_small_file_that_another_program_changes_before_the_manifest_is_there_is_noticed(run, monkeypatch):
+    def changed(draft, sent, real=sealing.look_through):
+        place = draft / "params" / "_METADATA"
+        data = place.read_bytes()
+        place.write_bytes(data[:-1] + b" ")  # of the same size
+        return real(draft, sent)
+
+    with ckptmgr.CheckpointManager(run) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(sealing, "look_through", changed)
+            with pytest.raises(ckptmgr.SaveError, match="params/_METADATA is not what was written"):
+                manager.save(1, trainer.state(1)).result()
+        assert manager.steps() == folders(run) == []
+        manager.save(1, trainer.state(1)).result()
+        assert saved(manager) == (1, [])
 
 
 def test_a_write_that_fails_while_its_caller_waits_for_the_copies_is_a_failed_save_too(run, monkeypatch):

@@ -106,8 +106,11 @@ def own_part() -> str:
     return f"{PART}{jax.process_index()}" if jax.process_count() > 1 else ""
 
 
-def merge(directory: epath.Path, check: database.Check = lambda: None) -> None:
-    """Makes one database of the parts that several processes wrote; it refers to their chunks and copies none."""
+def merge(directory: epath.Path, check: database.Check = lambda: None, place: epath.Path | None = None) -> None:
+    """Makes one database of the parts that several processes wrote; it refers to their chunks and copies none.
+
+    `place`: as for `write`.
+    """
     parts = [entry for entry in directory.iterdir() if entry.name.startswith(PART)]
     if not parts:
         return
@@ -121,19 +124,27 @@ def merge(directory: epath.Path, check: database.Check = lambda: None) -> None:
     for each in copies:
         each.result()
     transaction.commit_async().result()
-    database.publish(directory, context, check)
+    database.publish(directory, context, check, place)
 
 
 def write(
-    directory: epath.Path, snapshot: Snapshot, compression: str | None, check: database.Check = lambda: None
+    directory: epath.Path,
+    snapshot: Snapshot,
+    compression: str | None,
+    check: database.Check = lambda: None,
+    place: epath.Path | None = None,
 ) -> None:
-    """Writes this process's part of an item. Before others see it, `check` raises if it must not be written."""
+    """Writes this process's part of an item. Before others see it, `check` raises if it must not be written.
+
+    `place`: a folder of this machine. What is written last into a bucket, and makes the arrays readable, is put
+    there instead, for the caller to write.
+    """
     context = ts.Context()
     write_wave(directory, snapshot, compression, context)
     while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
         snapshot.collect()
         write_wave(directory, snapshot, compression, context)
-    database.publish(directory, context, check)
+    database.publish(directory, context, check, place)
 
 
 def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None, context: Any) -> None:

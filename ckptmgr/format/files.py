@@ -66,7 +66,7 @@ def sync(places: Iterable[epath.Path]) -> None:
 def walk(directory: epath.Path) -> tuple[list[epath.Path], dict[str, int]]:
     """Every directory below and including `directory`, and the size of every file by relative name."""
     if not is_local(directory):
-        return [directory], objects.sizes_below(directory)
+        return [directory], {name: found.size for name, found in objects.below(directory).items()}
     folders, sizes = [directory], {}
     for folder in folders:  # grows while it is walked
         place = "" if folder == directory else f"{folder.relative_to(directory).as_posix()}/"
@@ -95,20 +95,16 @@ def for_each(directory: epath.Path, act: Callable[[str], Result], names: Iterabl
         yield from threads.map(act, names)
 
 
-def put_all(source: epath.Path, target: epath.Path) -> None:
-    """Puts the files below a folder of this machine into a bucket, at the same time."""
+def put_all(source: epath.Path, target: epath.Path) -> dict[str, bytes]:
+    """Puts the files below a folder of this machine into a bucket, at the same time; returns what they hold."""
 
-    def put(name: str) -> None:
-        write(target / name, (source / name).read_bytes())
+    def put(name: str) -> bytes:
+        data = bytes((source / name).read_bytes())
+        write(target / name, data)
+        return data
 
-    for _ in for_each(target, put, walk(source)[1]):
-        pass
-
-
-def remove_all(folder: epath.Path) -> None:
-    """Removes what is below a folder in a bucket."""
-    store, start = objects.open_objects(folder), f"{objects.key_of(folder)}/"
-    store.delete(list(store.list(start, "").objects))
+    found = walk(source)[1]
+    return dict(zip(found, for_each(target, put, found), strict=True))
 
 
 def check_regular(directory: epath.Path) -> None:

@@ -18,6 +18,7 @@ import binascii
 import datetime
 import email.utils
 import errno
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -41,6 +42,10 @@ class Found(NamedTuple):
     @property
     def md5(self) -> str | None:
         return self.identity if _MD5.fullmatch(self.identity) else None
+
+    def is_like(self, data: bytes) -> bool:
+        """Whether the object has this size, and this MD5 if its own is known."""
+        return self.size == len(data) and self.md5 in (None, hashlib.md5(data, usedforsecurity=False).hexdigest())
 
 
 class Version(NamedTuple):
@@ -118,16 +123,17 @@ def write(path: epath.Path, data: bytes) -> None:
     open_objects(path).write(key_of(path), data)
 
 
-def sizes_below(directory: epath.Path) -> dict[str, int]:
-    """The size of every object below a folder, by its relative name."""
+def below(directory: epath.Path) -> dict[str, Found]:
+    """Every object below a folder, by its relative name."""
     start = f"{key_of(directory)}/"
     found = open_objects(directory).list(start, "").objects
-    return {key.removeprefix(start): each.size for key, each in found.items() if not key.endswith("/")}
+    return {key.removeprefix(start): each for key, each in found.items() if not key.endswith("/")}
 
 
 class _S3:
     def __init__(self, client: Any, bucket: str) -> None:
         self._client, self.bucket = client, bucket
+        client.config_kwargs.setdefault("max_pool_connections", _AT_ONCE)  # else 10, and the others wait for them
 
     def list(self, prefix: str, delimiter: str) -> Listing:
         self._client.invalidate_cache()  # others write there too

@@ -20,12 +20,15 @@ _OWN = re.compile(r"/(?:ocdbt\.)?process_([0-9]+)(?:/|\.json$)")
 """A file that one of several processes has written."""
 
 
-def checks_itself(name: str, size: int) -> bool:
-    """Whether the parts of this file (OCDBT's nodes, and chunks) have checksums, so that each read checks them.
+def checks_itself(directory: epath.Path) -> Callable[[str, int], bool]:
+    """Which files need no checksum in the manifest, by name and size.
 
-    A small file gets a checksum in the manifest too: it tells the file from a whole file of another save.
+    Those with parts (OCDBT's nodes, and chunks) that have checksums, so that each read checks them. On a disk a
+    small one gets a checksum too, which tells it from a whole file of another save. In a bucket it would have to
+    be read once more for that, and has a random name that no other file has.
     """
-    return "/d/" in name and size > _SMALL_BYTES
+    least_bytes = _SMALL_BYTES if paths.is_local(directory) else 0
+    return lambda name, size: "/d/" in name and size > least_bytes
 
 
 def record_files(

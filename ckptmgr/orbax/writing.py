@@ -38,17 +38,18 @@ def write(
     made: Callable[[], object] = lambda: None,
     written: Callable[[], None] = lambda: None,
     check: database.Check = lambda: None,
-) -> None:
+) -> Mapping[str, bytes]:
     """Writes a step into a directory, which Orbax makes. In a job only process 0 calls this.
 
     In a bucket Orbax would make some fifty requests, one after the other. So its small files are written on this
-    machine, and then put into the bucket, many at a time. The arrays go straight to the bucket.
+    machine, and then put into the bucket, many at a time. The arrays go straight to the bucket. Returns what was
+    put there, by the names of the files; on a disk nothing.
 
     It tells Orbax that there is one process only: Orbax's own barriers have no bound that we can set, and some of
     them run programs on the devices, between those of the training.
 
     Args:
-      directory: its name is the number of the step; if it exists, it is removed first.
+      directory: its name is the number of the step. On a disk it is removed first; in a bucket it must be empty.
       made: called once the directories of the items exist.
       written: called once the arrays are written. It may wait for other processes, whose arrays are merged then.
       check: raises if this process may not write any more; called before what may write over files of another.
@@ -57,9 +58,10 @@ def write(
         name: ocp.args.StandardSave(item) if isinstance(item, writing.Snapshot) else ocp.args.JsonSave(item)
         for name, item in items.items()
     }
+    put: dict[str, bytes] = {}
     with (
         concurrent.futures.ThreadPoolExecutor() as threads,  # after a failure the other writers are waited for
-        _place_for_small_files(directory, check) as place,
+        _place_for_small_files(directory, check, put) as place,
     ):
         arrays = _ArraysHandler(directory, compression, made, written, check, threads)
         with _open(place.parent, arrays, threads) as manager:
@@ -69,21 +71,23 @@ def write(
                 force=True,
                 custom_metadata=names.SIGNATURE,
             )
+    return put
 
 
 @contextlib.contextmanager
-def _place_for_small_files(directory: epath.Path, check: database.Check) -> Iterator[epath.Path]:
-    """Where Orbax writes; what it has written there is in the directory of the step afterwards."""
+def _place_for_small_files(
+    directory: epath.Path, check: database.Check, put: dict[str, bytes]
+) -> Iterator[epath.Path]:
+    """Where Orbax writes; what it has written there is in the directory of the step afterwards, and in `put`."""
     check()
     if paths.is_local(directory):
         yield directory
         return
-    files.remove_all(directory)  # as Orbax does on a disk
     with tempfile.TemporaryDirectory() as scratch:
         place = epath.Path(scratch) / directory.name
         yield place
         check()
-        files.put_all(place, directory)
+        put |= files.put_all(place, directory)
 
 
 def _open(root: epath.Path, arrays: _ArraysHandler, threads: concurrent.futures.Executor) -> ocp.CheckpointManager:
@@ -180,14 +184,15 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
 
     def _write(self, directory: epath.Path, snapshot: writing.Snapshot) -> None:
         part = self._step / directory.name / writing.own_part()
-        writing.write(part, snapshot, self._compression, self._check)
+        is_whole = jax.process_count() == 1  # else other processes' parts are merged with this one
+        writing.write(part, snapshot, self._compression, self._check, directory if is_whole else None)
         _describe(directory, snapshot.plan)
 
     def finalize(self, directory: epath.Path) -> None:
         self._written()
         if paths.is_local(self._step) or jax.process_count() > 1:  # to look for parts in a bucket is a request
             self._check()
-            writing.merge(self._step / directory.name, self._check)
+            writing.merge(self._step / directory.name, self._check, directory)
 
 
 class _JsonHandler(ocp.JsonCheckpointHandler):

@@ -21,6 +21,7 @@ from ckptmgr.run import values
 from ckptmgr.trees.layouts import Target
 
 _COPIED_BYTES = 2 << 20  # JAX copies small leaves once more: not all of them at a time
+_COPIED_BYTES_IN_BUCKETS = 32 << 20  # there each time is a wait for the server
 
 
 class Others(NamedTuple):
@@ -102,7 +103,8 @@ class Plan:
 
     def small(self, leaves: Sequence[int]) -> list[Sequence[int]]:
         """As many at a time as may be held twice: JAX copies small ones once more."""
-        return _cut(leaves, self._held_twice, _COPIED_BYTES)
+        most_bytes = _COPIED_BYTES if self.is_local else _COPIED_BYTES_IN_BUCKETS
+        return _cut(leaves, self._held_twice, most_bytes)
 
     def placing(self, leaves: Sequence[int], only: int | None = None) -> to_devices.Plan:
         """How these leaves, or one piece of each, are sent to their devices."""

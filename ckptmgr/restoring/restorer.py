@@ -178,7 +178,7 @@ class Restorer:
 
     def _whole(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
         """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
-        home.require(step)
+        home.expect(step)
         ends = time.monotonic() + self._timeout_s
         while time.monotonic() < ends:
             identity = home.identity(step)

@@ -239,9 +239,13 @@ class BucketDirectory:
         return self.path / name
 
     def publish(self, name: str) -> None:
-        """Removes the note: the marker has made the draft a step."""
-        self._objects.delete([self._key(f"{SAVING}/{name}")])
+        """Makes no request: the marker has made the draft a step."""
         self._begun.discard(name)
+        self._see({name: _Entry()}, [name])  # nobody has pinned it yet; `after_publish` sees the rest
+
+    def after_publish(self, name: str) -> None:
+        """Removes the note, and sees what the step holds."""
+        self._objects.delete([self._key(f"{SAVING}/{name}")])
         self._see({name: self._look_below(name)}, [name])
 
     def discard(self, name: str) -> None:
@@ -249,7 +253,7 @@ class BucketDirectory:
         if is_begun:
             self.look(name)  # it may have become a step just before the save failed
         self._begun.discard(name)
-        is_draft = is_begun or (self._entry(name).is_taken and self._has_note(SAVING, name))
+        is_draft = is_begun or (self._entry(name).is_taken and not self.is_somebodys(name))
         if is_draft and not self.find_steps([name]):
             self.remove(self.path / name)
 

@@ -122,6 +122,13 @@ class Catalog:
             )
         return self.path(step)
 
+    def expect(self, step: int) -> epath.Path:
+        """As `require`, but a bucket is not asked again for a step that it has listed.
+
+        Who then finds that a file of the step is missing calls `require`: the step may have been deleted since.
+        """
+        return self.path(step) if self.is_listed(step) else self.require(step)
+
     def taken(self) -> frozenset[int]:
         """The numbers that are names in the directory, of steps or of anything else, as last listed."""
         return self._numbers
@@ -192,7 +199,7 @@ class Catalog:
         known = None if fresh else self._manifests.get(step, stamp)
         if known is not None:
             return known
-        read, text = _read_manifest(step, self.require(step), self._manifests.items)
+        read, text = _read_manifest(step, self.expect(step), self._manifests.items)
         return self._manifests.put(step, stamp, read, text)
 
     def read_ahead(self, steps: Iterable[int]) -> None:
@@ -209,9 +216,10 @@ class Catalog:
                 read = manifests.decode(data, step=step, path=manifests.NAME, known=self._manifests.items)
                 self._manifests.put(step, stamps[step], read, manifests.items_text(data))
 
-    def remember(self, manifest: manifests.Manifest, data: bytes) -> manifests.Manifest:
-        """The manifest of a step that was just published, and what its file holds: it need not be read."""
-        return self._manifests.put(manifest.step, self.stamp(manifest.step), manifest, manifests.items_text(data))
+    def after_publish(self, manifest: manifests.Manifest, data: bytes) -> None:
+        """To be called after `publish`. Remembers the manifest, and what its file holds: it need not be read."""
+        self._storage.after_publish(str(manifest.step))
+        self._manifests.put(manifest.step, self.stamp(manifest.step), manifest, manifests.items_text(data))
 
     def stamp(self, step: int) -> Stamp:
         """What tells one save of a step from another, which another process may have put in its place."""

@@ -97,6 +97,9 @@ class Directory(Protocol):
     def publish(self, name: str) -> epath.Path | None:
         """Makes a durable draft the step. Returns the old step that it replaced, which is to be removed."""
 
+    def after_publish(self, name: str) -> None:
+        """What need not be done before `publish` returns; if it fails, the step is there all the same."""
+
     def discard(self, name: str) -> None:
         """Removes the draft of a failed save."""
 

@@ -167,6 +167,9 @@ class LocalDirectory:
             raise
         return old
 
+    def after_publish(self, name: str) -> None:
+        """Does nothing: the rename was all."""
+
     def discard(self, name: str) -> None:
         if (draft := self.draft(name)).exists():
             draft.rmtree()

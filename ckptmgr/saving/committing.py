@@ -9,7 +9,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from etils import epath
@@ -27,6 +28,8 @@ from ckptmgr.saving import sealing
 from ckptmgr.saving.copying import Copied
 from ckptmgr.saving.stages import Stages
 
+_log = logging.getLogger("ckptmgr")
+
 
 class Committer:
     """Makes a durable step of a snapshot.
@@ -39,6 +42,7 @@ class Committer:
         self._compression = compression
         self._job = job
         self._shared = shared
+        self._after: Callable[[], None] = lambda: None
 
     def commit(self, copied: Copied, *, replaces: bool = False) -> manifests.Manifest:
         """Returns the manifest once the step is durable. If that fails, removes the draft and raises."""
@@ -61,7 +65,7 @@ class Committer:
     def _lead(self, copied: Copied, stages: Stages, replaces: bool) -> manifests.Manifest:
         self._look(copied.step, replaces)
         draft, others = self._begin(copied.step), dict[str, manifests.File]()
-        orbax.write(
+        sent = orbax.write(
             draft,
             copied.contents,
             self._compression,
@@ -69,9 +73,31 @@ class Committer:
             written=lambda: others.update(sealing.unpack(stages.reach("arrays"))),
             check=self._shared.hold,
         )
-        manifest, data = self._seal(copied, draft, others)
+        with self._confirmed(draft):
+            manifest, data = self._seal(copied, draft, others, sent)
         self._publish(copied.step, draft, data, replaces)
-        return self._run.remember(manifest, data)
+        self._after = lambda: self._run.after_publish(manifest, data)
+        return manifest
+
+    def after_commit(self) -> None:
+        """Called once the step is told to be durable: what may take a bucket a few requests more."""
+        after, self._after = self._after, lambda: None
+        try:
+            after()
+        except Exception as problem:  # of a client
+            _log.warning("a note about a save could not be removed; it does no harm: %s", problem)
+
+    @contextlib.contextmanager
+    def _confirmed(self, draft: epath.Path) -> Iterator[None]:
+        """Asks a bucket whether the run is this process's still, beside the block; raises SaveError if not."""
+        if paths.is_local(draft):
+            yield
+            self._shared.confirm()
+            return
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            confirmed = thread.submit(self._shared.confirm)
+            yield
+            confirmed.result()
 
     def _look(self, step: int, replaces: bool) -> None:
         """Raises if the name of the step is taken. `save` looks only at what this process knows."""
@@ -114,17 +140,21 @@ class Committer:
     # ------------------------------------------------------------ sealing
 
     def _seal(
-        self, copied: Copied, draft: epath.Path, others: Mapping[str, manifests.File]
+        self,
+        copied: Copied,
+        draft: epath.Path,
+        others: Mapping[str, manifests.File],
+        sent: Mapping[str, bytes],
     ) -> tuple[manifests.Manifest, bytes]:
         """Checks that the draft holds what was meant, writes the manifest, and makes the draft durable.
 
-        `others` has what the other processes have written, and flushed.
+        `others` has what the other processes have written, and flushed; `sent` what was sent to a bucket.
         """
         if paths.is_local(draft):
             files.write(draft / names.COMMITTED, self._marker(copied.step), durable=False)
-        folders, sizes = files.walk(draft)
-        found = recorded.record_files(draft, sizes, recorded.checks_itself, others)
-        sealing.check(copied.step, draft, self._meant(copied, draft, others), found)
+        folders, sizes, unread = sealing.look_through(draft, sent)
+        found = recorded.record_files(draft, sizes, recorded.checks_itself(draft), {**unread, **others})
+        sealing.check(copied.step, draft, self._meant(copied, draft, others, sent), found)
         manifest = copied.seal(found)
         data = manifests.encode(manifest)
         self._shared.hold()
@@ -138,7 +168,6 @@ class Committer:
 
     def _publish(self, step: int, draft: epath.Path, manifest: bytes, replaces: bool) -> None:
         """Gives the draft the name of the step, durably."""
-        self._shared.confirm()
         if not paths.is_local(draft):  # a bucket has no rename: the last file makes the draft a step
             files.write(draft / names.COMMITTED, self._marker(step))
             self._check_in_time(draft, manifest)
@@ -161,7 +190,13 @@ class Committer:
     def _marker(self, step: int) -> bytes:
         return f"Checkpoint commit was successful to {self._run.directory / str(step)}".encode()
 
-    def _meant(self, copied: Copied, draft: epath.Path, others: Mapping[str, manifests.File]) -> sealing.Meant:
+    def _meant(
+        self,
+        copied: Copied,
+        draft: epath.Path,
+        others: Mapping[str, manifests.File],
+        sent: Mapping[str, bytes],
+    ) -> sealing.Meant:
         """What the step is to hold."""
         plans = {name: snapshot.plan for name, snapshot in copied.snapshots.items()}
         parts = {
@@ -169,9 +204,9 @@ class Committer:
             for name in copied.own & plans.keys()
             for each in range(1, jax.process_count())
         }
-        return sealing.Meant(self._texts(copied, draft), others, parts | plans, self._compression)
+        return sealing.Meant(self._texts(copied, draft, sent), others, parts | plans, self._compression)
 
-    def _texts(self, copied: Copied, draft: epath.Path) -> Mapping[str, bytes]:
+    def _texts(self, copied: Copied, draft: epath.Path, sent: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """The files beside the arrays, and their contents."""
         texts = {
             f"{name}/{manifests.json_file(name)}": json.dumps(copied.contents[name]()).encode()
@@ -179,16 +214,16 @@ class Committer:
         }
         for item, snapshot in copied.snapshots.items():
             texts |= {f"{item}/{name}": data for name, data in item_files.files(snapshot.plan).items()}
-        texts[names.STEP_METADATA] = _metadata(copied.step, draft, set(copied.contents))
+        texts[names.STEP_METADATA] = _metadata(copied.step, draft, sent, set(copied.contents))
         if paths.is_local(draft):
             texts[names.COMMITTED] = self._marker(copied.step)
         return texts
 
 
-def _metadata(step: int, draft: epath.Path, items: set[str]) -> bytes:
+def _metadata(step: int, draft: epath.Path, sent: Mapping[str, bytes], items: set[str]) -> bytes:
     """Orbax's metadata of the step, checked to be of this step."""
     try:
-        data = paths.read_bytes(draft / names.STEP_METADATA)
+        data = sent.get(names.STEP_METADATA) or paths.read_bytes(draft / names.STEP_METADATA)
         found = json.loads(data)
         if found["custom_metadata"] == names.SIGNATURE and items <= found["item_handlers"].keys():
             return data

@@ -240,9 +240,13 @@ class Saver:
             self._last, self._is_empty = None, False
             self._aftermath.record_failure(step, failure)
 
+        def then(info: CheckpointInfo) -> None:
+            self._committer.after_commit()
+            self._aftermath.after_commit(info)
+
         self._last, before = CheckpointInfo(step=step, time=self._clock.now()), self._last
         try:
-            act = Act(commit, failed, self._aftermath.after_commit, copied.release)
+            act = Act(commit, failed, then, copied.release)
             save = self._pending.start(step, act)
             if not copied.wait(save.wait_for, self._options.timeout_s):
                 self._pending.join(0)  # raises CheckpointTimeoutError

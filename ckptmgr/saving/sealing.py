@@ -21,7 +21,7 @@ from ckptmgr.arrays import chunks, extents
 from ckptmgr.arrays.chunks import Stored
 from ckptmgr.arrays.to_host import Plan
 from ckptmgr.errors import SaveError
-from ckptmgr.format import files, paths, recorded
+from ckptmgr.format import files, objects, paths, recorded
 from ckptmgr.format import manifest as manifests
 from ckptmgr.trees.structure import numpy_dtype
 
@@ -62,12 +62,30 @@ def own_files(draft: epath.Path, texts: Iterable[str], parts: Iterable[str]) -> 
             folders, found = files.walk(draft / part)
             sizes |= {f"{part}/{name}": size for name, size in found.items()}
             files.sync(folders)
-    return recorded.record_files(draft, sizes, recorded.checks_itself)
+    return recorded.record_files(draft, sizes, recorded.checks_itself(draft))
 
 
 def pack(found: Mapping[str, manifests.File]) -> Facts:
     """For the way to process 0."""
     return {name: (file.size, file.crc32) for name, file in found.items()}
+
+
+def look_through(
+    draft: epath.Path, sent: Mapping[str, bytes]
+) -> tuple[list[epath.Path], Mapping[str, int], dict[str, manifests.File]]:
+    """The folders of a draft, the sizes of its files, and the files that need not be read.
+
+    Those are the ones that this process has just sent to a bucket, if the bucket lists them as they were sent.
+    """
+    if paths.is_local(draft):
+        return *files.walk(draft), {}
+    found = objects.below(draft)
+    unread = {
+        name: manifests.File(len(data), zlib.crc32(data))
+        for name, data in sent.items()
+        if name in found and found[name].is_like(data)
+    }
+    return [], {name: each.size for name, each in found.items()}, unread
 
 
 def unpack(reports: Iterable[Facts | None]) -> dict[str, manifests.File]:

@@ -75,4 +75,4 @@ def test_what_another_has_written_is_not_written_over_and_the_same_twice_is_no_e
     objects.create(folder / "one", b"1")
     with pytest.raises(FileExistsError, match="was written by another process meanwhile"):
         objects.create(folder / "one", b"2")
-    assert objects.sizes_below(folder) == {"one": 1}
+    assert {name: found.size for name, found in objects.below(folder).items()} == {"one": 1}

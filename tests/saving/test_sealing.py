@@ -135,7 +135,7 @@ def check(draft, wrote):
     }  # fmt: skip
     (draft / "manifest.json").unlink(missing_ok=True)
     sizes = files.walk(epath.Path(draft))[1]
-    found = recorded.record_files(epath.Path(draft), sizes, recorded.checks_itself)
+    found = recorded.record_files(epath.Path(draft), sizes, recorded.checks_itself(epath.Path(draft)))
     sealing.check(1, epath.Path(draft), sealing.Meant(texts, {}, plans, None), found)
 
 
@@ -149,7 +149,7 @@ def test_what_other_processes_have_written_is_what_they_have_reported_and_nothin
     assert set(told) == set(files.walk(draft)[1])
 
     def look(reported):
-        found = recorded.record_files(draft, files.walk(draft)[1], recorded.checks_itself)
+        found = recorded.record_files(draft, files.walk(draft)[1], recorded.checks_itself(draft))
         sealing.check(
             1, draft, sealing.Meant({}, reported, {"params": to_host.Plan(None, (), (), ())}, None), found
         )
