@@ -43,6 +43,8 @@ class Proxy:
         """Requests that were passed on before the call returned: those of the caller's thread."""
         self.after: Counter[str] = Counter()
         self.targets: list[str] = []
+        self.uploaded = 0
+        """The bytes in the bodies of all requests, also of those before `call`."""
         self.spans: list[tuple[float, float]] = []
         """When each request came, and when it was answered."""
         self._delay_s = delay_s
@@ -107,6 +109,7 @@ def _handler(proxy: Proxy, port: int) -> type[BaseHTTPRequestHandler]:
 
         def pass_on(self) -> None:
             body = self._body()
+            proxy.uploaded += len(body)
             with proxy.request(self.command, self.path):
                 self._answer(body)
 

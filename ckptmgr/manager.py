@@ -45,6 +45,8 @@ class CheckpointManager:
       on_commit: a callable, or several. Each is called with the CheckpointInfo of a checkpoint once it is
         durable. An exception in one is logged and harms nothing.
       read_only: True for evaluators: never writes, deletes or cleans anything.
+      reuse_unchanged: True: a jax array that is the very object of the last save is not copied and written again.
+        The new step shares its files with the step before (hard links; in a bucket the server copies them).
       mirror: a second directory, also gs:// or s3://. Every checkpoint is copied there in the background, and
         `restore` reads from there the steps that `directory` lacks.
       mirror_keep: which checkpoints retention keeps in the mirror, as `keep` does for `directory`. Default: all.
@@ -70,6 +72,7 @@ class CheckpointManager:
         max_host_bytes: int | None = None,
         on_commit: Callable[[CheckpointInfo], object] | Sequence[Callable[[CheckpointInfo], object]] | None = None,
         read_only: bool = False,
+        reuse_unchanged: bool = False,
         mirror: str | os.PathLike[str] | None = None,
         mirror_keep: policies.Keep | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -81,8 +84,9 @@ class CheckpointManager:
             {
                 "save_every": save_every, "keep": keep, "asynchronous": asynchronous,
                 "compression": compression, "chunk_bytes": chunk_bytes, "max_host_bytes": max_host_bytes,
-                "on_commit": on_commit, "read_only": read_only, "mirror": mirror, "mirror_keep": mirror_keep,
-                "metadata": metadata, "timeout_s": timeout_s, "clock": clock,
+                "on_commit": on_commit, "read_only": read_only, "reuse_unchanged": reuse_unchanged,
+                "mirror": mirror, "mirror_keep": mirror_keep, "metadata": metadata, "timeout_s": timeout_s,
+                "clock": clock,
             },
         )  # fmt: skip
         self._options, self._directory = parts.options, parts.directory

@@ -120,6 +120,7 @@ class Options:
     max_host_bytes: int | None = _option(_bytes, default=None)
     on_commit: tuple[Callable[[CheckpointInfo], object], ...] = _option(_callbacks, default=(), writes=True)
     read_only: bool = _option(_flag, default=False)
+    reuse_unchanged: bool = _option(_flag, default=False)
     mirror: epath.Path | None = _option(_mirror, default=None)  # noqa: RUF009
     mirror_keep: tuple[policies.KeepPolicy, ...] = _option(_keep, default=(), writes=True)
     metadata: Mapping[str, Any] = _option(_metadata, default_factory=dict, writes=True)

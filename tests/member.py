@@ -13,6 +13,7 @@ apart               each process but the first comes late to each save; says how
 differs             process 1 gives something else, in every way; says what came of it
 stages              each process has arrays of its own, as the stages of a pipeline have; then restores them
 balanced            saves arrays that several processes hold, replicated and on a grid, and restores them
+frozen STEP...      saves arrays of which only a small one changes, and says what this process wrote for each step
 mirrored STEP...    saves arrays that all processes hold, and says what this process has copied to the mirror
 crowd STEP...       restores and checks the newest step, then saves these, and checks the last
 own save|load       each process has iterators of its own
@@ -28,6 +29,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -265,6 +267,23 @@ def balanced(directory, _):
         for shard in back[name].addressable_shards:
             assert np.array_equal(shard.data, values[shard.index]), name
     say("balanced")
+
+
+FROZEN = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)  # of several chunks in several processes
+
+
+def frozen(directory, mesh, *steps):
+    def spread(values, *spec):
+        return jax.make_array_from_callback(values.shape, NamedSharding(mesh, P(*spec)), lambda at: values[at])
+
+    params = {"rows": spread(FROZEN, "data"), "same": spread(FROZEN + 1)}
+    with ckptmgr.CheckpointManager(directory, reuse_unchanged=True, timeout_s=TIMEOUT_S) as manager:
+        for step in map(int, steps):
+            trained = spread(np.full((64, 64), step, np.float32), "data")
+            manager.save(step, params | {"trained": trained}, {"mu": trained}).result()
+            part = Path(directory) / str(step) / "params" / f"ocdbt.process_{jax.process_index()}"
+            new = [each.stat().st_size for each in (part / "d").iterdir()]
+            say(step, sum(new))
 
 
 def mirrored(directory, _, *steps):
@@ -629,6 +648,7 @@ if __name__ == "__main__":
                 differs,
                 stages,
                 balanced,
+                frozen,
                 mirrored,
                 crowd,
                 own,

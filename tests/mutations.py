@@ -188,6 +188,23 @@ MUTATIONS = [
         "tests/format/test_manifest.py",
     ),
     Mutation(
+        "2a", "with reuse_unchanged an array is taken for the one that was saved in its place",
+        "saving/reuse.py", "if ref() is leaves[place] and not", "if not",
+        "tests/saving/test_reuse.py::test_numpy_arrays_and_new_arrays_are_written_and_a_donated_one_is_refused",
+    ),
+    Mutation(
+        "2a", "a step that is saved again shares files with itself",
+        "saving/reuse.py", "self._before.step < step and self._is_there", "self._is_there",
+        "tests/saving/test_reuse.py::test_steps_that_are_saved_again_and_below_the_newest",
+    ),
+    Mutation(
+        "8", "unchanged arrays are read from the files of the step before",
+        "arrays/unchanged.py",
+        "            os.link(source, target, follow_symlinks=False)\n",
+        "            os.symlink(source, target)\n",
+        "tests/saving/test_reuse.py::test_a_further_step_takes_the_disk_of_what_changed_and_each_step_stands_alone",
+    ),
+    Mutation(
         "2b", "a small file of arrays has no checksum",
         'format/recorded.py', "least_bytes = _SMALL_BYTES if paths.is_local(directory) else 0", "least_bytes = 0",
         'tests/saving/test_sealing.py::test_a_database_of_another_save_that_has_the_same_size_is_found',

@@ -65,6 +65,7 @@ def publish(directory: epath.Path, context: Any, check: Check, place: epath.Path
     if found.state != "value":  # an item without arrays has no database
         return
     if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
         (place / MANIFEST).write_bytes(found.value)
     else:
         check()

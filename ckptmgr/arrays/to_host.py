@@ -173,11 +173,12 @@ def _stored(array: Any, chunk_bytes: int) -> Stored:
     return Stored(shape, name, chunk_shape(shape, shard, dtype.itemsize, chunk_bytes))
 
 
-def start_copies(plan: Plan, leaves: Sequence[Any], places: range) -> None:
+def start_copies(plan: Plan, leaves: Sequence[Any], places: Sequence[int]) -> None:
     """Starts the copies of these leaves to the host; returns at once."""
+    wanted = places if isinstance(places, range) else frozenset(places)
     with _asked_for():
         for place in plan.starts:
-            if place in places:
+            if place in wanted:
                 leaves[place].copy_to_host_async()
 
 
@@ -186,7 +187,7 @@ def _asked_for() -> Any:
     return jax.transfer_guard_device_to_host("allow")
 
 
-def collect(plan: Plan, leaves: Sequence[Any], places: range, *, is_own: bool = False) -> list[list[Part]]:
+def collect(plan: Plan, leaves: Sequence[Any], places: Sequence[int], *, is_own: bool = False) -> list[list[Part]]:
     """Waits for the copies of these leaves: for each the pieces that this process writes.
 
     The values are those of this moment whatever the caller does to the arrays afterwards: numpy

@@ -21,9 +21,10 @@ import jax
 import tensorstore as ts
 from etils import epath
 
-from ckptmgr.arrays import chunks, database, to_host
+from ckptmgr.arrays import chunks, database, to_host, unchanged
 from ckptmgr.arrays.chunks import Stored
 from ckptmgr.arrays.to_host import Part, Plan
+from ckptmgr.arrays.unchanged import Kept
 from ckptmgr.format import paths
 from ckptmgr.processes.background import Moment
 
@@ -39,13 +40,25 @@ _CONFIG = {
 class Snapshot:
     """The host copies of one item on their way to disk: all of them, or one wave of `max_bytes` after another."""
 
-    def __init__(self, plan: Plan, leaves: Sequence[Any], max_bytes: int | None, *, is_own: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        leaves: Sequence[Any],
+        max_bytes: int | None,
+        *,
+        is_own: bool = False,
+        kept: Kept | None = None,
+    ) -> None:
         self.plan = plan
+        self.kept = kept
+        """What is taken over from the step before, and not copied."""
         self.is_own = is_own
         """Whether each process may have its own: then it is copied in all."""
         self._leaves = leaves
         self._left_out: frozenset[int] = frozenset()
-        self._waves = chunks.runs(plan.sizes, max_bytes)
+        self._waves: list[Sequence[int]] = [*chunks.runs(plan.sizes, max_bytes)]
+        if kept is not None and (left := kept.leaves):
+            self._waves = [[place for place in wave if place not in left] for wave in self._waves]
         self.copied: list[tuple[int, list[Part]]] = []
         """The copies that wait to be written: the place of each leaf, and its parts."""
         self.complete = Moment()
@@ -144,6 +157,12 @@ def write(
     while snapshot.has_more():  # only under max_host_bytes: what is written makes room for the next copies
         snapshot.collect()
         write_wave(directory, snapshot, compression, context)
+    kept = snapshot.kept
+    if kept is not None:
+        spec = {**database.write_spec(directory), "config": _CONFIG}
+        unchanged.take_over(directory, kept, snapshot.plan.prefixes, spec, context)
+        if kept.apart:
+            database.publish(directory / kept.name, context, check, place and place / kept.name)
     database.publish(directory, context, check, place)
 
 
@@ -153,7 +172,8 @@ def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | Non
     encoded = [_nbytes(parts) if plan.encoded_sizes[place] else 0 for place, parts in copied]  # until the commit
     most_bytes = _ENCODED_BYTES if paths.is_local(directory) else _ENCODED_BYTES_IN_BUCKETS
     for some in chunks.runs(encoded, most_bytes) if copied else ():
-        _write(directory, plan, [copied[i] for i in some], compression, context)
+        for folder, each in unchanged.split(snapshot.kept, [copied[i] for i in some]):
+            _write(directory / folder if folder else directory, plan, each, compression, context)
 
 
 def _nbytes(parts: Sequence[Part]) -> int:

@@ -123,6 +123,11 @@ def write(path: epath.Path, data: bytes) -> None:
     open_objects(path).write(key_of(path), data)
 
 
+def copy(source: epath.Path, target: epath.Path) -> None:
+    """Has the server copy an object."""
+    client_of(source).cp_file(str(source), str(target))
+
+
 def below(directory: epath.Path) -> dict[str, Found]:
     """Every object below a folder, by its relative name."""
     start = f"{key_of(directory)}/"

@@ -64,7 +64,7 @@ class Committer:
 
     def _lead(self, copied: Copied, stages: Stages, replaces: bool) -> manifests.Manifest:
         self._look(copied.step, replaces)
-        draft, others = self._begin(copied.step), dict[str, manifests.File]()
+        draft, others = self._begin(copied.step), dict(copied.kept)
         sent = orbax.write(
             draft,
             copied.contents,
@@ -135,7 +135,7 @@ class Committer:
         with concurrent.futures.ThreadPoolExecutor() as threads:
             for _ in threads.map(write, parts):
                 pass
-        stages.reach("arrays", sealing.pack(sealing.own_files(draft, texts, parts.values())))
+        stages.reach("arrays", sealing.pack(sealing.own_files(draft, texts, parts.values(), copied.kept)))
 
     # ------------------------------------------------------------ sealing
 
@@ -148,7 +148,8 @@ class Committer:
     ) -> tuple[manifests.Manifest, bytes]:
         """Checks that the draft holds what was meant, writes the manifest, and makes the draft durable.
 
-        `others` has what the other processes have written, and flushed; `sent` what was sent to a bucket.
+        `others` has what is flushed already: what the other processes have written, and what was taken over from
+        the step before. `sent` has what was sent to a bucket.
         """
         if paths.is_local(draft):
             files.write(draft / names.COMMITTED, self._marker(copied.step), durable=False)

@@ -16,6 +16,7 @@ from ckptmgr.options import Options
 from ckptmgr.processes import agreement
 from ckptmgr.processes.background import Moment
 from ckptmgr.saving import items
+from ckptmgr.saving.reuse import Reuse
 
 Composed = Mapping[str, items.Tree | items.Value]
 
@@ -31,6 +32,8 @@ class Copied:
     """The items that may differ between the processes of a job."""
     own: set[str] = dataclasses.field(default_factory=set)
     """The items that do differ: each process writes its own."""
+    kept: Mapping[str, manifests.File] = dataclasses.field(default_factory=dict)
+    """The files that this process takes over from the step before."""
 
     @property
     def step(self) -> int:
@@ -118,14 +121,17 @@ def _of_others(owners: Sequence[int], settled: Sequence[int]) -> list[int]:
 class Copier:
     """Copies the items of each step; keeps the plan of the step before, which mostly fits."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, reuse: Reuse | None = None) -> None:
         self._options = options
+        self._reuse = reuse
         self._planner = to_host.Planner(options.chunk_bytes)
         self._described: dict[str, manifests.Item] = {}
 
     def copy(self, step: int, saved_at: float, composed: Composed) -> Copied:
         """Copies every item to the host before any writer starts: a writer would slow the copies down."""
         trees = {name: item for name, item in composed.items() if isinstance(item, items.Tree)}
+        if self._reuse is not None:
+            self._reuse.begin(step)
         snapshots = {name: self._snapshot(name, tree, len(trees)) for name, tree in trees.items()}
         for snapshot in snapshots.values():
             snapshot.start()
@@ -144,14 +150,16 @@ class Copier:
         may_differ = [name for name, value in values.items() if value.is_own]
         may_differ += [name for name, snapshot in snapshots.items() if snapshot.is_own]
         contents = {**snapshots, **{name: value.get for name, value in values.items()}}
-        return Copied(contents, manifest, sorted(may_differ))
+        kept = self._reuse.files() if self._reuse is not None else {}
+        return Copied(contents, manifest, sorted(may_differ), kept=kept)
 
     def _snapshot(self, name: str, tree: items.Tree, of: int) -> writing.Snapshot:
         plan = self._planner.plan(name, tree.spec, tree.leaves)
         is_own = tree.is_own and jax.process_count() > 1 and all(at is None for at in plan.shardings)
         bound = self._options.max_host_bytes
         share = None if bound is None or is_own else bound // of  # values to compare are copied whole
-        return writing.Snapshot(plan, tree.leaves, share, is_own=is_own)
+        kept = None if self._reuse is None or is_own else self._reuse.keep(name, plan, tree.leaves)
+        return writing.Snapshot(plan, tree.leaves, share, is_own=is_own, kept=kept)
 
     def _describe(self, name: str, snapshot: writing.Snapshot) -> manifests.Item:
         known = self._described.get(name)

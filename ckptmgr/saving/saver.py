@@ -32,6 +32,7 @@ from ckptmgr.saving import copying, items
 from ckptmgr.saving.aftermath import Aftermath
 from ckptmgr.saving.committing import Committer
 from ckptmgr.saving.queue import Act, Pending
+from ckptmgr.saving.reuse import Reuse
 
 _log = logging.getLogger("ckptmgr")
 
@@ -57,7 +58,8 @@ class Saver:
         self._pending, self._aftermath = pending, aftermath
         self._committer = Committer(catalog, compression=options.compression, job=pending.job, shared=shared)
         self._composer = items.Composer()
-        self._copier = copying.Copier(options)
+        self._reuse = Reuse(catalog) if options.reuse_unchanged else None
+        self._copier = copying.Copier(options, self._reuse)
         self._last: CheckpointInfo | None = None
         self._is_empty = False
         """Whether nothing was saved when this manager looked: a declined step does not look again."""
@@ -242,6 +244,8 @@ class Saver:
 
         def then(info: CheckpointInfo) -> None:
             self._committer.after_commit()
+            if self._reuse is not None:
+                self._reuse.committed(step)
             self._aftermath.after_commit(info)
 
         self._last, before = CheckpointInfo(step=step, time=self._clock.now()), self._last

@@ -25,7 +25,7 @@ from ckptmgr.format import files, objects, paths, recorded
 from ckptmgr.format import manifest as manifests
 from ckptmgr.trees.structure import numpy_dtype
 
-_DATABASE = re.compile(r"(ocdbt\.process_0/)?(manifest\.ocdbt|d/[0-9a-f]{32})")
+_DATABASE = re.compile(r"(ocdbt\.process_0/)?(unchanged\.\d+/)?(manifest\.ocdbt|d/[0-9a-f]{32})")
 
 
 class Meant(NamedTuple):
@@ -51,10 +51,13 @@ Facts = Mapping[str, tuple[int, int | None]]
 """Size and CRC-32 of files by their names in the step, as JSON."""
 
 
-def own_files(draft: epath.Path, texts: Iterable[str], parts: Iterable[str]) -> dict[str, manifests.File]:
+def own_files(
+    draft: epath.Path, texts: Iterable[str], parts: Iterable[str], kept: Mapping[str, manifests.File]
+) -> dict[str, manifests.File]:
     """The files that this process has written: `texts`, and those of the databases in `parts`. Flushes the names.
 
-    Each process reads and flushes its own: else process 0 would read and flush those of thousands.
+    `kept` has those that it took over from the step before. Each process reads and flushes its own: else process 0
+    would read and flush those of thousands.
     """
     sizes = {text: paths.size(draft / text) for text in texts}
     for part in parts:
@@ -62,7 +65,7 @@ def own_files(draft: epath.Path, texts: Iterable[str], parts: Iterable[str]) -> 
             folders, found = files.walk(draft / part)
             sizes |= {f"{part}/{name}": size for name, size in found.items()}
             files.sync(folders)
-    return recorded.record_files(draft, sizes, recorded.checks_itself(draft))
+    return recorded.record_files(draft, sizes, recorded.checks_itself(draft), kept)
 
 
 def pack(found: Mapping[str, manifests.File]) -> Facts:
