@@ -236,11 +236,12 @@ def test_ranges_hold_the_keys_of_these_arrays_and_of_no_others():
     assert list(unchanged.ranges(prefixes, [])) == []
 
 
-def test_steps_that_are_saved_again_and_below_the_newest(tmp_path):
+@pytest.mark.parametrize("nbytes", [4096, 2 * MILLION], ids=["a small part changes", "a large part changes"])
+def test_steps_that_are_saved_again_and_below_the_newest(tmp_path, nbytes):
     frozen, states = array(0), {}
     with CheckpointManager(tmp_path, reuse_unchanged=True) as manager:
-        for n, step in enumerate([1, 2, 3, 3, 2, 1, 4, 2, 5]):
-            states[step] = {"frozen": frozen, "trained": array(n + 1, 2 * MILLION)}
+        for n, step in enumerate([3, 3, 4, 4, 2, 3, 5, 2, 6, 1, 6, 7]):
+            states[step] = {"frozen": frozen, "trained": array(n + 1, nbytes)}
             manager.save(step, states[step], on_exists="replace").result()
         for step, want in states.items():
             check(manager, step, want)
