@@ -13,6 +13,7 @@ import re
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from etils import epath
@@ -52,7 +53,10 @@ Facts = Mapping[str, tuple[int, int | None]]
 
 
 def own_files(
-    draft: epath.Path, texts: Iterable[str], parts: Iterable[str], kept: Mapping[str, manifests.File]
+    draft: epath.Path,
+    texts: Iterable[str],
+    parts: Iterable[str],
+    kept: Mapping[str, manifests.File] = MappingProxyType({}),
 ) -> dict[str, manifests.File]:
     """The files that this process has written: `texts`, and those of the databases in `parts`. Flushes the names.
 
