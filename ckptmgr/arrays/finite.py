@@ -7,6 +7,7 @@ which the save has failed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from ckptmgr.arrays.to_host import Part
 from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees.structure import numpy_dtype
 
-_MOST_LEAVES = 128  # of one program: XLA compiles 3,000 leaves of 7 shapes in a third of the time
+_ALIKE, _MIXED = 32, 128
+"""The leaves of one program, of one shape and of several: XLA compiles one for 3,000 leaves for ten seconds."""
 _AT_ONCE = 1 << 22  # elements of a numpy array: what is found in them takes a byte each
 
 
@@ -115,7 +117,7 @@ def _plan(tree: TreeSpec, leaves: Sequence[Any]) -> Plan:
     pieces: dict[Any, list[Piece]] = {}
     on_host = set[int]()
     floating = [place for place, leaf in enumerate(tree.leaves) if _may_be_nonfinite(leaf)]
-    for place in sorted(floating, key=lambda place: (tree.leaves[place].shape, tree.leaves[place].dtype)):
+    for place in sorted(floating, key=lambda place: _kind(tree.leaves[place])):
         leaf = leaves[place]
         if isinstance(leaf, jax.Array) and _is_in_default_memory(leaf):
             for group, piece in _pieces(place, leaf):
@@ -123,11 +125,27 @@ def _plan(tree: TreeSpec, leaves: Sequence[Any]) -> Plan:
         else:
             on_host.add(place)
     runs = [
-        Run(group if isinstance(group, jax.sharding.Mesh) else NO_MESH, found[at : at + _MOST_LEAVES])
+        Run(group if isinstance(group, jax.sharding.Mesh) else NO_MESH, some)
         for group, found in pieces.items()
-        for at in range(0, len(found), _MOST_LEAVES)
+        for some in _batches(found, tree)
     ]
     return Plan(tree, runs, frozenset(on_host))
+
+
+def _kind(leaf: LeafSpec) -> Any:
+    """Equal for leaves that a program takes in each other's place."""
+    return leaf.shape, leaf.dtype, leaf.weak, str(leaf.partition)
+
+
+def _batches(pieces: Sequence[Piece], tree: TreeSpec) -> Iterator[Sequence[Piece]]:
+    """The pieces for each program; `pieces` are sorted by their kind."""
+    rest: list[Piece] = []
+    for _, some in itertools.groupby(pieces, lambda piece: _kind(tree.leaves[piece.place])):
+        alike = list(some)
+        full = len(alike) - len(alike) % _ALIKE
+        yield from (alike[at : at + _ALIKE] for at in range(0, full, _ALIKE))
+        rest += alike[full:]
+    yield from (rest[at : at + _MIXED] for at in range(0, len(rest), _MIXED))
 
 
 def _may_be_nonfinite(leaf: LeafSpec) -> bool:

@@ -112,6 +112,14 @@ def test_more_leaves_than_one_program_takes():
     assert found(tree) == ["['000']", "['200']", "['299']"]
 
 
+def test_leaves_of_one_shape_share_a_program():
+    made = finite._are_finite._cache_size()
+    assert found({f"{n:03}": jnp.full((2, 5 + n % 2), np.nan if n == 150 else 1.0) for n in range(192)}) == [
+        "['150']"
+    ]
+    assert finite._are_finite._cache_size() == made + 2
+
+
 def test_a_program_is_made_once_for_a_structure():
     finder, composer = finite.Finder(), items.Composer()
 

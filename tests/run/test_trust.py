@@ -9,6 +9,8 @@ import threading
 import uuid
 
 import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import counted
 from typer.testing import CliRunner
@@ -111,6 +113,8 @@ def test_the_note_says_who_and_when_and_why_and_is_not_of_the_manifest(tmp_path)
         del note["user"]
         assert note == {"trusted": False, "why": "why", "pid": os.getpid(), "time": 1_750_000_000.0}
         assert manager.verify(7)
+        with ocp.CheckpointManager(tmp_path) as stock:
+            assert np.array_equal(stock.restore(7)["params"]["w"], PARAMS["w"])
         manager.trust(7)
         assert not (tmp_path / "7" / names.TRUST).exists()
 
