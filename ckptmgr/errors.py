@@ -4,6 +4,7 @@
     ├── CheckpointNotFoundError   [FileNotFoundError]       directory, step
     ├── CheckpointExistsError     [FileExistsError]         step
     ├── CorruptCheckpointError    [OSError]                 step, path, leaf
+    ├── DistrustedError           [LookupError]             step
     ├── NewerFormatError          [NotImplementedError]     step, format
     ├── StructureMismatchError    [ValueError]              diff
     ├── LayoutError               [ValueError]              leaf
@@ -52,6 +53,14 @@ class CorruptCheckpointError(CheckpointError, OSError):
         self.step = step
         self.path = path
         self.leaf = leaf
+
+
+class DistrustedError(CheckpointError, LookupError):
+    """A step is distrusted, so `restore()` takes the step before. No call raises it: it only travels in a job."""
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class NewerFormatError(CheckpointError, NotImplementedError):

@@ -42,6 +42,10 @@ class CheckpointManager:
         reads.
       max_host_bytes: bound on the host memory that a save takes for copies that wait to be written, and a restore
         beside the arrays that it returns; None: unbounded. A larger array or chunk takes its own size.
+      nonfinite: what to do if the parameters hold NaN or infinity when they are saved: "ignore" (nobody looks),
+        "distrust" (the step is saved, and `restore()` passes over it), or "refuse" (the save fails). The
+        parameters are params, or opt_state where params is None. They are looked at on their devices; `save` does
+        not wait for it.
       on_commit: a callable, or several. Each is called with the CheckpointInfo of a checkpoint once it is
         durable. An exception in one is logged and harms nothing.
       read_only: True for evaluators: never writes, deletes or cleans anything.
@@ -70,6 +74,7 @@ class CheckpointManager:
         compression: Literal["zstd"] | None = None,
         chunk_bytes: int = 64 * 2**20,
         max_host_bytes: int | None = None,
+        nonfinite: Literal["ignore", "distrust", "refuse"] = "ignore",
         on_commit: Callable[[CheckpointInfo], object] | Sequence[Callable[[CheckpointInfo], object]] | None = None,
         read_only: bool = False,
         reuse_unchanged: bool = False,
@@ -84,9 +89,9 @@ class CheckpointManager:
             {
                 "save_every": save_every, "keep": keep, "asynchronous": asynchronous,
                 "compression": compression, "chunk_bytes": chunk_bytes, "max_host_bytes": max_host_bytes,
-                "on_commit": on_commit, "read_only": read_only, "reuse_unchanged": reuse_unchanged,
-                "mirror": mirror, "mirror_keep": mirror_keep, "metadata": metadata, "timeout_s": timeout_s,
-                "clock": clock,
+                "nonfinite": nonfinite, "on_commit": on_commit, "read_only": read_only,
+                "reuse_unchanged": reuse_unchanged, "mirror": mirror, "mirror_keep": mirror_keep,
+                "metadata": metadata, "timeout_s": timeout_s, "clock": clock,
             },
         )  # fmt: skip
         self._options, self._directory = parts.options, parts.directory
@@ -231,7 +236,8 @@ class CheckpointManager:
         """Restores a step into the structure of the templates; items without a template are not read.
 
         Args:
-          step: a number, "best", or None for the newest good step. Damaged steps are passed over with a warning.
+          step: a number, "best", or None for the newest good step. Damaged and distrusted steps are passed over
+            with a warning. A distrusted step is restored by its number, with a warning.
           params, opt_state: templates, concrete or abstract (`jax.eval_shape`).
           optimizer: an optax optimizer, instead of a template for `opt_state`.
           extras: by name: a template, or an object whose `set_state` is called with what was saved.
@@ -251,7 +257,7 @@ class CheckpointManager:
 
         Raises:
           CheckpointNotFoundError: there is no checkpoint, or none with this number.
-          CorruptCheckpointError: this step is damaged; with step=None every step is.
+          CorruptCheckpointError: this step is damaged; with step=None every step is damaged or distrusted.
           StructureMismatchError: a template does not fit the checkpoint; no array was read.
           LayoutError: a leaf cannot go where `layout` wants it; no array was read.
           ValueError: a rule of `rename` matches no leaf, or `cast` or `partial` names no item.
@@ -320,7 +326,7 @@ class CheckpointManager:
         return self._catalog.steps()
 
     def latest(self) -> int | None:
-        """The newest committed step; None if there is none."""
+        """The newest committed step, trusted or not; None if there is none."""
         return max(self._catalog.steps(), default=None)
 
     def watch(
@@ -328,7 +334,8 @@ class CheckpointManager:
     ) -> Iterator[int]:
         """Yields each committed step once and in order, also those of another process; for evaluators.
 
-        A step that is replaced, or saved again after a rewind, is yielded again.
+        Damaged and distrusted steps are not yielded. A step is yielded again if it is replaced, saved again after
+        a rewind, or trusted again.
 
         Args:
           after: only steps after this one; None: all, those that exist already first.
@@ -419,9 +426,24 @@ class CheckpointManager:
         """Lets retention delete a step again."""
         self._mark(step, self._catalog.unpin)
 
-    def _mark(self, step: int, mark: Callable[[int], None]) -> None:
+    def distrust(self, step: int, why: str) -> None:
+        """Says that a step is not to be used: `restore()` passes over it, until `trust`.
+
+        A distrusted step is never the best one, and retention does not count it: it is no reason to delete another
+        step. It is there as long as the policies of `keep` would keep it if it were trusted. A save of its number
+        replaces it, unless it is pinned. `why` is shown wherever the step is passed over.
+        """
+        if not isinstance(why, str) or not why.strip():
+            raise ValueError(f"distrust({step}) needs to know why: a text that is not empty, not {why!r}")
+        self._mark(step, lambda step: self._aftermath.distrust(step, why), "distrusted")
+
+    def trust(self, step: int) -> None:
+        """Takes back `distrust`, and what `nonfinite="distrust"` has found in a step."""
+        self._mark(step, self._aftermath.trust, "trusted")
+
+    def _mark(self, step: int, mark: Callable[[int], None], what: str = "pinned or unpinned") -> None:
         step = policies.step_number(step)
         with self._saver.turn(step):
-            self._saver.require_open(step, "pinned or unpinned")
+            self._saver.require_open(step, what)
             self._pending.settle(step)
             self._aftermath.mark(step, mark)

@@ -51,6 +51,12 @@ def _compression(name: str, value: Any) -> Any:
     return value
 
 
+def _nonfinite(name: str, value: Any) -> Any:
+    if value not in ("ignore", "distrust", "refuse"):
+        raise ValueError(f'{name} takes "ignore", "distrust" or "refuse", not {value!r}')
+    return value
+
+
 def _bytes(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} takes a positive number of bytes, not {value!r}")
@@ -118,6 +124,7 @@ class Options:
     compression: Literal["zstd"] | None = _option(_compression, default=None, writes=True)
     chunk_bytes: int = _option(_bytes, default=64 * 2**20)
     max_host_bytes: int | None = _option(_bytes, default=None)
+    nonfinite: Literal["ignore", "distrust", "refuse"] = _option(_nonfinite, default="ignore", writes=True)
     on_commit: tuple[Callable[[CheckpointInfo], object], ...] = _option(_callbacks, default=(), writes=True)
     read_only: bool = _option(_flag, default=False)
     reuse_unchanged: bool = _option(_flag, default=False)
@@ -129,8 +136,8 @@ class Options:
 
 
 def check(given: Mapping[str, Any]) -> Options:
-    """Checks the options that the caller gave; None means "not given"."""
-    given = {name: value for name, value in given.items() if value is not None}
+    """Checks the options that the caller gave; None means "not given", and so does nonfinite="ignore"."""
+    given = {name: v for name, v in given.items() if v is not None and (name, v) != ("nonfinite", "ignore")}
     table = {field.name: field.metadata for field in dataclasses.fields(Options)}
     for name in table if given.get("read_only") else ():
         if table[name]["writes"] and name in given:

@@ -70,7 +70,8 @@ class CheckpointInfo:
     """Versions of the libraries it was written with; empty for a checkpoint of stock Orbax."""
     pinned: bool = False
     distrusted: str | None = None
-    """Why retention neither counts nor deletes it, for example because a file is missing; None if it counts."""
+    """Why it is not to be used: somebody distrusts it, NaN or infinity was found in it, or it is not whole (a file
+    is missing, say). Retention does not count it then. None if it is trusted."""
     kept: tuple[str, ...] = ()
     """Why retention keeps it; empty if retention would delete it. Only `CheckpointManager.info` fills it in."""
 
@@ -97,7 +98,7 @@ class Checkpoint(Generic[_Params, _OptState]):
     resumed: bool = True
     """False if nothing was saved yet: then these are the values given to `restore_or`."""
     skipped: Mapping[int, str] = _empty()
-    """Newer steps that were passed over as damaged, and why."""
+    """Newer steps that were passed over as damaged or distrusted, and why."""
     missing: tuple[str, ...] = ()
     """With `partial`: leaves that the checkpoint lacks; they have the template's value, or the optimizer's."""
     unused: tuple[str, ...] = ()

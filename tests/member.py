@@ -18,6 +18,7 @@ mirrored STEP...    saves arrays that all processes hold, and says what this pro
 crowd STEP...       restores and checks the newest step, then saves these, and checks the last
 own save|load       each process has iterators of its own
 rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
+poisoned NONFINITE  saves a good step, then some with NaN in one shard, or in an array of process 1 alone
 emergency WHAT      restores and saves; then saves, or restores, on and on. Says what came of it, and when
 reader              each process in turn reads alone beside the others, then all do
 """
@@ -602,6 +603,48 @@ def clock(directory, mesh):
     say("saved", *results)
 
 
+def poisoned(directory, mesh, nonfinite):
+    bad = {2: {"w": (-1, -1)}, 3: {"one": (0,)}, 4: {"w": (-1, -1), "b": (3,), "one": (1,), "odd": (0,)}}
+    with ckptmgr.CheckpointManager(directory, keep=1, nonfinite=nonfinite, timeout_s=TIMEOUT_S) as manager:
+        manager.save(1, spread(mesh, 1))
+        for step, places in bad.items():
+            try:
+                manager.save(step, with_nan(mesh, step, places))
+                manager.wait()
+                say(f"saved {step}:", manager.info(step).distrusted)
+            except ckptmgr.SaveError as problem:
+                say(f"refused {step}:", problem)
+        found = manager.restore(params=spread(mesh, 0))
+        check(found.params, found.step)
+        say("restored", found.step, "skipped", *found.skipped, "of", *manager.steps())
+        manager.distrust(1, "by hand")
+        try:
+            manager.restore(params=spread(mesh, 0))
+        except ckptmgr.CorruptCheckpointError as problem:
+            say("nothing", problem)
+        manager.trust(1)
+        say("again", manager.restore(params=spread(mesh, 0)).step)
+
+
+def with_nan(mesh, step, places):
+    """The same as `spread`; the last shards of "w" are those of the last process, and "one" is each one's own."""
+    params, values = spread(mesh, step), state(step)
+    for name, where in places.items():
+        array = params[name]
+        if name == "odd":
+            params["host"] = np.full(3, np.nan if jax.process_index() == 0 else 1.0)
+        elif name != "one":
+            values[name][where] = np.nan
+            params[name] = jax.make_array_from_callback(
+                array.shape, array.sharding, lambda index, name=name: values[name][index]
+            )
+        elif jax.process_index() == 1:
+            own = np.array(values["b"])
+            own[where] = np.nan
+            params[name] = jax.device_put(own, jax.local_devices()[0])
+    return params
+
+
 if __name__ == "__main__":
     directory, port, count, index, devices, mode, *rest = sys.argv[1:]
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
@@ -654,6 +697,7 @@ if __name__ == "__main__":
                 own,
                 reader,
                 rewind,
+                poisoned,
             )
         }
         known[mode](directory, everything, *rest)

@@ -11,6 +11,7 @@ TREE = {
     ckptmgr.CheckpointNotFoundError: (FileNotFoundError, {"directory": "/run", "step": 3}),
     ckptmgr.CheckpointExistsError: (FileExistsError, {"step": 3}),
     ckptmgr.CorruptCheckpointError: (OSError, {"step": 3, "path": "params/_METADATA", "leaf": "params['w']"}),
+    errors.DistrustedError: (LookupError, {"step": 3}),
     ckptmgr.NewerFormatError: (NotImplementedError, {"step": 3, "format": 9}),
     ckptmgr.StructureMismatchError: (ValueError, {"diff": ckptmgr.StructureDiff()}),
     ckptmgr.LayoutError: (ValueError, {"leaf": "params['w']"}),

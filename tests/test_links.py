@@ -48,6 +48,11 @@ def pin(folder):
         manager.pin(1)
 
 
+def distrust(folder):
+    with ckptmgr.CheckpointManager(folder / "run") as manager:
+        manager.distrust(1, "why")
+
+
 def copy(folder):
     with ckptmgr.CheckpointManager(folder / "run", mirror=folder / "mirror") as manager:
         manager.save(2, PARAMS)
@@ -70,6 +75,8 @@ NAMES = {
     "run/.ckptmgr/replaced": replace,
     "run/.ckptmgr/replaced/1": replace,
     "run/1/PINNED": pin,
+    "run/1/trust.json": distrust,
+    "run/.ckptmgr/trust.new": distrust,
     "mirror/.ckptmgr": copy,
     "mirror/.ckptmgr/version": copy,
     "mirror/.ckptmgr/saving": copy,
@@ -96,7 +103,7 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_symlink_leads_to_is_not_written_to(name, leads_to, others, tmp_path):
     work = NAMES[name]
-    if work in (pin, replace, delete):
+    if work in (pin, distrust, replace, delete):
         save(tmp_path)
     if name.startswith("stock/1/"):
         with ocp.CheckpointManager(tmp_path / "stock") as stock:

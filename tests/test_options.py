@@ -26,6 +26,8 @@ from ckptmgr import CheckpointManager, best, every_steps, latest
         ("compression", "gzip", ValueError),
         ("chunk_bytes", 0, ValueError),
         ("max_host_bytes", -1, ValueError),
+        ("nonfinite", "raise", ValueError),
+        ("nonfinite", True, ValueError),
         ("on_commit", "print", TypeError),
         ("on_commit", [print, 3], TypeError),
         ("read_only", "yes", TypeError),
@@ -41,7 +43,10 @@ def test_a_wrong_value_is_refused_by_name_and_nothing_is_written(tmp_path, optio
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("option", [{"save_every": 2}, {"keep": 3}, {"on_commit": print}, {"metadata": {"a": 1}}])
+@pytest.mark.parametrize(
+    "option",
+    [{"save_every": 2}, {"keep": 3}, {"nonfinite": "refuse"}, {"on_commit": print}, {"metadata": {"a": 1}}],
+)
 def test_what_contradicts_read_only_is_refused(tmp_path, option):
     with pytest.raises(ValueError, match=f"read_only=True contradicts {next(iter(option))}"):
         CheckpointManager(tmp_path / "run", read_only=True, **option)

@@ -182,7 +182,7 @@ def _keys(here: jax.Array, words: Values, target: Target) -> Any:
     return jax.device_put(keys, place) if isinstance(place, jax.sharding.Sharding) else keys
 
 
-_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
+NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
 def _weakly_typed(leaves: list[Any], weak: Sequence[int]) -> list[Any]:
@@ -199,7 +199,7 @@ def _weakly_typed(leaves: list[Any], weak: Sequence[int]) -> list[Any]:
     with jax.debug_nans(False), jax.debug_infs(False):  # a leaf may hold them: nothing is computed here
         for (where, _), places in groups.items():
             strong = [leaves[place] for place in places]
-            with jax.set_mesh(where if isinstance(where, jax.sharding.Mesh) else _NO_MESH):
+            with jax.set_mesh(where if isinstance(where, jax.sharding.Mesh) else NO_MESH):
                 weakened = weaken([_in_default_memory(array) for array in strong])
             for place, array, made in zip(places, strong, weakened, strict=True):
                 leaves[place] = jax.device_put(made, array.sharding) if array.committed else made

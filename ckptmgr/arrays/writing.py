@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,12 +48,14 @@ class Snapshot:
         *,
         is_own: bool = False,
         kept: Kept | None = None,
+        look: Callable[[list[tuple[int, list[Part]]]], object] = lambda copied: None,
     ) -> None:
         self.plan = plan
         self.kept = kept
         """What is taken over from the step before, and not copied."""
         self.is_own = is_own
         """Whether each process may have its own: then it is copied in all."""
+        self._look = look
         self._leaves = leaves
         self._left_out: frozenset[int] = frozenset()
         self._waves: list[Sequence[int]] = [*chunks.runs(plan.sizes, max_bytes)]
@@ -105,6 +107,12 @@ class Snapshot:
         if not self._left_out:
             return copied
         return [(place, [] if place in self._left_out else parts) for place, parts in copied]
+
+    def take(self) -> list[tuple[int, list[Part]]]:
+        """The copies that wait to be written; the caller has them now."""
+        copied, self.copied = self.copied, []
+        self._look(copied)
+        return copied
 
     def release(self) -> None:
         """Lets go of the leaves: the caller of `save` may do with them what it likes."""
@@ -168,7 +176,7 @@ def write(
 
 def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None, context: Any) -> None:
     """Writes what has been copied, and lets go of it."""
-    plan, copied, snapshot.copied = snapshot.plan, snapshot.copied, []
+    plan, copied = snapshot.plan, snapshot.take()
     encoded = [_nbytes(parts) if plan.encoded_sizes[place] else 0 for place, parts in copied]  # until the commit
     most_bytes = _ENCODED_BYTES if paths.is_local(directory) else _ENCODED_BYTES_IN_BUCKETS
     for some in chunks.runs(encoded, most_bytes) if copied else ():

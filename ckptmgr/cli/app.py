@@ -41,6 +41,8 @@ _console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run.")]
 Step = Annotated[int | None, typer.Argument(metavar="[STEP]", help="The number of a step; default: the newest.")]
+Place = Annotated[str, typer.Argument(metavar="RUN@STEP", help="RUN@STEP or RUN/STEP; or RUN, then STEP.")]
+NamedStep = Annotated[int | None, typer.Argument(metavar="[STEP]", help="The number of a step, after RUN.")]
 OneStep = Annotated[int, typer.Argument(metavar="STEP", help="The number of a step.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON instead of a table.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Shows what would be done, and changes nothing.")]
@@ -169,6 +171,29 @@ def unpin(run: Run, step: OneStep, as_json: AsJson = False) -> None:
     _show({"run": run, "unpinned": step}, as_json, lambda found: f"step {step} is no longer pinned")
 
 
+@app.command(epilog="Example: ckptmgr distrust runs/digits@300 --why 'the loss is NaN'")
+def distrust(
+    place: Place,
+    step: NamedStep = None,
+    why: Annotated[str, typer.Option("--why", help="The reason; it is shown where the step is passed over.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Distrusts a step: a restore passes over it, and retention does not count it."""
+    run, number = facts.named(place, step)
+    with _writer(run) as manager:
+        manager.distrust(number, why)
+    _show({"run": run, "distrusted": number, "why": why}, as_json, lambda _: f"step {number} is distrusted: {why}")
+
+
+@app.command(epilog="Example: ckptmgr trust runs/digits@300")
+def trust(place: Place, step: NamedStep = None, as_json: AsJson = False) -> None:
+    """Trusts a step again, also one that was distrusted as it was saved."""
+    run, number = facts.named(place, step)
+    with _writer(run) as manager:
+        manager.trust(number)
+    _show({"run": run, "trusted": number}, as_json, lambda _: f"step {number} is trusted")
+
+
 @app.command(epilog="Example: ckptmgr rewind runs/digits 50 --dry-run")
 def rewind(
     run: Run,
@@ -238,14 +263,14 @@ def gc(
 def export(
     run: Run,
     out: Annotated[str, typer.Argument(metavar="OUT", help="FILE.safetensors, FILE.npz, or an Orbax directory.")],
-    step: Annotated[int | None, typer.Option(help="The number of a step; default: the newest.")] = None,
+    step: Annotated[int | None, typer.Option(help="The number of a step; default: the newest trusted.")] = None,
     item: Annotated[str, typer.Option(help="params, opt_state, or the name of an extra.")] = "params",
     max_shard_bytes: Annotated[int, typer.Option(help="The largest safetensors file.")] = 5_000_000_000,
     as_json: AsJson = False,
 ) -> None:
     """Writes params to safetensors, .npz or stock Orbax."""
     manager = facts.reader(run)
-    number = facts.chosen(manager, step)
+    number = facts.newest_trusted(manager) if step is None else step
     with working("exporting"):
         found = manager.restore(number, layout=HOST)
         trees = {"params": found.params, "opt_state": found.opt_state, **found.extras}

@@ -42,13 +42,27 @@ def reader(run: str) -> CheckpointManager:
 
 def place(text: str) -> tuple[CheckpointManager, int]:
     """Parses RUN, RUN/STEP or RUN@STEP; without a step the newest is meant."""
+    run, step = _split(text)
+    manager = reader(run)
+    return manager, chosen(manager, step)
+
+
+def named(text: str, step: int | None) -> tuple[str, int]:
+    """The run and the step that RUN STEP, RUN@STEP or RUN/STEP name; a step must be named."""
+    run, found = (text, step) if step is not None else _split(text)
+    if found is None:
+        raise ValueError(f"say which step this is: {run.rstrip('/')}@STEP")
+    return run, found
+
+
+def _split(text: str) -> tuple[str, int | None]:
+    """The run and the step in RUN, RUN/STEP or RUN@STEP."""
     run, at, step = text.rstrip("/").rpartition("@")
     if not at:
         parent, _, last = text.rstrip("/").rpartition("/")
         is_step = last.isdigit() and not _is_run(text)
         run, step = (parent or ".", last) if is_step else (text, "")
-    manager = reader(run)
-    return manager, chosen(manager, int(step) if step else None)
+    return run, int(step) if step else None
 
 
 def _is_run(directory: str) -> bool:
@@ -64,6 +78,12 @@ def chosen(manager: CheckpointManager, step: int | None) -> int:
     if number is None:
         raise CheckpointNotFoundError(f"{manager.directory} has no checkpoint", directory=str(manager.directory))
     return number
+
+
+def newest_trusted(manager: CheckpointManager) -> int:
+    """The newest step that is trusted."""
+    trusted = (info.step for info in manager.infos() if info.distrusted is None)
+    return chosen(manager, max(trusted, default=None))
 
 
 # ---------------------------------------------------------------- a run
@@ -112,6 +132,7 @@ def _row(info: CheckpointInfo) -> Facts:
         "disk_nbytes": info.disk_nbytes,
         "metrics": _finite(info.metrics),
         "pinned": info.pinned,
+        "distrusted": info.distrusted,
         "damaged": None,
         "later_format": False,
     }
@@ -138,6 +159,7 @@ def checkpoint(manager: CheckpointManager, step: int) -> Facts:
         "metadata": dict(info.metadata),
         "versions": dict(info.versions),
         "pinned": info.pinned,
+        "distrusted": info.distrusted,
         "unread": dict(info.unread),
         "items": {name: [_leaf(leaf) for leaf in info.leaves.get(name, ())] for name in info.items},
     }

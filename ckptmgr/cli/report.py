@@ -14,6 +14,7 @@ from ckptmgr.format import manifest as manifests
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.results import CheckpointInfo
 from ckptmgr.run import history, journal
+from ckptmgr.run.catalog import open_catalog
 
 _MOST = 300  # points in one picture; if there are more, only every second, third, ... is shown
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 200, 80, 26
@@ -44,7 +45,7 @@ def survey(
     manager: CheckpointManager, keep: Sequence[policies.KeepPolicy] | None
 ) -> tuple[list[CheckpointInfo], dict[int, Unread]]:
     """The checkpoints on disk with why `keep` keeps each; and the errors of those that cannot be read."""
-    infos = manager.infos()
+    infos = history.History(open_catalog(manager.directory), keep or ()).all()
     unread: dict[int, Unread] = {}
     for step in sorted(set(manager.steps()) - {info.step for info in infos}):
         try:
@@ -53,7 +54,7 @@ def survey(
             unread[step] = problem
         except CheckpointNotFoundError:
             continue  # deleted concurrently
-    return history.explain(infos, keep or ()), unread
+    return infos, unread
 
 
 def _state(problem: Unread) -> str:
@@ -148,11 +149,14 @@ def _label(x: float, y: float, text: object, anchor: str = "start") -> str:
 _SHAPES = {
     "kept": ("on disk", "<circle r='6' class='kept'/>"),
     "pinned": ("on disk, pinned", "<path d='M0-8 8 0 0 8-8 0Z' class='kept'/>"),
+    "doubtful": ("on disk, distrusted", "<path d='M0-8 8-2 5 7H-5L-8-2Z' class='gone'/>"),
     "damaged": ("on disk, damaged", "<path d='M0-8 8 7H-8Z' class='bad'/>"),
     "later": ("on disk, needs a newer ckptmgr", "<path d='M-6-6H6V6H-6Z' class='gone'/>"),
     "deleted": ("saved, then deleted", "<circle r='5' class='gone'/>"),
     "failed": ("a save that failed", "<path d='M-6-6 6 6M6-6-6 6' class='bad line'/>"),
     "passed over": ("passed over in a restore", "<path d='M-7-5H7L0 7Z' class='bad'/>"),
+    "distrusted": ("distrusted", "<path d='M-7 0H7' class='bad line'/>"),
+    "trusted": ("trusted again", "<path d='M-7 0H7M0-7V7' class='line'/>"),
     "restored": ("restored, or resumed from", "<path d='M0-8V8M-5 3 0 8 5 3' class='line'/>"),
     "rewound": ("gone back to", "<path d='M8 0H-8M-3-5-8 0-3 5' class='line'/>"),
 }
@@ -160,22 +164,29 @@ _SHAPES = {
 _LANES = {
     "kept": 0,
     "pinned": 0,
+    "doubtful": 0,
     "damaged": 0,
     "later": 0,
     "deleted": 1,
     "failed": 2,
     "passed over": 2,
+    "distrusted": 2,
+    "trusted": 2,
     "restored": 3,
     "rewound": 3,
 }
-_TOLD = ("failed", "passed over", "restored", "rewound")
+_TOLD = ("failed", "passed over", "distrusted", "trusted", "restored", "rewound")
 _NAMES = ("on disk", "deleted", "trouble", "restored")
+
+
+def _kind(info: CheckpointInfo) -> str:
+    return "doubtful" if info.distrusted else "pinned" if info.pinned else "kept"
 
 
 def _timeline(events: Events, infos: Sequence[CheckpointInfo], unread: Mapping[int, Unread]) -> str:
     """Steps from left to right, in four lanes: on disk, deleted, trouble, restored."""
     here = {info.step for info in infos} | set(unread)
-    rows = [(info.step, "pinned" if info.pinned else "kept", ", ".join(info.kept)) for info in infos]
+    rows = [(info.step, _kind(info), info.distrusted or ", ".join(info.kept)) for info in infos]
     damaged = _damaged(unread)
     rows += [(step, "damaged" if step in damaged else "later", str(why)) for step, why in unread.items()]
     rows += [(e["step"], "deleted", e.get("why", "")) for e in _of(events, "deleted") if e["step"] not in here]
@@ -301,16 +312,26 @@ def _row(*cells: object) -> str:
 
 
 def _troubles(events: Events, unread: Mapping[int, Unread]) -> str:
-    words = {"failed": "a save failed", "passed over": "damaged, passed over in a restore"}
+    words = {
+        "failed": "a save failed",
+        "passed over": "passed over in a restore",
+        "distrusted": "distrusted",
+        "trusted": "trusted again",
+    }
     rows = [_row(e["step"], _when(e["time"]), words[e["event"]], e.get("why", "")) for e in _of(events, *words)]
     rows += [_row(step, "now", _state(why), why) for step, why in unread.items()]
     return _table(("step", "when", "what", "why"), "".join(rows)) if rows else _nothing("None is known.")
 
 
+def _kept_by(info: CheckpointInfo) -> str:
+    doubt = f" (distrusted: {info.distrusted})" if info.distrusted else ""
+    return ", ".join(info.kept) + " (pinned)" * info.pinned + doubt
+
+
 def _checkpoints(infos: Sequence[CheckpointInfo], unread: Mapping[int, Unread]) -> str:
     rows = {
         info.step: _row(
-            info.step, _when(info.time), _size(info.nbytes), ", ".join(info.kept) + " (pinned)" * info.pinned,
+            info.step, _when(info.time), _size(info.nbytes), _kept_by(info),
             ", ".join(f"{name} {value:.6g}" for name, value in info.metrics.items()),
         )
         for info in infos

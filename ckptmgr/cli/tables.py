@@ -64,7 +64,8 @@ def _cells(row: Facts) -> list[str | Text]:
         return [str(row["step"]), "", "", "", "", "", Text(f"{word} {row['damaged']}", style="bold red")]
     metrics = ", ".join(f"{name} {_number(value)}" for name, value in row["metrics"].items())
     kept = "?" if row["kept"] is None else ", ".join(row["kept"]) or "nothing: would be deleted"
-    marks = "pinned" if row["pinned"] else ""
+    doubt = row["distrusted"] if f"not counted: {row['distrusted']}" not in (row["kept"] or ()) else None
+    marks = ", ".join(["pinned"] * row["pinned"] + [f"DISTRUSTED {doubt}"] * (doubt is not None))
     return [
         str(row["step"]),
         age(row["age_s"]),
@@ -89,12 +90,13 @@ def kept(found: Facts) -> RenderableType:
 def checkpoint(found: Facts) -> RenderableType:
     when = datetime.datetime.fromtimestamp(found["time"]).isoformat(" ", "seconds")
     head = f"{found['run']}  step {found['step']}, {when}, {size(found['nbytes'])}"
+    doubt = [Text(f"DISTRUSTED {found['distrusted']}", style="bold red")] if found["distrusted"] else []
     root = Tree(head + (f", {size(found['disk_nbytes'])} on disk" if found["disk_nbytes"] else ""))
     for name, leaves in found["items"].items():
         branch = root.add(_total(name, leaves) if leaves else name)
         _grow(branch, [(_parts(leaf["path"]), leaf) for leaf in leaves])
     tail = [f"{key}: {_pairs(found[key])}" for key in ("metrics", "metadata", "versions", "unread") if found[key]]
-    return Group(root, *tail)
+    return Group(root, *doubt, *tail)
 
 
 def _pairs(values: Facts) -> str:

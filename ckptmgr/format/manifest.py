@@ -120,6 +120,8 @@ class Manifest:
     files: Mapping[str, File] = dataclasses.field(default_factory=dict)
     written_here: bool = True
     """False for a checkpoint of stock Orbax, which has no manifest on disk unless it was adopted."""
+    distrusted: str | None = None
+    """Why the step was distrusted as it was saved; None if it was not. Older versions pass over this field."""
     unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Files of stock Orbax that cannot be read, and why; nothing that is restored depends on them."""
 
@@ -151,6 +153,7 @@ def encode(manifest: Manifest) -> bytes:
         "metadata": manifest.metadata,
         "versions": manifest.versions,
     }
+    head |= {"distrusted": manifest.distrusted} if manifest.distrusted is not None else {}
     items = ",".join(f"{_dumps(name)}:{item.text}" for name, item in manifest.items.items())
     files = _dumps({name: [file.size, file.crc32] for name, file in manifest.files.items()})
     adopted = "" if manifest.written_here else ',"adopted":true'
@@ -238,6 +241,7 @@ def decode(data: bytes, *, step: int, path: str, known: KnownItems = NO_ITEMS) -
         items=known.items if is_known else _items_from_json(body["items"]),
         files={name: File(*facts) for name, facts in body["files"].items()},
         written_here=not body.get("adopted", False),
+        distrusted=body.get("distrusted"),
     )
 
 

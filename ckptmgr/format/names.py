@@ -26,9 +26,13 @@ ABANDONED = f"{OURS}/abandoned"
 """Steps that a rewind has set aside."""
 REWINDING = f"{OURS}/rewinding"
 """The moves that a rewind has not made yet."""
+NEW_TRUST = f"{OURS}/trust.new"
+"""A note about a step, until it is whole."""
 
 STEP = re.compile(r"0|[1-9][0-9]*")
 PIN = "PINNED"
+TRUST = "trust.json"
+"""A note in a step: whether somebody trusts it."""
 COMMITTED = "commit_success.txt"
 """Orbax's marker; in a bucket, which has no rename, it is the last file of a step."""
 STEP_METADATA = "_CHECKPOINT_METADATA"

@@ -131,6 +131,7 @@ _MANIFEST = {
     "items": {str: {"kind": lambda kind: isinstance(kind, str) and kind in _ITEMS}},
     "files": {str: list},
     "adopted?": bool,
+    "distrusted?": str,
 }
 
 

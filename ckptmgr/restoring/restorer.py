@@ -12,7 +12,13 @@ from typing import Any
 
 import jax
 
-from ckptmgr.errors import CheckpointNotFoundError, CheckpointTimeoutError, CorruptCheckpointError
+from ckptmgr.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointTimeoutError,
+    CorruptCheckpointError,
+    DistrustedError,
+)
 from ckptmgr.format import manifest as manifests
 from ckptmgr.format import paths, recorded
 from ckptmgr.processes import job
@@ -34,6 +40,7 @@ from ckptmgr.trees.structure import abstract
 
 _log = logging.getLogger("ckptmgr")
 _PATIENCE_S, _PAUSE_S = 30.0, 0.02  # a network's file system may show a new step late
+Skipped = Mapping[int, str]
 _CHOICE = Call("the choice of a step to restore")
 
 
@@ -104,19 +111,28 @@ class Restorer:
         return self._restore(self._job.decide(_CHOICE, lambda: step), request)
 
     def newest(self, request: Request) -> Checkpoint:
-        """The newest good step; those passed over as damaged count as if they were not there any more."""
+        """The newest good step; those passed over count as if they were not there any more."""
         skipped: dict[int, str] = {}
+        distrusted: dict[int, str] = {}
         seen: dict[int, Stamp] = {}
         ends = time.monotonic() + min(_PATIENCE_S, self._timeout_s / 2)
-        while (candidate := self._newest_beside(skipped)) is not None:
+        while (choice := self._newest_beside(skipped)) is not None:
+            candidate, why = choice
             stamp = self._home.stamp(candidate)
             try:
+                if why is not None:
+                    raise DistrustedError(why, step=candidate)
                 found = self._restore(candidate, request, skipped)
             except CorruptCheckpointError as problem:
                 _log.warning("step %d is passed over as damaged: %s", candidate, problem)
                 self._journal.record("passed over", candidate, why=str(problem))
                 seen[candidate] = stamp
                 skipped[candidate] = str(problem)
+            except DistrustedError as problem:
+                _log.warning("step %d is passed over, because it is distrusted: %s", candidate, problem)
+                self._journal.record("passed over", candidate, why=f"distrusted: {problem}")
+                distrusted[candidate] = str(problem)
+                skipped[candidate] = f"distrusted: {problem}"
             except CheckpointNotFoundError as problem:  # the trainer has deleted it meanwhile, and has a newer one
                 still_listed = functools.partial(self._refuse_if_listed, candidate, ends, str(problem))
                 self._job.decide(_CHOICE, still_listed)
@@ -124,7 +140,8 @@ class Restorer:
                 self._home.mark_damaged(seen)
                 self._warn_of_lower(candidate)
                 return found
-        raise self._home.nothing_good(skipped)
+        damaged = {step: why for step, why in skipped.items() if step not in distrusted}
+        raise self._home.nothing_good(damaged, distrusted=distrusted)
 
     def _warn_of_lower(self, step: int) -> None:
         """Says it if the step that was saved last is not the newest: somebody went back, and did not say so."""
@@ -145,8 +162,20 @@ class Restorer:
             )  # fmt: skip
         time.sleep(_PAUSE_S)
 
-    def _newest_beside(self, skipped: Mapping[int, str]) -> int | None:
-        return self._job.decide(_CHOICE, lambda: max(self._steps() - set(skipped), default=None))
+    def _newest_beside(self, skipped: Skipped) -> tuple[int, str | None] | None:
+        """The newest step beside these, and why it is distrusted. One process alone sees that as it reads."""
+
+        def choose() -> tuple[int, str | None] | None:
+            step = max(self._steps() - set(skipped), default=None)
+            return None if step is None else (step, self._why_distrusted(step) if self._job.count > 1 else None)
+
+        return self._job.decide(_CHOICE, choose)
+
+    def _why_distrusted(self, step: int) -> str | None:
+        for catalog in (self._home, *([self._mirror.catalog] if self._mirror is not None else [])):
+            with contextlib.suppress(CheckpointError):  # it is not here, or damaged, which the restore finds
+                return catalog.why_distrusted(step)
+        return None
 
     def _steps(self) -> set[int]:
         """The steps here and in the mirror; one that cannot be reached is missed if there is nothing here."""
@@ -155,28 +184,31 @@ class Restorer:
 
     # ------------------------------------------------------------ from where
 
-    def _restore(self, step: int, request: Request, skipped: Mapping[int, str] | None = None) -> Checkpoint:
-        """Restores a step in every process, or in none; from the mirror if it is damaged here, or not here."""
+    def _restore(self, step: int, request: Request, skipped: Skipped | None = None) -> Checkpoint:
+        """Restores a step in every process, or in none; from the mirror if it is damaged here, or not here.
+
+        `skipped`: newer steps that were passed over, and why; None if the caller has asked for this step.
+        """
         stamp = self._home.stamp(step)
         try:
-            return self._together(self._home, step, request, skipped or {})
+            return self._together(self._home, step, request, skipped)
         except (CorruptCheckpointError, CheckpointNotFoundError) as problem:
             mirror = self._mirror
             if mirror is None or not self._job.decide(_CHOICE, lambda: step in mirror.steps(needed=False)):
                 raise
             _log.warning("step %d is taken from %s: %s", step, mirror.catalog.directory, problem)
-            found = self._together(mirror.catalog, step, request, skipped or {})
+            found = self._together(mirror.catalog, step, request, skipped)
             if isinstance(problem, CorruptCheckpointError):
                 self._home.mark_damaged({step: stamp})
             return found
 
-    def _together(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
+    def _together(self, home: Catalog, step: int, request: Request, skipped: Skipped | None) -> Checkpoint:
         call = Call(f"the restore from step {step}")
         return self._job.together(call, lambda: self._whole(home, step, request, skipped))
 
     # ------------------------------------------------------------ reading it
 
-    def _whole(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
+    def _whole(self, home: Catalog, step: int, request: Request, skipped: Skipped | None) -> Checkpoint:
         """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
         home.expect(step)
         ends = time.monotonic() + self._timeout_s
@@ -205,12 +237,23 @@ class Restorer:
             functools.partial(self._job.together, call), functools.partial(self._job.program, sending)
         )
 
-    def _read(self, home: Catalog, step: int, request: Request, skipped: Mapping[int, str]) -> Checkpoint:
+    def _check_trust(self, home: Catalog, manifest: manifests.Manifest, *, is_asked_for: bool) -> None:
+        """Raises DistrustedError for a distrusted step; one that was asked for is restored with a warning."""
+        noted = self._home if self._home.trust_note(manifest.step) is not None else home
+        why = noted.why_distrusted(manifest.step, manifest)
+        if why is not None and not is_asked_for:
+            raise DistrustedError(why, step=manifest.step)
+        if why is not None:
+            _log.warning("step %d is restored as it was asked for, but it is distrusted: %s", manifest.step, why)
+
+    def _read(self, home: Catalog, step: int, request: Request, skipped: Skipped | None) -> Checkpoint:
         directory, call = home.path(step), Call(f"the reading from step {step}")
         others = self._others(call, step) if request.broadcast else None
 
         def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], Plan, reading.Trees]:
             manifest = home.manifest(step, fresh=True)
+            if self._job.leads:  # what the others have seen of the run may be older
+                self._check_trust(home, manifest, is_asked_for=skipped is None)
             templates = request.templates(manifest)
             plan = self._planner.plan(manifest, templates, request, is_local=paths.is_local(directory))
             items, share = {*templates, manifests.STEP, manifests.METRICS}, (self._job.index, self._job.count)
@@ -241,7 +284,7 @@ class Restorer:
             extras=absent | {name: extras.handed_over(templates[name], value) for name, value in values.items()},
             metrics=manifest.metrics,
             info=self._history.glance(manifest),
-            skipped=skipped,
+            skipped=skipped or {},
             missing=tuple(leaf.path for leaf in passed.missing),
             unused=tuple(leaf.path for leaf in passed.unexpected),
         )

@@ -2,6 +2,7 @@
 
     <directory>/<step>/commit_success.txt      the last file of a step: without it the step is not there
     <directory>/<step>/PINNED                  retention leaves it alone
+    <directory>/<step>/trust.json              whether somebody trusts it (`trust`)
     <directory>/.ckptmgr/lock                  the claim of the process that writes (`claim`)
     <directory>/.ckptmgr/saving/<step>         a note: the step is being written under its own name
     <directory>/.ckptmgr/deleting/<step>       a note: the step is being deleted
@@ -31,7 +32,7 @@ from etils import epath
 
 from ckptmgr.format import manifest as manifests
 from ckptmgr.format import names, objects
-from ckptmgr.format.names import COMMITTED, DAMAGED, DELETING, OURS, PIN, REWINDING, SAVING
+from ckptmgr.format.names import COMMITTED, DAMAGED, DELETING, OURS, PIN, REWINDING, SAVING, TRUST
 from ckptmgr.format.objects import Found
 from ckptmgr.run import directory as directories
 from ckptmgr.run import recognize
@@ -76,6 +77,8 @@ class BucketDirectory:
         self._seeing = threading.Lock()
         self._recognized: dict[str, tuple[tuple[Found | None, ...], bool]] = {}
         """Whether an entry is a step, as long as its marker and its metadata are these."""
+        self._trust: dict[str, tuple[Found, bytes | None]] = {}
+        """What the note about the trust in a step holds, as long as its object is this one."""
         self._begun: set[str] = set()
         """Steps that are being written here."""
         self._overtaken: set[str] = set()
@@ -210,6 +213,14 @@ class BucketDirectory:
     def is_pinned(self, name: str) -> bool:
         return PIN in self._entry(name).files
 
+    def trust_note(self, name: str) -> bytes | None:
+        found = self._entry(name).files.get(TRUST)
+        if found is None:
+            return None
+        if name not in self._trust or self._trust[name][0] != found:
+            self._trust[name] = found, self._read({name: f"{name}/{TRUST}"}).get(name)
+        return self._trust[name][1]
+
     def mark(self, place: str) -> str:
         return directories.mark_of_description(self.path / place) or "0" * 8
 
@@ -263,6 +274,14 @@ class BucketDirectory:
 
     def unpin(self, folder: epath.Path) -> None:
         self._objects.delete([self._key(f"{folder.name}/{PIN}")])
+        self._has_changed(folder.name)
+
+    def write_trust(self, folder: epath.Path, note: bytes | None) -> None:
+        key = self._key(f"{folder.name}/{TRUST}")
+        if note is None:
+            self._objects.delete([key])
+        else:
+            self._objects.write(key, note)
         self._has_changed(folder.name)
 
     # ------------------------------------------------------------ a step that leaves the listing

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from etils import epath
 
@@ -28,7 +29,7 @@ from ckptmgr.format import names, paths
 from ckptmgr.format.names import STEP
 from ckptmgr.orbax import reading as stock
 from ckptmgr.run import branches as branching
-from ckptmgr.run import hints
+from ckptmgr.run import hints, trust
 from ckptmgr.run.bucket import BucketDirectory
 from ckptmgr.run.directory import BRANCH, SET_BACK, STAYS, Directory, Leftover
 from ckptmgr.run.local import LocalDirectory
@@ -175,8 +176,15 @@ class Catalog:
     def _hint(self) -> str:
         return hints.what_is_there(self.directory, self.steps(), _has_steps)
 
-    def nothing_good(self, damaged: Mapping[int, str], why: str | None = None) -> CheckpointError:
+    def nothing_good(
+        self,
+        damaged: Mapping[int, str],
+        why: str | None = None,
+        distrusted: Mapping[int, str] = MappingProxyType({}),
+    ) -> CheckpointError:
         """The error for a run without a step to restore."""
+        if distrusted:
+            return self._nothing_trusted(damaged, distrusted)
         if damaged:
             newest, reason = max(damaged.items())
             return CorruptCheckpointError(
@@ -186,6 +194,15 @@ class Catalog:
         return CheckpointNotFoundError(
             f"there is no such checkpoint in {self.directory}; {why or self._hint()}",
             directory=str(self.directory),
+        )
+
+    def _nothing_trusted(self, damaged: Mapping[int, str], distrusted: Mapping[int, str]) -> CheckpointError:
+        newest, reason = max(distrusted.items())
+        counted = f"{len(distrusted)} distrusted" + (f", {len(damaged)} damaged" if damaged else "")
+        return CorruptCheckpointError(
+            f"no checkpoint in {self.directory} is trusted ({counted}). The newest distrusted one is step "
+            f"{newest}: {reason}. restore({newest}) gives it all the same; after trust({newest}) restore() does",
+            step=newest,
         )
 
     # ------------------------------------------------------------ manifests and damage
@@ -275,6 +292,23 @@ class Catalog:
         folder = self.require(step)
         with _refusing(step, "unpinned"):
             self._storage.unpin(folder)
+
+    # ------------------------------------------------------------ trust
+
+    def why_distrusted(self, step: int, manifest: manifests.Manifest | None = None) -> str | None:
+        """Why a step is distrusted; None if it is trusted. A note outweighs the manifest."""
+        note = self.trust_note(step)
+        return (manifest or self.manifest(step)).distrusted if note is None else trust.why_distrusted(note)
+
+    def trust_note(self, step: int) -> bytes | None:
+        """The note about the trust in a step; None if there is none."""
+        return self._storage.trust_note(self._name(step))
+
+    def write_trust(self, step: int, note: bytes | None) -> None:
+        """Writes the note about the trust in a step; None removes it."""
+        folder = self.require(step)
+        with _refusing(step, "trusted" if note is None or trust.why_distrusted(note) is None else "distrusted"):
+            self._storage.write_trust(folder, note)
 
     # ------------------------------------------------------------ a step that is written here
 

@@ -74,6 +74,9 @@ class Directory(Protocol):
     def is_pinned(self, name: str) -> bool:
         """Also True if that cannot be found out now: then the step must not be deleted."""
 
+    def trust_note(self, name: str) -> bytes | None:
+        """What the note about the trust in a step holds; None if there is none, b"" if it cannot be read."""
+
     def read_ahead(self, files: Iterable[str]) -> Mapping[str, bytes]:
         """What these files hold, all read at the same time; empty where that takes no less time."""
 
@@ -108,6 +111,9 @@ class Directory(Protocol):
 
     def unpin(self, folder: epath.Path) -> None:
         """Removes the pin."""
+
+    def write_trust(self, folder: epath.Path, note: bytes | None) -> None:
+        """Writes the note about the trust in a step, durably and whole; None removes it."""
 
     def hide(self, name: str) -> epath.Path:
         """Takes a step out of the listing in one move; returns the folder that is then to be removed."""

@@ -41,24 +41,26 @@ class History:
 
     def all(self) -> list[CheckpointInfo]:
         """Every readable checkpoint, in order of steps, and why each is kept."""
-        return self._look_at(self._catalog.steps())
+        return self._look_at(self._catalog.steps())[0]
 
-    def _look_at(self, steps: Sequence[int]) -> list[CheckpointInfo]:
+    def _look_at(self, steps: Sequence[int]) -> tuple[list[CheckpointInfo], set[int]]:
+        """What is known of these steps; and those of them that are not whole."""
         self._catalog.read_ahead(steps)
         pinned, damaged = {step for step in steps if self._catalog.is_pinned(step)}, self._catalog.damaged
-        read = (self._read(step, pinned) for step in steps)
-        found = [self._doubt(info, damaged) for info in read if info is not None]
-        return explain(found, self._keep, self.committed(), self._warn_of_policy)
+        read = [info for step in steps if (info := self._read(step, pinned)) is not None]
+        doubts = {info.step: why for info in read if (why := self._doubt(info.step, damaged)) is not None}
+        found = [dataclasses.replace(each, distrusted=doubts.get(each.step, each.distrusted)) for each in read]
+        explained = explain(found, self._keep, self.committed(), self._warn_of_policy, not_whole=doubts)
+        return explained, set(doubts)
 
-    def _doubt(self, info: CheckpointInfo, damaged: Collection[int]) -> CheckpointInfo:
-        """Sets `distrusted` if the checkpoint is known to be damaged, or a file of it is missing."""
-        if info.step in damaged:
-            return dataclasses.replace(info, distrusted="a restore has passed over it as damaged")
+    def _doubt(self, step: int, damaged: Collection[int]) -> str | None:
+        """Why a step is not whole: it is known to be damaged, or a file of it is missing."""
+        if step in damaged:
+            return "a restore has passed over it as damaged"
         try:
-            missing = self._catalog.what_is_missing(info.step)
+            return self._catalog.what_is_missing(step)
         except (CorruptCheckpointError, CheckpointNotFoundError, NewerFormatError):
-            missing = "it was deleted meanwhile"
-        return dataclasses.replace(info, distrusted=missing)
+            return "it was deleted meanwhile"
 
     def newest(self) -> CheckpointInfo | None:
         """The newest readable checkpoint; older ones are not read."""
@@ -67,13 +69,17 @@ class History:
 
     def _read(self, step: int, pinned: Collection[int] = ()) -> CheckpointInfo | None:
         try:
-            return _describe(self._catalog.manifest(step), pinned=step in pinned)
+            return self._describe(self._catalog.manifest(step), pinned=step in pinned)
         except (CorruptCheckpointError, CheckpointNotFoundError, NewerFormatError):
             return None  # damaged, deleted concurrently, or of a later ckptmgr: not counted, not deleted
 
     def glance(self, manifest: Manifest) -> CheckpointInfo:
         """One checkpoint by itself, without `kept`, for which all checkpoints must be read."""
-        return _describe(manifest, pinned=self._catalog.is_pinned(manifest.step))
+        return self._describe(manifest, pinned=self._catalog.is_pinned(manifest.step))
+
+    def _describe(self, manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
+        distrusted = self._catalog.why_distrusted(manifest.step, manifest)
+        return dataclasses.replace(_describe(manifest), pinned=pinned, distrusted=distrusted)
 
     def info(self, step: int) -> CheckpointInfo:
         """One checkpoint; raises CheckpointNotFoundError or CorruptCheckpointError."""
@@ -89,9 +95,10 @@ class History:
             return Decision()
         steps = self._catalog.steps()
         seen = {step: self._catalog.stamp(step) for step in steps}  # before anything is read
-        infos = self._look_at(steps)
+        infos, not_whole = self._look_at(steps)
         trusted = {info.step for info in infos if info.distrusted is None}
-        listed = {*seen, *self._catalog.closed()} - trusted - self._catalog.damaged
+        whole = {info.step for info in infos} - not_whole
+        listed = {*seen, *self._catalog.closed()} - whole - self._catalog.damaged
         unclear = [step for step in listed if step > max(trusted, default=0)]
         if unclear:
             self._warn_once(
@@ -102,7 +109,7 @@ class History:
         to_delete = {info.step for info in infos if not info.kept}
         return Decision(
             {step: seen[step] for step in sorted(to_delete)},
-            {step: seen.get(step) for step in trusted - to_delete},
+            {step: seen.get(step) for step in whole - to_delete},
             {info.step: info.time for info in infos},
         )
 
@@ -139,16 +146,16 @@ class History:
     def watch(self, after: int | None, timeout_s: float | None, poll_s: float) -> Iterator[int]:
         """Yields the steps after `after` as they are committed; ends after `timeout_s` without a new one."""
         waited_since = time.monotonic()
-        known: dict[int, Stamp] = {}
+        known: dict[int, tuple[Stamp, bytes | None] | None] = {}
         while True:
             listed = [step for step in self._catalog.steps() if after is None or step > after]
             if max(listed, default=-1) < max(known, default=-1):
                 known = {step: known[step] for step in listed if step in known}  # after a rewind
-            seen = {step: self._catalog.stamp(step) for step in listed}
+            seen = {step: self._seen(step) for step in listed}
             new = [step for step in listed if step not in known or seen[step] not in (known[step], None)]
             for step in new:
                 known[step] = seen[step]
-                if self._is_readable(step):
+                if self._is_good(step):
                     yield step
             if new:
                 waited_since = time.monotonic()
@@ -157,8 +164,13 @@ class History:
             else:
                 time.sleep(poll_s)
 
-    def _is_readable(self, step: int) -> bool:
-        """Whether a step is there and its small files are whole. If they are damaged, that is logged."""
+    def _seen(self, step: int) -> tuple[Stamp, bytes | None] | None:
+        """Tells a save of a step from another, and whether somebody has trusted or distrusted it since."""
+        stamp = self._catalog.stamp(step)
+        return None if stamp is None else (stamp, self._catalog.trust_note(step))
+
+    def _is_good(self, step: int) -> bool:
+        """Whether a step is there, trusted, and its small files are whole. If it is not good, that is logged."""
         try:
             manifest = self._catalog.manifest(step, fresh=True)
             recorded.check_files(manifest, self._catalog.path(step), manifest.items)
@@ -167,7 +179,10 @@ class History:
         except CorruptCheckpointError as problem:
             _log.warning("step %d is passed over as damaged: %s", step, problem)
             return False
-        return True
+        why = self._catalog.why_distrusted(step, manifest)
+        if why is not None:
+            _log.warning("step %d is passed over, because it is distrusted: %s", step, why)
+        return why is None
 
     def best(
         self, metric: str | None, mode: Literal["min", "max"], *, beside: Sequence[CheckpointInfo] = ()
@@ -178,7 +193,10 @@ class History:
             ranked_by = [policies.best(metric, mode=mode)]
         if not ranked_by:
             raise ValueError('best() needs a metric: best("loss"), or a manager with keep=ckptmgr.best("loss")')
-        known = {info.step: info for info in (*beside, *self.all()) if info.distrusted is None}
+        here, not_whole = self._look_at(self._catalog.steps())
+        distrusted = {info.step for info in here if info.distrusted is not None} - not_whole
+        found = (info for info in (*beside, *here) if info.step not in distrusted)
+        known = {info.step: info for info in found if info.distrusted is None}
         return next(iter(ranked_by[0].ranking(known.values())), None)
 
 
@@ -187,20 +205,26 @@ def explain(
     keep: Sequence[policies.KeepPolicy],
     committed: int | None = None,
     failed: Callable[[str, Exception], object] = lambda name, problem: None,
+    not_whole: Collection[int] | None = None,
 ) -> list[CheckpointInfo]:
-    """Sets `kept`: why each stays. A distrusted checkpoint does not count, and stays."""
+    """Sets `kept`: why each stays. `not_whole` are steps that do not count, and stay; default: all distrusted.
+
+    The policies are asked about the trusted steps alone, so that a distrusted one takes no place from them. They
+    are also asked about both together: a distrusted step stays as long as it would if it were trusted.
+    """
     trusted = [info for info in infos if info.distrusted is None]
-    pinned = {info.step for info in trusted if info.pinned}
-    reasons = policies.reasons_to_keep(keep, trusted, pinned, committed, failed)
-    return [
-        dataclasses.replace(
-            info, kept=reasons.get(info.step) or (f"not counted: {info.distrusted}",) * bool(info.distrusted)
-        )
-        for info in infos
-    ]
+    stays = {info.step for info in infos if info.distrusted} if not_whole is None else not_whole
+    whole = [info for info in infos if info.step not in stays]
+    reasons: dict[int, tuple[str, ...]] = {}
+    for some in (trusted, whole) if len(whole) > len(trusted) else (trusted,):
+        pinned = {info.step for info in some if info.pinned}
+        for step, why in policies.reasons_to_keep(keep, some, pinned, committed, failed).items():
+            reasons[step] = tuple(dict.fromkeys((*reasons.get(step, ()), *why)))
+    reasons |= {info.step: (f"not counted: {info.distrusted}",) for info in infos if info.step in stays}
+    return [dataclasses.replace(info, kept=reasons[info.step]) for info in infos]
 
 
-def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
+def _describe(manifest: Manifest) -> CheckpointInfo:
     """The CheckpointInfo that a manifest gives."""
     return CheckpointInfo(
         step=manifest.step,
@@ -213,5 +237,4 @@ def _describe(manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
         metrics=dict(manifest.metrics),  # a policy or a callback may change it
         metadata=copy.deepcopy(manifest.metadata),
         versions=dict(manifest.versions),
-        pinned=pinned,
     )

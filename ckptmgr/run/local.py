@@ -2,6 +2,7 @@
 
 <directory>/<step>/                      a committed checkpoint
 <directory>/<step>/PINNED                retention leaves it alone
+<directory>/<step>/trust.json            whether somebody trusts it (`trust`)
 <directory>/.ckptmgr/saving/<step>/      a step that is being written
 <directory>/.ckptmgr/deleting/<step>-*/  a step that is being deleted
 <directory>/.ckptmgr/replaced/<step>/    the old checkpoint of a step that is being replaced
@@ -23,7 +24,7 @@ from etils import epath
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError
 from ckptmgr.format import files, names, paths, recorded
 from ckptmgr.format import manifest as manifests
-from ckptmgr.format.names import ABANDONED, DAMAGED, DELETING, PIN, REPLACED, REWINDING, SAVING, STEP
+from ckptmgr.format.names import ABANDONED, DAMAGED, DELETING, PIN, REPLACED, REWINDING, SAVING, STEP, TRUST
 from ckptmgr.run import directory as directories
 from ckptmgr.run import recognize
 from ckptmgr.run.branches import Move
@@ -126,6 +127,15 @@ class LocalDirectory:
     def is_pinned(self, name: str) -> bool:
         return paths.may_exist(self.path / name / PIN)
 
+    def trust_note(self, name: str) -> bytes | None:
+        try:
+            return paths.read_bytes(self.path / name / TRUST)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as problem:
+            paths.refuse_exhausted(problem)
+            return b""
+
     def read_ahead(self, files: Iterable[str]) -> Mapping[str, bytes]:
         return {}
 
@@ -182,6 +192,16 @@ class LocalDirectory:
     def unpin(self, folder: epath.Path) -> None:
         paths.refuse_link(folder)
         (folder / PIN).unlink(missing_ok=True)
+
+    def write_trust(self, folder: epath.Path, note: bytes | None) -> None:
+        paths.refuse_link(folder)
+        if note is None:
+            (folder / TRUST).unlink(missing_ok=True)
+        else:
+            self._own.folder(names.OURS)
+            files.write(self.path / names.NEW_TRUST, note)
+            os.replace(self.path / names.NEW_TRUST, folder / TRUST)
+        files.sync([folder])
 
     # ------------------------------------------------------------ a step that leaves the listing
 

@@ -145,7 +145,7 @@ class Mirror:
         """Copies what is missing. In a job a step that all processes copy comes first; then this goes on."""
         while not self._makes_way() and (to_copy := self._look()):
             self._copy_wanted(max(to_copy), to_copy)
-        self._copy_pins()
+        self._copy_pins_and_trust()
         retention.retain(self.catalog, self.history)
         if not self._makes_way():  # a draft that a crash has left is still to be continued
             self.catalog.tidy()
@@ -153,14 +153,18 @@ class Mirror:
     def _makes_way(self) -> bool:
         return self._parts.is_shared and self._is_ahead()
 
-    def _copy_pins(self) -> None:
-        """Pins and unpins steps in the mirror as they are at home."""
+    def _copy_pins_and_trust(self) -> None:
+        """Pins, unpins, trusts and distrusts steps in the mirror as they are at home."""
         here, there = self._home.pinned(), self.catalog.pinned()
         shared = set(self._home.steps()) & set(self.catalog.steps())
         for step in shared & (here - there):
             self.catalog.pin(step)
         for step in shared & (there - here):
             self.catalog.unpin(step)
+        for step in shared:
+            note = self._home.trust_note(step)
+            if note != self.catalog.trust_note(step):
+                self.catalog.write_trust(step, note)
 
     def _copy_wanted(self, step: int, to_copy: Mapping[int, float], offer: Offer | None = None) -> None:
         """Copies a step if it is one of these."""

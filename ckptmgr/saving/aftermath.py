@@ -1,4 +1,4 @@
-"""After a commit: journal, callbacks, mirror, retention. Also a failed save, a deletion, a pin, a rewind."""
+"""After a commit: journal, callbacks, mirror, retention. Also a failed save, a deletion, a mark, a rewind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckptmgr.format import names, paths
 from ckptmgr.options import Options
 from ckptmgr.processes.job import Job
 from ckptmgr.results import CheckpointInfo, Save
-from ckptmgr.run import branches, retention, rewinding
+from ckptmgr.run import branches, retention, rewinding, trust
 from ckptmgr.run.catalog import Catalog, open_catalog
 from ckptmgr.run.history import History
 from ckptmgr.run.journal import Journal, last_saved
@@ -110,7 +110,8 @@ class Aftermath:
         if not paths.is_local(self._home.directory) or self._has_warned:  # a bucket gets few requests
             return
         try:
-            self._warn_of_later([each for each in self._home.steps() if each > step], step)
+            later = [each for each in self._home.steps() if each > step]
+            self._warn_of_later([each for each in later if self._home.why_distrusted(each) is None], step)
         except (CheckpointError, OSError) as problem:
             _log.warning("step %d: it could not be found out whether later steps exist: %s", step, problem)
 
@@ -138,12 +139,23 @@ class Aftermath:
             self._journal.record("deleted", step, why="asked for")
 
     def mark(self, step: int, mark: Callable[[int], None]) -> None:
-        """Pins or unpins a step."""
+        """Pins or unpins a step, or writes whether it is trusted."""
         if self._job.leads:
             self._shared.hold()
             with self._shared.retaining:
                 mark(step)
             self.update_mirror()
+
+    def distrust(self, step: int, why: str) -> None:
+        """Notes that a step is distrusted; called by `mark`."""
+        self._home.write_trust(step, trust.distrusting(why, self._journal.wall()))
+        self._journal.record("distrusted", step, why=why)
+
+    def trust(self, step: int) -> None:
+        """Takes that back; called by `mark`. Only against the manifest a note is needed."""
+        was_found = self._home.manifest(step).distrusted is not None
+        self._home.write_trust(step, trust.trusting(self._journal.wall()) if was_found else None)
+        self._journal.record("trusted", step)
 
     # ------------------------------------------------------------ going on from another step
 
@@ -219,6 +231,9 @@ class Aftermath:
             blocked_s=info.blocked_s, durable_s=info.durable_s,
             keep=[policies.spell(each) for each in self._options.keep],
         )  # fmt: skip
+        if info.distrusted is not None:
+            _log.warning("step %d is distrusted: %s", info.step, info.distrusted)
+            self._journal.record("distrusted", info.step, why=info.distrusted)
         for callback in self._options.on_commit:
             try:
                 callback(info)

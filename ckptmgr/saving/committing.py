@@ -10,7 +10,8 @@ import concurrent.futures
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -37,9 +38,12 @@ class Committer:
     In a job only process 0 calls Orbax, and seals. The others write their arrays beside those of process 0.
     """
 
-    def __init__(self, run: Catalog, *, compression: str | None, job: Job, shared: Shared) -> None:
+    def __init__(
+        self, run: Catalog, *, compression: str | None, job: Job, shared: Shared, refuses_nonfinite: bool = False
+    ) -> None:
         self._run = run
         self._compression = compression
+        self._refuses_nonfinite = refuses_nonfinite
         self._job = job
         self._shared = shared
         self._after: Callable[[], None] = lambda: None
@@ -64,20 +68,33 @@ class Committer:
 
     def _lead(self, copied: Copied, stages: Stages, replaces: bool) -> manifests.Manifest:
         self._look(copied.step, replaces)
-        draft, others = self._begin(copied.step), dict(copied.kept)
+        draft, reports = self._begin(copied.step), list[Any]()
         sent = orbax.write(
             draft,
             copied.contents,
             self._compression,
             made=lambda: stages.reach("directories"),
-            written=lambda: others.update(sealing.unpack(stages.reach("arrays"))),
+            written=lambda: reports.extend(filter(None, stages.reach("arrays"))),
             check=self._shared.hold,
         )
+        others = {**copied.kept, **sealing.unpack(found for found, _ in reports)}
+        distrusted = self._verdict(copied, [marks for _, marks in reports])
         with self._confirmed(draft):
-            manifest, data = self._seal(copied, draft, others, sent)
+            manifest, data = self._seal(copied, draft, others, sent, distrusted)
         self._publish(copied.step, draft, data, replaces)
         self._after = lambda: self._run.after_publish(manifest, data)
         return manifest
+
+    def _verdict(self, copied: Copied, marks: Sequence[str]) -> str | None:
+        """Why the step is not to be trusted; raises SaveError if it is not to be saved either."""
+        distrusted = copied.verdict([copied.marks(), *marks])
+        if distrusted is not None and self._refuses_nonfinite:
+            raise SaveError(
+                f'{distrusted} (nonfinite="refuse"). No checkpoint of step {copied.step} is written, and those of '
+                "earlier steps stay",
+                step=copied.step,
+            )
+        return distrusted
 
     def after_commit(self) -> None:
         """Called once the step is told to be durable: what may take a bucket a few requests more."""
@@ -135,7 +152,8 @@ class Committer:
         with concurrent.futures.ThreadPoolExecutor() as threads:
             for _ in threads.map(write, parts):
                 pass
-        stages.reach("arrays", sealing.pack(sealing.own_files(draft, texts, parts.values(), copied.kept)))
+        written = sealing.pack(sealing.own_files(draft, texts, parts.values(), copied.kept))
+        stages.reach("arrays", [written, copied.marks()])
 
     # ------------------------------------------------------------ sealing
 
@@ -145,6 +163,7 @@ class Committer:
         draft: epath.Path,
         others: Mapping[str, manifests.File],
         sent: Mapping[str, bytes],
+        distrusted: str | None,
     ) -> tuple[manifests.Manifest, bytes]:
         """Checks that the draft holds what was meant, writes the manifest, and makes the draft durable.
 
@@ -156,7 +175,7 @@ class Committer:
         folders, sizes, unread = sealing.look_through(draft, sent)
         found = recorded.record_files(draft, sizes, recorded.checks_itself(draft), {**unread, **others})
         sealing.check(copied.step, draft, self._meant(copied, draft, others, sent), found)
-        manifest = copied.seal(found)
+        manifest = copied.seal(found, distrusted)
         data = manifests.encode(manifest)
         self._shared.hold()
         files.write(draft / manifests.NAME, data, durable=False)

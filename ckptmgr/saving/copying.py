@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from ckptmgr.arrays import to_host, writing
+from ckptmgr.arrays import finite, to_host, writing
 from ckptmgr.format import manifest as manifests
 from ckptmgr.options import Options
 from ckptmgr.processes import agreement
@@ -34,6 +34,8 @@ class Copied:
     """The items that do differ: each process writes its own."""
     kept: Mapping[str, manifests.File] = dataclasses.field(default_factory=dict)
     """The files that this process takes over from the step before."""
+    search: finite.Search | None = None
+    """The search for NaN and infinity, if they matter."""
 
     @property
     def step(self) -> int:
@@ -100,12 +102,21 @@ class Copied:
         for snapshot in self.snapshots.values():
             snapshot.abandon()
 
-    def seal(self, files: Mapping[str, manifests.File]) -> manifests.Manifest:
+    def marks(self) -> str:
+        """What the search has found in this process, for `verdict` in process 0."""
+        return self.search.marks() if self.search is not None else ""
+
+    def verdict(self, marks: Iterable[str]) -> str | None:
+        """Why the step is not to be trusted, as all processes have found; None if nothing was found."""
+        return self.search.verdict(marks) if self.search is not None else None
+
+    def seal(self, files: Mapping[str, manifests.File], distrusted: str | None = None) -> manifests.Manifest:
         """The manifest, once the files are written and the metrics have arrived."""
         metrics = self.contents[manifests.METRICS]()
         each = self.manifest.items
         own = {name: dataclasses.replace(each[name], processes=jax.process_count()) for name in self.own}
-        return dataclasses.replace(self.manifest, items={**each, **own}, files=files, metrics=metrics)
+        found = {"items": {**each, **own}, "files": files, "metrics": metrics, "distrusted": distrusted}
+        return dataclasses.replace(self.manifest, **found)
 
 
 def _of_others(owners: Sequence[int], settled: Sequence[int]) -> list[int]:
@@ -126,13 +137,15 @@ class Copier:
         self._reuse = reuse
         self._planner = to_host.Planner(options.chunk_bytes)
         self._described: dict[str, manifests.Item] = {}
+        self._finder = finite.Finder()
 
     def copy(self, step: int, saved_at: float, composed: Composed) -> Copied:
         """Copies every item to the host before any writer starts: a writer would slow the copies down."""
         trees = {name: item for name, item in composed.items() if isinstance(item, items.Tree)}
         if self._reuse is not None:
             self._reuse.begin(step)
-        snapshots = {name: self._snapshot(name, tree, len(trees)) for name, tree in trees.items()}
+        search = self._search(trees) if self._options.nonfinite != "ignore" else None
+        snapshots = {name: self._snapshot(name, tree, len(trees), search) for name, tree in trees.items()}
         for snapshot in snapshots.values():
             snapshot.start()
         for snapshot in snapshots.values():
@@ -151,15 +164,23 @@ class Copier:
         may_differ += [name for name, snapshot in snapshots.items() if snapshot.is_own]
         contents = {**snapshots, **{name: value.get for name, value in values.items()}}
         kept = self._reuse.files() if self._reuse is not None else {}
-        return Copied(contents, manifest, sorted(may_differ), kept=kept)
+        return Copied(contents, manifest, sorted(may_differ), kept=kept, search=search)
 
-    def _snapshot(self, name: str, tree: items.Tree, of: int) -> writing.Snapshot:
+    def _search(self, trees: Mapping[str, items.Tree]) -> finite.Search:
+        """Starts to look for NaN and infinity in the parameters; opt_state may hold them."""
+        item = manifests.PARAMS if manifests.PARAMS in trees else manifests.OPT_STATE
+        return self._finder.start(item, trees[item].spec, trees[item].leaves)
+
+    def _snapshot(
+        self, name: str, tree: items.Tree, of: int, search: finite.Search | None = None
+    ) -> writing.Snapshot:
         plan = self._planner.plan(name, tree.spec, tree.leaves)
         is_own = tree.is_own and jax.process_count() > 1 and all(at is None for at in plan.shardings)
         bound = self._options.max_host_bytes
         share = None if bound is None or is_own else bound // of  # values to compare are copied whole
         kept = None if self._reuse is None or is_own else self._reuse.keep(name, plan, tree.leaves)
-        return writing.Snapshot(plan, tree.leaves, share, is_own=is_own, kept=kept)
+        looked = {"look": search.look} if search is not None and search.item == name else {}
+        return writing.Snapshot(plan, tree.leaves, share, is_own=is_own, kept=kept, **looked)
 
     def _describe(self, name: str, snapshot: writing.Snapshot) -> manifests.Item:
         known = self._described.get(name)

@@ -27,7 +27,7 @@ from ckptmgr.trees.structure import is_key
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FILES = frozenset({
-    "manifest.json", "PINNED", "commit_success.txt", "checkpoint", "default", "descriptor", "AUTO",
+    "manifest.json", "PINNED", "trust.json", "commit_success.txt", "checkpoint", "default", "descriptor", "AUTO",
     "_CHECKPOINT_METADATA", "_CHECKPOINT_DELETION", "_METADATA", "_sharding", "_strings.json", "array_metadatas",
     "manifest.ocdbt", "d", "orbax.checkpoint",
 })  # fmt: skip

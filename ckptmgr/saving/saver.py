@@ -56,7 +56,10 @@ class Saver:
         self._catalog, self._history = catalog, history
         self._job, self._shared, self._writer = job, shared, writer
         self._pending, self._aftermath = pending, aftermath
-        self._committer = Committer(catalog, compression=options.compression, job=pending.job, shared=shared)
+        self._committer = Committer(
+            catalog, compression=options.compression, job=pending.job, shared=shared,
+            refuses_nonfinite=options.nonfinite == "refuse",
+        )  # fmt: skip
         self._composer = items.Composer()
         self._reuse = Reuse(catalog) if options.reuse_unchanged else None
         self._copier = copying.Copier(options, self._reuse)
@@ -156,7 +159,9 @@ class Saver:
 
     def _exists(self, step: int, steps: Sequence[int], on_exists: str) -> str | None:
         """Why a step that is there, or is being written, is not to be saved."""
-        exists = step == self._pending.step or step in set(steps) - self._catalog.damaged
+        exists = step == self._pending.step or (
+            step in set(steps) - self._catalog.damaged and not self._makes_way(step)
+        )
         if exists and on_exists == "replace" and not self._catalog.can_replace:
             raise ValueError(
                 f'on_exists="replace" needs a rename, which a bucket does not have: {self._catalog.directory}; '
@@ -171,6 +176,13 @@ class Saver:
             '"skip" keeps it',
             step=step,
         )
+
+    def _makes_way(self, step: int) -> bool:
+        """Whether a step is distrusted, so that its number can be saved again: a run that went back comes here."""
+        try:
+            return self._catalog.why_distrusted(step) is not None and not self._catalog.is_pinned(step)
+        except CheckpointError:
+            return False
 
     def _is_new(self, step: int) -> bool:
         """Whether the step is above every step that this process knows, and nothing else has its name."""
@@ -200,9 +212,9 @@ class Saver:
                 self._pending.wait()
                 self.require_open(step)  # a callback may have closed the manager meanwhile
                 copied = self._copier.copy(step, self._clock.wall(), composed)
-                self._make_room(step)
+                replaces = self._make_room(step, is_new) or on_exists == "replace"
             reason = "forced" if force else "preempted" if self.preemption.reached else "due"
-            return self._hand_over(copied, reason, called, replaces=on_exists == "replace")
+            return self._hand_over(copied, reason, called, replaces=replaces)
 
     @contextlib.contextmanager
     def _telling(self, step: int) -> Iterator[None]:
@@ -220,11 +232,18 @@ class Saver:
         if not is_new:
             self._catalog.check_free(step)
 
-    def _make_room(self, step: int) -> None:
-        """Renames a damaged step so that its number can be saved again."""
+    def _make_room(self, step: int, is_new: bool) -> bool:
+        """Renames a damaged step so that its number is free; returns whether to replace a distrusted one."""
+        replaces = False
         if step in self._catalog.damaged and self._job.leads:
             _log.warning("step %d is damaged and set aside as %s", step, self._catalog.set_aside(step))
+        elif self._job.leads and not is_new and self._catalog.is_listed(step) and self._makes_way(step):
+            _log.warning("step %d is distrusted, and is replaced", step)
+            replaces = self._catalog.can_replace
+            if not replaces:  # a bucket cannot: the number is free once the step is deleted
+                self._catalog.delete(step)
         self._catalog.forget(step)
+        return replaces
 
     def _hand_over(self, copied: copying.Copied, reason: str, called: float, *, replaces: bool) -> SaveResult:
         """Starts the second act in the thread: the commit, then callbacks, mirror and retention."""

@@ -77,7 +77,7 @@ def test_it_shows_what_the_run_holds_logs_no_error_and_asks_for_nothing(browser,
     opened(browser, page)
     said = browser.find_element("tag name", "body").text
     for words in (
-        "2 checkpoints", "9", "loss", "latest(n=3)", "best(metric='loss'", "(pinned)", "damaged, passed over",
+        "2 checkpoints", "9", "loss", "latest(n=3)", "best(metric='loss'", "(pinned)", "passed over in a restore",
         "seconds until durable", "megabytes saved per second", "12 smaller leaves", "params['w']", EVIL,
         "1 values are NaN or infinite", "manifest.json",
     ):  # fmt: skip

@@ -410,3 +410,24 @@ def test_all_processes_go_back_together(tmp_path):
     for index, said in enumerate(lines(start(2, tmp_path, "rewind"))):
         assert said[0].startswith(f"refused {'process 0: ' if index else ''}there is no step 55 in {tmp_path}")
         assert said[1:] == ["steps 50 60 70"]
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)][: counted(1, full=2)])
+def test_nan_in_one_shard_of_one_process_makes_all_distrust_the_step(count, devices, tmp_path):
+    said = lines(start(count, tmp_path, "poisoned", "distrust", devices=devices))
+    for two, three, four, restored_, nothing, again in said:
+        assert two == "saved 2: params hold NaN or infinity: ['w']"
+        assert three == "saved 3: params hold NaN or infinity: ['one']"
+        assert four == "saved 4: params hold NaN or infinity: ['b'], ['host'] and 2 more"
+        assert restored_ == "restored 1 skipped 4 of 1 4"
+        assert re.match(r"nothing no checkpoint in .* is trusted \(2 distrusted\).*step 4: params hold", nothing)
+        assert again == "again 1"
+
+
+def test_nan_in_one_shard_of_one_process_is_refused_in_all(tmp_path):
+    for index, said in enumerate(lines(start(2, tmp_path, "poisoned", "refuse"))):
+        for step, paths in ((2, "['w']"), (3, "['one']"), (4, "['b'], ['host'] and 2 more")):
+            start_ = f"refused {step}: step {step} could not be saved: {'process 0: ' * index}"
+            assert said[step - 2].startswith(f"{start_}params hold NaN or infinity: {paths} (nonfinite")
+        assert said[3] == "restored 1 skipped of 1"
+    assert visible(tmp_path) == ["1"]
