@@ -1,5 +1,7 @@
 """Checkpoints of JAX and optax training: saved whole, restored exactly, read by stock Orbax."""
 
+from ckptmgr.cadence import as_often_as_possible, overhead
+from ckptmgr.costs import Cost, Costs, Saving
 from ckptmgr.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -41,6 +43,8 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointTimeoutError",
     "CorruptCheckpointError",
+    "Cost",
+    "Costs",
     "Damage",
     "Keep",
     "KeepPolicy",
@@ -56,16 +60,19 @@ __all__ = [
     "SaveEvery",
     "SavePolicy",
     "SaveResult",
+    "Saving",
     "StructureDiff",
     "StructureMismatchError",
     "UnsafePickleError",
     "UnsupportedLeafError",
     "VerifyReport",
+    "as_often_as_possible",
     "at_steps",
     "best",
     "every_seconds",
     "every_steps",
     "get_hyperparams",
     "latest",
+    "overhead",
     "set_hyperparams",
 ]
