@@ -78,7 +78,7 @@ def young_s(cost_s: float, mtbf_s: float) -> float:
 
 
 def daly_s(cost_s: float, mtbf_s: float) -> float:
-    """The interval of Daly 2006, equation 37; the time between failures, if a save costs twice as much."""
+    """The interval of Daly 2006; the time between failures, if a save costs twice as much."""
     if cost_s >= 2 * mtbf_s:
         return mtbf_s
     part = cost_s / (2 * mtbf_s)

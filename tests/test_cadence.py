@@ -113,7 +113,8 @@ def settled(run):
 @settings(max_examples=counted(30, full=300))
 @given(disks, shares)
 @example(Disk(blocked_s=0.001, write_s=30, slowing=1.0, step_s=2.0), 0.2)
-@example(Disk(blocked_s=1, write_s=30, slowing=3, step_s=0.02), 0.01)
+@example(Disk(blocked_s=0.001, write_s=2, slowing=2.0, step_s=0.1), 0.05)
+@example(Disk(blocked_s=0.5, write_s=0.1, slowing=1.0, step_s=0.1), 0.05)
 def test_the_share_is_never_above_what_was_asked_for_and_not_far_below_if_the_disk_allows(disk, share):
     run = simulate(overhead(share), disk, length(disk, share))
     if len(run.saves) < SAVES + 5:

@@ -52,7 +52,7 @@ class Meter:
         self._overheads = [each for each in save_every if isinstance(each, overhead)]
         self._told: dict[overhead, Choice] = {}
         self._costs = Costs()
-        self._flight = Flight(clock)
+        self._flight = self._begun = Flight(clock)
         self._waited_s = 0.0
 
     def now(self) -> float:
@@ -85,13 +85,14 @@ class Meter:
         self._waited_s = self._clock.now() - began
 
     def begin(self) -> Flight:
-        """A save that is about to be handed over."""
-        self._flight = Flight(self._clock)
-        return self._flight
+        """A save that is about to be handed over. If that fails, it does not count."""
+        self._begun = Flight(self._clock)
+        return self._begun
 
     def saved(self, step: int, began: float) -> None:
         """Notes that a call of `save` is about to return; it has started a save."""
         if self._is_on:
+            self._flight = self._begun
             self._costs = self._costs.saved(step, began, self._clock.now(), self._waited_s)
 
     def _tell(self, step: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 import ckptmgr
 from ckptmgr import CheckpointManager
 from ckptmgr.cadence import spell_s
-from ckptmgr.saving import copying
+from ckptmgr.saving import copying, queue
 
 SLOW_S = 1.0
 PARAMS = {"w": np.ones((64, 64), np.float32)}
@@ -92,6 +92,46 @@ def test_a_save_is_in_progress_until_it_is_durable(tmp_path, slow_disk):
         manager.wait()
         manager.should_save(3)
     assert [each.in_progress for each in looks.told] == [False, True, False]
+
+
+@pytest.mark.parametrize("fault", ["fail arrays 2", "fail publish 2"])
+def test_after_a_save_that_fails_the_policy_goes_on(fault, tmp_path, monkeypatch):
+    clock = Clock()
+    with CheckpointManager(tmp_path, save_every=ckptmgr.overhead(0.5), clock=clock) as manager:
+        faults.install(fault, monkeypatch.setattr)
+        failed = 0
+        for step in range(1, 30):
+            clock.now += 1
+            try:
+                manager.save(step, PARAMS)
+                manager.wait()
+            except ckptmgr.SaveError:
+                failed += 1
+    assert failed == 1
+    assert len(manager.steps()) > 2
+    assert max(manager.steps()) > 20
+
+
+def test_a_save_that_cannot_be_handed_over_does_not_stop_the_policy(tmp_path, monkeypatch):
+    """The save before it is still being written at the call, and is over when that fails."""
+    clock, takes_s = Clock(), [1.0]
+    options = {
+        "save_every": ckptmgr.overhead(0.5),
+        "clock": clock,
+        "on_commit": lambda info: time.sleep(takes_s[0]),
+    }
+    with CheckpointManager(tmp_path, **options) as manager:
+        manager.save(1, PARAMS)
+        with monkeypatch.context() as patch:
+            patch.setattr(queue.Pending, "start", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                manager.save(2, PARAMS, force=True)
+        takes_s[0] = 0
+        for step in range(3, 20):
+            clock.now += 1
+            manager.save(step, PARAMS)
+            manager.wait()
+    assert len(manager.steps()) > 2
 
 
 class Clock:
