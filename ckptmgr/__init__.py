@@ -18,6 +18,7 @@ from ckptmgr.errors import (
 from ckptmgr.hyperparams import get_hyperparams, set_hyperparams
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.policies import (
+    InformedSavePolicy,
     Keep,
     KeepPolicy,
     Record,
@@ -46,6 +47,7 @@ __all__ = [
     "Cost",
     "Costs",
     "Damage",
+    "InformedSavePolicy",
     "Keep",
     "KeepPolicy",
     "Layout",

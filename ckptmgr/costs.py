@@ -16,6 +16,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ckptmgr.specs import fit_line
+
 _STEPS = 32
 """Of so many steps, with and without a save beside them, the times are remembered."""
 _SAVES = 8
@@ -57,6 +59,10 @@ class Costs:
     """The newest saves that are over, the oldest first."""
     has_rested: bool = False
     """Whether a step without a save has come after the newest save."""
+
+    def __repr__(self) -> str:
+        parts = [f"saves={len(self.saves)}", f"blocked_s={self.blocked_s:.3g}", f"slowed_s={self.slowed_s:.3g}"]
+        return fit_line("Costs", *parts, *([f"step_s={self.step_s:.3g}"] if self.quiet else []))
 
     # ------------------------------------------------------------ what happens in a run
 

@@ -53,6 +53,12 @@ class SavePolicy(Protocol):
     def should_save(self, step: int, *, now: float, last: Record | None) -> bool: ...
 
 
+class InformedSavePolicy(Protocol):
+    """A save policy that is told whether a save is in progress, and what saving costs."""
+
+    def should_save(self, step: int, *, now: float, last: Record | None, saving: Saving) -> bool: ...
+
+
 @runtime_checkable
 class KeepPolicy(Protocol):
     """Decides which checkpoints retention keeps; `history` is in order of steps."""
@@ -72,7 +78,8 @@ class OrbaxKeepPolicy(Protocol):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]: ...
 
 
-SaveEvery: TypeAlias = int | SavePolicy | OrbaxSavePolicy | Sequence[int | SavePolicy | OrbaxSavePolicy]
+_SavePolicy: TypeAlias = SavePolicy | InformedSavePolicy | OrbaxSavePolicy
+SaveEvery: TypeAlias = int | _SavePolicy | Sequence[int | _SavePolicy]
 """What `save_every` takes: a number of steps, a policy, or several."""
 Keep: TypeAlias = int | KeepPolicy | OrbaxKeepPolicy | Sequence[int | KeepPolicy | OrbaxKeepPolicy]
 """What `keep` and `mirror_keep` take: how many of the newest steps, a policy, or several."""
