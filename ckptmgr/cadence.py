@@ -92,7 +92,7 @@ class overhead:  # noqa: N801
             return False
         if not costs.saves:
             return True
-        return costs.is_step_known and costs.has_rested and self._is_paid(costs, now)
+        return costs.has_rested and self._is_paid(costs, now)
 
     def _is_paid(self, costs: Costs, now: float) -> bool:
         """Whether the time since the saves makes up for their cost.

@@ -7,7 +7,6 @@ the caller, without a lock: if two threads call at once, a measurement may be lo
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +17,8 @@ from ckptmgr.cadence import Choice, overhead
 from ckptmgr.clock import Clock
 from ckptmgr.costs import Costs, Saving
 
-_log = logging.getLogger("ckptmgr")
 
-
-class Flight:
+class InFlight:
     """A save from its acceptance to its end."""
 
     def __init__(self, clock: Clock) -> None:
@@ -52,7 +49,7 @@ class Meter:
         self._overheads = [each for each in save_every if isinstance(each, overhead)]
         self._told: dict[overhead, Choice] = {}
         self._costs = Costs()
-        self._flight = self._begun = Flight(clock)
+        self._flight = self._begun = InFlight(clock)
         self._waited_s = 0.0
 
     def now(self) -> float:
@@ -84,9 +81,9 @@ class Meter:
             jax.block_until_ready(trees)
         self._waited_s = self._clock.now() - began
 
-    def begin(self) -> Flight:
+    def begin(self) -> InFlight:
         """A save that is about to be handed over. If that fails, it does not count."""
-        self._begun = Flight(self._clock)
+        self._begun = InFlight(self._clock)
         return self._begun
 
     def saved(self, step: int, began: float) -> None:

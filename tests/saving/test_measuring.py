@@ -160,7 +160,7 @@ def test_what_is_measured_is_what_has_passed_and_saves_by_force_count(tmp_path, 
     costs = looks.told[-1].costs
     assert manager.steps() == [4, 8]
     assert costs.quiet == (2,) * 8
-    assert [(each.blocked_s, each.slowed_s) for each in costs.saves] == [(5, 1), (5, 1)]
+    assert [(each.blocked_s, each.steps_beside, each.beside_s) for each in costs.saves] == [(5, 1, 3)] * 2
     assert (costs.step_s, costs.cost_s) == (2, 6)
     assert costs.share(costs.saves[0].began + 24) == 0.5
 
