@@ -680,6 +680,12 @@ MUTATIONS = [
         "tests/test_cadence.py::test_a_pause_for_evaluation_is_no_cost_and_no_burst_of_saves_follows",
     ),
     Mutation(
+        "17b", "a step that a save stops for long is taken for a pause",
+        "costs.py", "if len(self.saves) >= _ENOUGH:", "if False:",
+        "tests/test_cadence.py::"
+        "test_a_few_very_long_steps_beside_a_save_are_its_cost_also_among_hiccups_of_the_machine",
+    ),
+    Mutation(
         "17b", "after a pause the saves come in a burst",
         "cadence.py", "self.interval_s(costs) / 2", "0",
         "tests/test_cadence.py::test_a_pause_for_evaluation_is_no_cost_and_no_burst_of_saves_follows",
