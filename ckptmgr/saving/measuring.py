@@ -66,7 +66,7 @@ class Meter:
             return
         before = self._costs
         self._costs = before.called(step, self._clock.now(), self._flight.ended)
-        if self._costs.saves != before.saves:
+        if before.current is not None and self._costs.current is None:
             self._tell(step)
 
     def wait_for_values(self, *trees: Any) -> None:
