@@ -66,6 +66,37 @@ def draw_scale(results: Mapping[str, Any], path: Path) -> list[Path]:
     return _write(figure, path)
 
 
+def draw_month(results: Mapping[str, Any], path: Path) -> list[Path]:
+    """Draws what `benchmarks.month` has simulated: the share that trains against the time between saves."""
+    plt.rcParams |= {"svg.hashsalt": "ckptmgr", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    months = results["months"]
+    figure, panels = plt.subplots(2, 2, figsize=(10, 8), layout="constrained", sharex=True, sharey=True)
+    for panel, (name, month) in zip(panels.flat, months.items(), strict=True):
+        for words, chosen, style in _month_lines(month["policies"]):
+            points = sorted((each["interval_s"], 100 * each["trains"]) for each in chosen)
+            line = "-" if words == "fixed intervals" else ""
+            panel.plot(*zip(*points, strict=True), line, marker=style[2], color=style[0], markeredgecolor="black",
+                       markersize=5 if line else 9, label=words)  # fmt: skip
+        panel.set(xscale="log", ylabel="% of the month that trains")
+        panel.set_title(f"{name}: a failure every {month['mtbf_s'] / 3600:.2g} h", loc="left")
+    for panel in panels[1]:
+        panel.set_xlabel("mean seconds between two saves")
+    _legend(figure, panels.flat[0])
+    return _write(figure, path)
+
+
+def _month_lines(found: Mapping[str, Any]) -> list[tuple[str, list[Any], tuple[str, str, str]]]:
+    """The points of a panel by kind, with their style."""
+    fixed = [each for words, each in found.items() if words.startswith("every ")]
+    rest = {words.partition(":")[0]: [each] for words, each in found.items() if not words.startswith("every ")}
+    return [
+        (words, points, style)
+        for (words, points), style in zip(
+            {"fixed intervals": fixed, **rest}.items(), _STYLES.values(), strict=True
+        )
+    ]
+
+
 def _scale_panels(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
     """Curves by panel, and by name: what is paid once for all processes is divided among them."""
     agreed, steps, counts = results["agreements"], results["steps"], results["sizes"]

@@ -1,5 +1,7 @@
 """Checkpoints of JAX and optax training: saved whole, restored exactly, read by stock Orbax."""
 
+from ckptmgr.cadence import as_often_as_possible, overhead
+from ckptmgr.costs import Cost, Costs, Saving
 from ckptmgr.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -16,6 +18,7 @@ from ckptmgr.errors import (
 from ckptmgr.hyperparams import get_hyperparams, set_hyperparams
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.policies import (
+    InformedSavePolicy,
     Keep,
     KeepPolicy,
     Record,
@@ -41,7 +44,10 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointTimeoutError",
     "CorruptCheckpointError",
+    "Cost",
+    "Costs",
     "Damage",
+    "InformedSavePolicy",
     "Keep",
     "KeepPolicy",
     "Layout",
@@ -56,16 +62,19 @@ __all__ = [
     "SaveEvery",
     "SavePolicy",
     "SaveResult",
+    "Saving",
     "StructureDiff",
     "StructureMismatchError",
     "UnsafePickleError",
     "UnsupportedLeafError",
     "VerifyReport",
+    "as_often_as_possible",
     "at_steps",
     "best",
     "every_seconds",
     "every_steps",
     "get_hyperparams",
     "latest",
+    "overhead",
     "set_hyperparams",
 ]

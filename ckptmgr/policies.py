@@ -1,9 +1,10 @@
 """When to save and what to keep: small frozen values, without clocks, files or JAX.
 
-A save policy has `should_save(step, now=..., last=...)`. A keep policy has `keep(history)`, which returns the
-steps to keep. `now` and the times in `history` are in seconds and come from the manager's clock; `now` never goes
-back. Orbax's own policies are accepted too (`ckptmgr/orbax/policies.py`), and the caller's own. If a keep policy
-fails, nothing is deleted.
+A save policy has `should_save(step, now=..., last=...)`. If that has a parameter `saving` too, the policy is told
+whether a save is in progress, and what saving costs (`costs.Saving`), as those of `cadence` are. A keep policy has
+`keep(history)`, which returns the steps to keep. `now` and the times in `history` are in seconds and come from the
+manager's clock; `now` never goes back. Orbax's own policies are accepted too (`ckptmgr/orbax/policies.py`), and
+the caller's own. If a keep policy fails, nothing is deleted.
 
 A new policy is a class here; it is exported in `ckptmgr/__init__.py` and named in `docs/api.md`. A keep policy
 also gets its words in `spell` and `parse`, and in the help of `--policy` (`cli/app.py`). A save policy that
@@ -16,6 +17,8 @@ A policy has two spellings. Its repr is Python, for people. `spell` gives one fo
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import itertools
 import math
 import numbers
@@ -24,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from ckptmgr.costs import Saving
 from ckptmgr.errors import SaveError
 from ckptmgr.specs import fit_line
 
@@ -49,6 +53,12 @@ class SavePolicy(Protocol):
     def should_save(self, step: int, *, now: float, last: Record | None) -> bool: ...
 
 
+class InformedSavePolicy(Protocol):
+    """A save policy that is told whether a save is in progress, and what saving costs."""
+
+    def should_save(self, step: int, *, now: float, last: Record | None, saving: Saving) -> bool: ...
+
+
 @runtime_checkable
 class KeepPolicy(Protocol):
     """Decides which checkpoints retention keeps; `history` is in order of steps."""
@@ -68,7 +78,8 @@ class OrbaxKeepPolicy(Protocol):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]: ...
 
 
-SaveEvery: TypeAlias = int | SavePolicy | OrbaxSavePolicy | Sequence[int | SavePolicy | OrbaxSavePolicy]
+_SavePolicy: TypeAlias = SavePolicy | InformedSavePolicy | OrbaxSavePolicy
+SaveEvery: TypeAlias = int | _SavePolicy | Sequence[int | _SavePolicy]
 """What `save_every` takes: a number of steps, a policy, or several."""
 Keep: TypeAlias = int | KeepPolicy | OrbaxKeepPolicy | Sequence[int | KeepPolicy | OrbaxKeepPolicy]
 """What `keep` and `mirror_keep` take: how many of the newest steps, a policy, or several."""
@@ -212,12 +223,29 @@ def parse(text: str) -> KeepPolicy:
         raise ValueError(f"unknown policy {text!r}; known are {known}") from None
 
 
-def is_due(policies: Iterable[SavePolicy], step: int, *, now: float, last: Record | None) -> bool:
+def asks_about_saving(policy: SavePolicy) -> bool:
+    """Whether a policy is told about saving: its `should_save` names a parameter `saving`."""
+    decide = policy.should_save
+    try:
+        return _names_saving(getattr(decide, "__func__", decide))
+    except (ValueError, TypeError):  # a callable that has no hash or no signature
+        return False
+
+
+@functools.lru_cache(maxsize=64)  # `inspect` takes 0.1 ms, and a step may be as short
+def _names_saving(decide: Callable[..., Any]) -> bool:
+    return "saving" in inspect.signature(decide).parameters
+
+
+def is_due(
+    policies: Iterable[SavePolicy], step: int, *, now: float, last: Record | None, saving: Saving | None = None
+) -> bool:
     """Whether any policy wants to save a step. If none does and one has failed, raises its error as SaveError."""
     failure = None
     for each in policies:
         try:
-            if each.should_save(step, now=now, last=last):
+            given: dict[str, Any] = {"saving": saving} if asks_about_saving(each) else {}
+            if each.should_save(step, now=now, last=last, **given):
                 return True
         except Exception as problem:
             failure = SaveError(

@@ -7,6 +7,7 @@ shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says ho
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
 slow                saves two steps, and waits for each, in vain if a fault makes it slow
 clock               asks a clock of its own whether to save
+paced POLICY        saves as often as it pays, by clocks that differ; says which steps
 attempt STEP...     saves steps, and says what came of each call; `2:0` is saved by process 0 alone
 results STEP...     the same, and waits for each
 apart               each process but the first comes late to each save; says how long a call took, and asked whom
@@ -645,6 +646,28 @@ def with_nan(mesh, step, places):
     return params
 
 
+def paced(directory, mesh, policy):
+    """The clocks of the processes differ, so what they measure does too."""
+    import orbax.checkpoint as ocp
+
+    orbax = ocp.checkpoint_managers.ContinuousCheckpointingPolicy()
+    save_every = {"often": ckptmgr.as_often_as_possible(), "overhead": ckptmgr.overhead(0.5), "orbax": orbax}
+    speed = 1 + jax.process_index()
+    manager = ckptmgr.CheckpointManager(
+        directory, save_every=save_every[policy], clock=lambda: time.time() * speed, timeout_s=TIMEOUT_S
+    )
+    saved = []
+    for step in range(1, 80):
+        time.sleep(0.02 * speed)
+        params = spread(mesh, step)
+        if manager.should_save(step):
+            assert manager.save(step, params)
+            saved.append(step)
+    manager.close()
+    assert manager.steps() == saved, (manager.steps(), saved)
+    say("saved", *saved)
+
+
 if __name__ == "__main__":
     directory, port, count, index, devices, mode, *rest = sys.argv[1:]
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
@@ -683,6 +706,7 @@ if __name__ == "__main__":
                 shared,
                 train,
                 clock,
+                paced,
                 emergency,
                 slow,
                 attempt,

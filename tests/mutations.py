@@ -56,6 +56,8 @@ SENTENCES = {
     "14b": "Each gets back its own state",
     "14c": "None waits longer than `timeout_s` for one that is gone",
     "16": "What is not done is said: leaves kept, ignored or placed otherwise than asked",
+    "17a": "`as_often_as_possible` begins no save while another is being written, so no call waits for one",
+    "17b": "`overhead` keeps the measured cost of saving within its share, also if disk and steps change",
 }  # fmt: skip
 """Each sentence of the guarantees."""
 
@@ -749,5 +751,71 @@ MUTATIONS = [
         "16", "nothing is said of what a mesh cannot carry",
         "trees/meshes.py", "    if lost:\n", "    if False:\n",
         "tests/trees/test_placement.py::test_what_a_mesh_lacks_or_does_not_divide_is_replicated_and_said_once",
+    ),
+    Mutation(
+        "17a", "policies are not told of a save in progress",
+        "saving/measuring.py", "in_progress=self._is_busy()", "in_progress=False",
+        "tests/saving/test_measuring.py::test_on_a_slow_disk_no_save_waits_for_the_save_before",
+    ),
+    Mutation(
+        "17a", "policies of Orbax are not told of a save in progress",
+        "orbax/policies.py", "is_saving_in_progress=saving is not None and saving.in_progress",
+        "is_saving_in_progress=False",
+        "tests/saving/test_measuring.py::test_on_a_slow_disk_no_save_waits_for_the_save_before",
+    ),
+    Mutation(
+        "17a", "the callbacks after a commit are no part of a save in progress",
+        "saving/queue.py", "return bool(self._background.waiting())", "return self.step is not None",
+        "tests/saving/test_measuring.py::test_on_a_slow_disk_no_save_waits_for_the_save_before",
+    ),
+    Mutation(
+        "17a", "each process decides for itself how often to save",
+        "saving/saver.py", "        if self._needs_no_time():\n", "        if True:\n",
+        "tests/processes/test_job.py::test_process_0_decides_for_all_how_often_to_save",
+    ),
+    Mutation(
+        "17b", "slower steps cost nothing",
+        "costs.py", "return self.blocked_s + self.slowed_s", "return self.blocked_s",
+        "tests/test_cadence.py::"
+        "test_the_share_is_never_above_what_was_asked_for_and_not_far_below_if_the_disk_allows",
+    ),
+    Mutation(
+        "17b", "a caller that waits costs nothing",
+        "costs.py", "blocked_s=max(0.0, returned - began - waited_s)", "blocked_s=0.0",
+        "tests/test_cadence.py::"
+        "test_the_share_is_never_above_what_was_asked_for_and_not_far_below_if_the_disk_allows",
+    ),
+    Mutation(
+        "17b", "a pause beside a save is a cost of it",
+        "costs.py", "_OUTLIER = 5\n", "_OUTLIER = 5e9\n",
+        "tests/test_cadence.py::test_a_pause_for_evaluation_is_no_cost_and_no_burst_of_saves_follows",
+    ),
+    Mutation(
+        "17b", "a step that a save stops for long is taken for a pause",
+        "costs.py", "if len(self.saves) >= _ENOUGH:", "if False:",
+        "tests/test_cadence.py::"
+        "test_a_few_very_long_steps_beside_a_save_are_its_cost_also_among_hiccups_of_the_machine",
+    ),
+    Mutation(
+        "17b", "after a pause the saves come in a burst",
+        "cadence.py", "self.interval_s(costs) / 2", "0",
+        "tests/test_cadence.py::test_a_pause_for_evaluation_is_no_cost_and_no_burst_of_saves_follows",
+    ),
+    Mutation(
+        "17b", "the interval is that of an older disk",
+        "cadence.py", "costs.share(now) <= self.share",
+        "now - costs.saves[-1].began >= costs.saves[0].blocked_s / self.share",
+        "tests/test_cadence.py::test_the_first_save_on_a_slower_disk_is_the_last_at_the_old_interval",
+    ),
+    Mutation(
+        "17b", "saves by force do not count",
+        "saving/saver.py", "            self._meter.saved(step, began)\n",
+        "            if not force:\n                self._meter.saved(step, began)\n",
+        "tests/saving/test_measuring.py::test_what_is_measured_is_what_has_passed_and_saves_by_force_count",
+    ),
+    Mutation(
+        "17b", "the wait for values that are computed is a cost",
+        "costs.py", "returned - began - waited_s", "returned - began",
+        "tests/saving/test_measuring.py::test_the_wait_for_values_that_are_computed_is_no_cost",
     ),
 ]  # fmt: skip

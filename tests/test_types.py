@@ -66,6 +66,13 @@ def values(tmp_path):
     yield ckptmgr.SaveResult(7, "a reason that is long " * 50)
     yield ckptmgr.every_steps(100)
     yield ckptmgr.every_seconds(0.5)
+    yield ckptmgr.overhead(1 / 3)
+    yield ckptmgr.as_often_as_possible(1 / 3)
+    cost = ckptmgr.Cost(began=1e9 + 1 / 3, blocked_s=1 / 3, beside_s=1 / 3, longest_s=1 / 3, after_s=1 / 3)
+    yield cost
+    costs = ckptmgr.Costs(step=10**9, at=1e9, quiet=(1 / 3,) * 32, saves=(cost,) * 8, current=cost)
+    yield costs
+    yield ckptmgr.Saving(in_progress=True, costs=costs)
     yield ckptmgr.latest(3)
     yield ckptmgr.best("loss", n=3)
     yield ckptmgr.at_steps(*range(10_000))

@@ -80,6 +80,11 @@ def layouts(manager: CheckpointManager, mesh: Mesh) -> None:
     manager.restore(layout=7)  # wrong
 
 
+class Asks:
+    def should_save(self, step: int, *, now: float, last: ckptmgr.Record | None, saving: ckptmgr.Saving) -> bool:
+        return not saving.in_progress and saving.costs.cost_s < 1
+
+
 class MyPolicy:
     def should_save(self, step: int, *, now: float, last: ckptmgr.Record | None) -> bool:
         return last is None
@@ -91,6 +96,9 @@ class MyPolicy:
 def policies() -> None:
     CheckpointManager("run", save_every=100, keep=3)
     CheckpointManager("run", save_every=[ckptmgr.every_seconds(60.0), 10], keep=[ckptmgr.best("loss"), 2])
+    CheckpointManager("run", save_every=[ckptmgr.overhead(0.02), ckptmgr.as_often_as_possible(min_seconds=5)])
+    CheckpointManager("run", save_every=[Asks(), 10])
+    CheckpointManager("run", keep=ckptmgr.overhead(0.02))  # wrong
     CheckpointManager("run", save_every=MyPolicy(), keep=(MyPolicy(), ckptmgr.latest(2)))
     CheckpointManager("run", save_every=ocp.checkpoint_managers.FixedIntervalPolicy(4))
     CheckpointManager("run", keep=ocp.checkpoint_managers.LatestN(2))

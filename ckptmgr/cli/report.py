@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import html as escaping
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ckptmgr import policies
+from ckptmgr import cadence, policies
+from ckptmgr.cli import risk
 from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, NewerFormatError
 from ckptmgr.format import manifest as manifests
 from ckptmgr.manager import CheckpointManager
@@ -34,6 +36,7 @@ def html(manager: CheckpointManager) -> str:
         _section("Metrics", _metrics(events, infos)),
         _section("Size by leaf", _leaves(infos)),
         _section("Saving", _saving(events)),
+        _section("Work at risk", _at_risk(events)),
         _section("Walk-backs and failures", _troubles(events, unread)),
         _section("Checkpoints on disk", _checkpoints(infos, unread)),
     ])  # fmt: skip
@@ -217,7 +220,11 @@ def _timeline(events: Events, infos: Sequence[CheckpointInfo], unread: Mapping[i
     )
 
 
-def _line(title: str, rows: Sequence[Point], unit: str = "") -> str:
+def _at_step(step: float) -> str:
+    return f"step {step:.0f}"
+
+
+def _line(title: str, rows: Sequence[Point], unit: str = "", place: Callable[[float], str] = _at_step) -> str:
     """A line through points; NaN and infinity make gaps."""
     finite = [(x, y) for x, y in rows if math.isfinite(y)]
     gaps = len(rows) - len(finite)
@@ -236,9 +243,8 @@ def _line(title: str, rows: Sequence[Point], unit: str = "") -> str:
     axes = f"<path class='axis' d='M{_LEFT} 12V{_HEIGHT - _BOTTOM}H{_WIDTH}'/>"
     labels = _label(_LEFT - 6, 18, f"{most:.3g}{unit}", "end")
     labels += _label(_LEFT - 6, _HEIGHT - _BOTTOM, f"{least:.3g}{unit}", "end") if most > least else ""
-    labels += _label(_LEFT, _HEIGHT - 6, f"step {rows[0][0]:.0f}") + _label(
-        _WIDTH, _HEIGHT - 6, f"step {rows[-1][0]:.0f}", "end"
-    )
+    labels += _label(_LEFT, _HEIGHT - 6, place(rows[0][0]))
+    labels += _label(_WIDTH, _HEIGHT - 6, place(rows[-1][0]), "end")
     missing = f" {gaps} values are NaN or infinite, and are not drawn." if gaps else ""
     note = f"<p>{said}{missing}</p>" if said or missing else ""
     drawn = f"{axes}<path class='data' d='{''.join(runs)}'/><g class='dots'>{dots}</g>{labels}"
@@ -293,7 +299,29 @@ def _saving(events: Events) -> str:
             (event["step"], event["nbytes"] / 1e6 / event["durable_s"]) for event in saved
         ],
     }
+    paced = [(event["step"], event["interval_s"]) for event in _of(events, "paced") if "interval_s" in event]
+    if paced:
+        pairs["seconds between two saves, as overhead has chosen"] = paced
     return "".join(_line(title, rows) for title, rows in pairs.items())
+
+
+def _at_risk(events: Events) -> str:
+    """The time since the newest durable save was begun: it grows, and falls when the next save is durable."""
+    found = risk.peaks(events)
+    if not found:
+        return _nothing("Not known: it takes two saves in a journal.")
+    shown = risk.fewer(found, _MOST // 2)
+    rows = [point for peak in shown for point in ((peak.at, peak.before_s), (peak.at, peak.after_s))]
+    most = max(found, key=lambda peak: peak.before_s)
+    typical_s = statistics.median(peak.before_s for peak in found)
+    said = (
+        f"A run that stops loses the work since its newest durable save was begun. That was at most "
+        f"{cadence.spell_s(most.before_s)} ({most.steps} steps), before the save of {_when(most.at)}; "
+        f"for half of the saves {cadence.spell_s(typical_s)} or less."
+    )
+    if len(shown) < len(found):
+        said += f" Of {len(found)} saves only {len(shown)} are drawn, those before which most was at risk."
+    return f"<p>{said}</p>" + _line("seconds of work at risk", rows, " s", _when)
 
 
 # ---------------------------------------------------------------- tables

@@ -11,6 +11,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from ckptmgr import clock, policies
+from ckptmgr.costs import Saving
 
 
 def adapt_save(given: Any) -> Any:
@@ -52,10 +53,12 @@ class _OrbaxSave:
     def __repr__(self) -> str:
         return repr(self._wrapped)
 
-    def should_save(self, step: int, *, now: float, last: policies.Record | None) -> bool:
+    def should_save(
+        self, step: int, *, now: float, last: policies.Record | None, saving: Saving | None = None
+    ) -> bool:
         this = _PolicyRecord(step, _date(now), {})
         context = ocp.checkpoint_managers.DecisionContext(
-            is_saving_in_progress=False,
+            is_saving_in_progress=saving is not None and saving.in_progress,
             reached_preemption=False,
             multiprocessing_options=ocp.options.MultiprocessingOptions(),
         )

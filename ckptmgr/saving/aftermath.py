@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from etils import epath
 
 from ckptmgr import policies
+from ckptmgr.cadence import Choice
 from ckptmgr.errors import CheckpointError, SaveError
 from ckptmgr.format import names, paths
 from ckptmgr.options import Options
@@ -103,6 +105,12 @@ class Aftermath:
 
     def record_failure(self, step: int, failure: SaveError) -> None:
         self._journal.record("failed", step, why=str(failure.__cause__))
+
+    def record_choice(self, step: int, choice: Choice) -> None:
+        """Says how often a policy saves from now on, and why."""
+        if self._job.leads:
+            _log.info("step %d: %s", step, choice)
+            self._journal.record("paced", step, **dataclasses.asdict(choice))
 
     def _keep_for_now(self, step: int) -> None:
         """Remembers the step: retention keeps it, even if steps with higher numbers exist."""

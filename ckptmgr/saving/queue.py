@@ -92,6 +92,11 @@ class Pending:
         written = (task.about for task in self._background.waiting())
         return next((save.step for save in written if isinstance(save, Save) and not save.over.is_set()), None)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a new save would wait: for one of any manager of the run, or for the work after its commit."""
+        return bool(self._background.waiting())
+
     def join(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being written, and the work after the commit is done."""
         try:

@@ -31,6 +31,7 @@ from ckptmgr.run.lock import Shared, Writer
 from ckptmgr.saving import copying, items
 from ckptmgr.saving.aftermath import Aftermath
 from ckptmgr.saving.committing import Committer
+from ckptmgr.saving.measuring import Meter
 from ckptmgr.saving.queue import Act, Pending
 from ckptmgr.saving.reuse import Reuse
 
@@ -63,6 +64,7 @@ class Saver:
         self._composer = items.Composer()
         self._reuse = Reuse(catalog) if options.reuse_unchanged else None
         self._copier = copying.Copier(options, self._reuse)
+        self._meter = Meter(clock, options.save_every, lambda: pending.is_busy, aftermath.record_choice)
         self._last: CheckpointInfo | None = None
         self._is_empty = False
         """Whether nothing was saved when this manager looked: a declined step does not look again."""
@@ -112,6 +114,7 @@ class Saver:
 
     def should_save(self, step: int) -> bool:
         """Whether a call would save now: by `save_every`, or because the run is to stop."""
+        self._meter.called(step)
         if self._needs_no_time():
             due = self._is_due(step, None)
         else:  # clocks differ
@@ -120,7 +123,8 @@ class Saver:
         return self.preemption.is_due(step, due)
 
     def _is_due(self, step: int, last: policies.Record | None) -> bool:
-        return policies.is_due(self._options.save_every, step, now=self._clock.now(), last=last)
+        saving = self._meter.saving()
+        return policies.is_due(self._options.save_every, step, now=self._clock.now(), last=last, saving=saving)
 
     def _last_save(self) -> policies.Record | None:
         """The last save that this manager accepted, else the newest on disk; its time is on the clock of `now`."""
@@ -139,6 +143,7 @@ class Saver:
         """Why this step is not saved; None if it is."""
         if on_exists not in ("error", "skip", "replace"):
             raise ValueError(f'on_exists takes "error", "skip" or "replace", not {on_exists!r}')
+        self._meter.called(step)
         due = self.preemption.is_due(step, True) if force else self.should_save(step)
         if not due:
             return "not due by save_every"
@@ -196,7 +201,7 @@ class Saver:
         metrics: Mapping[str, Any] | None, *, force: bool, on_exists: str,
     ) -> SaveResult:  # fmt: skip
         """As `CheckpointManager.save`. When it returns, everything is copied, and the second act has begun."""
-        called = time.perf_counter()
+        called, began = time.perf_counter(), self._meter.now()
         with self.turn(step):
             self.require_open(step)
             refusal = self._refuse(step, force, on_exists)
@@ -209,12 +214,15 @@ class Saver:
                     raise ValueError("save needs params, or an opt_state that holds them")
                 self._prepare(step, is_new)
                 composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
+                self._meter.wait_for_values(params, opt_state)
                 self._pending.wait()
                 self.require_open(step)  # a callback may have closed the manager meanwhile
                 copied = self._copier.copy(step, self._clock.wall(), composed)
                 replaces = self._make_room(step, is_new) or on_exists == "replace"
             reason = "forced" if force else "preempted" if self.preemption.reached else "due"
-            return self._hand_over(copied, reason, called, replaces=replaces)
+            result = self._hand_over(copied, reason, called, replaces=replaces)
+            self._meter.saved(step, began)
+            return result
 
     @contextlib.contextmanager
     def _telling(self, step: int) -> Iterator[None]:
@@ -247,7 +255,7 @@ class Saver:
 
     def _hand_over(self, copied: copying.Copied, reason: str, called: float, *, replaces: bool) -> SaveResult:
         """Starts the second act in the thread: the commit, then callbacks, mirror and retention."""
-        step, handed_over = copied.step, time.perf_counter()
+        step, handed_over, flight = copied.step, time.perf_counter(), self._meter.begin()
 
         def commit() -> CheckpointInfo:
             if self._writer is None or not self._writer.is_held():
@@ -267,9 +275,13 @@ class Saver:
                 self._reuse.committed(step)
             self._aftermath.after_commit(info)
 
+        def let_go() -> None:
+            copied.release()
+            flight.end()
+
         self._last, before = CheckpointInfo(step=step, time=self._clock.now()), self._last
         try:
-            act = Act(commit, failed, then, copied.release)
+            act = Act(commit, failed, then, let_go)
             save = self._pending.start(step, act)
             if not copied.wait(save.wait_for, self._options.timeout_s):
                 self._pending.join(0)  # raises CheckpointTimeoutError

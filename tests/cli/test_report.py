@@ -78,8 +78,8 @@ def test_it_shows_what_the_run_holds_logs_no_error_and_asks_for_nothing(browser,
     said = browser.find_element("tag name", "body").text
     for words in (
         "2 checkpoints", "9", "loss", "latest(n=3)", "best(metric='loss'", "(pinned)", "passed over in a restore",
-        "seconds until durable", "megabytes saved per second", "12 smaller leaves", "params['w']", EVIL,
-        "1 values are NaN or infinite", "manifest.json",
+        "seconds until durable", "megabytes saved per second", "seconds of work at risk", "12 smaller leaves",
+        "params['w']", EVIL, "1 values are NaN or infinite", "manifest.json",
     ):  # fmt: skip
         assert words in said, words
     titles = [each.get_attribute("textContent") for each in browser.find_elements("css selector", "svg g title")]
@@ -167,10 +167,12 @@ def test_a_rewind_is_shown(tmp_path):
     )
 
 
-@pytest.mark.parametrize("event", ["saved", "failed", "deleted", "rewound", "passed over", "restored", "invented"])
+@pytest.mark.parametrize(
+    "event", ["saved", "failed", "deleted", "rewound", "passed over", "restored", "paced", "invented"]
+)
 def test_an_event_that_says_no_more_than_its_step_is_shown_or_left_out(event, tmp_path):
     with ckptmgr.CheckpointManager(tmp_path) as manager:
         manager.save(1, {"w": np.ones(3)}, metrics={"loss": 1.0}).result()
         manager._journal.record(event, 7)
     page = report.html(ckptmgr.CheckpointManager(tmp_path, read_only=True))
-    assert ("step 7" in page) == (event not in ("saved", "invented"))
+    assert ("step 7" in page) == (event not in ("saved", "paced", "invented"))

@@ -132,6 +132,14 @@ def test_process_0_decides_whether_to_save(tmp_path):
     assert visible(tmp_path) == ["1", "2"]
 
 
+@pytest.mark.parametrize("policy", ["often", "overhead", "orbax"])
+def test_process_0_decides_for_all_how_often_to_save(policy, tmp_path):
+    """Each process measures something else, and their saves are over at different times."""
+    said = finish(start(2, tmp_path, "paced", policy))
+    assert said[0] == said[1]
+    assert len(said[0].split()) > 3
+
+
 def test_when_one_process_is_killed_in_a_save_the_others_say_so_in_time(tmp_path):
     """Three jobs at the same time: most of it goes by in waiting."""
     faults, timeout_s = ["before arrays 3", "before description 3", "after publish 2"], 8
