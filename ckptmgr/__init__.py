@@ -8,6 +8,7 @@ from ckptmgr.errors import (
     CorruptCheckpointError,
     LayoutError,
     NewerFormatError,
+    ReducedCheckpointError,
     SaveError,
     StructureMismatchError,
     UnsafePickleError,
@@ -26,6 +27,7 @@ from ckptmgr.policies import (
     every_seconds,
     every_steps,
     latest,
+    params_only,
 )
 from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.specs import LeafDiff, LeafSpec, Optimizer, PyTree, StructureDiff
@@ -52,6 +54,7 @@ __all__ = [
     "Optimizer",
     "PyTree",
     "Record",
+    "ReducedCheckpointError",
     "SaveError",
     "SaveEvery",
     "SavePolicy",
@@ -67,5 +70,6 @@ __all__ = [
     "every_steps",
     "get_hyperparams",
     "latest",
+    "params_only",
     "set_hyperparams",
 ]

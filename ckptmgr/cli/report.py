@@ -150,6 +150,7 @@ _SHAPES = {
     "pinned": ("on disk, pinned", "<path d='M0-8 8 0 0 8-8 0Z' class='kept'/>"),
     "damaged": ("on disk, damaged", "<path d='M0-8 8 7H-8Z' class='bad'/>"),
     "later": ("on disk, needs a newer ckptmgr", "<path d='M-6-6H6V6H-6Z' class='gone'/>"),
+    "reduced": ("on disk, reduced to its params", "<path d='M-7 0A7 7 0 0 1 7 0Z' class='kept'/>"),
     "deleted": ("saved, then deleted", "<circle r='5' class='gone'/>"),
     "failed": ("a save that failed", "<path d='M-6-6 6 6M6-6-6 6' class='bad line'/>"),
     "passed over": ("passed over in a restore", "<path d='M-7-5H7L0 7Z' class='bad'/>"),
@@ -160,6 +161,7 @@ _SHAPES = {
 _LANES = {
     "kept": 0,
     "pinned": 0,
+    "reduced": 0,
     "damaged": 0,
     "later": 0,
     "deleted": 1,
@@ -175,7 +177,7 @@ _NAMES = ("on disk", "deleted", "trouble", "restored")
 def _timeline(events: Events, infos: Sequence[CheckpointInfo], unread: Mapping[int, Unread]) -> str:
     """Steps from left to right, in four lanes: on disk, deleted, trouble, restored."""
     here = {info.step for info in infos} | set(unread)
-    rows = [(info.step, "pinned" if info.pinned else "kept", ", ".join(info.kept)) for info in infos]
+    rows = [(info.step, _state_of(info), ", ".join(info.kept)) for info in infos]
     damaged = _damaged(unread)
     rows += [(step, "damaged" if step in damaged else "later", str(why)) for step, why in unread.items()]
     rows += [(e["step"], "deleted", e.get("why", "")) for e in _of(events, "deleted") if e["step"] not in here]
@@ -204,6 +206,10 @@ def _timeline(events: Events, infos: Sequence[CheckpointInfo], unread: Mapping[i
     return (
         _svg("what happened to each step", lanes + marks + ends, 184) + f"<ul class='legend'>{legend}</ul>{note}"
     )
+
+
+def _state_of(info: CheckpointInfo) -> str:
+    return "pinned" if info.pinned else "reduced" if info.reduced else "kept"
 
 
 def _line(title: str, rows: Sequence[Point], unit: str = "") -> str:
@@ -307,10 +313,14 @@ def _troubles(events: Events, unread: Mapping[int, Unread]) -> str:
     return _table(("step", "when", "what", "why"), "".join(rows)) if rows else _nothing("None is known.")
 
 
+def _kept_by(info: CheckpointInfo) -> str:
+    return ", ".join(info.kept) + " (pinned)" * info.pinned + (f" ({info.reduced})" if info.reduced else "")
+
+
 def _checkpoints(infos: Sequence[CheckpointInfo], unread: Mapping[int, Unread]) -> str:
     rows = {
         info.step: _row(
-            info.step, _when(info.time), _size(info.nbytes), ", ".join(info.kept) + " (pinned)" * info.pinned,
+            info.step, _when(info.time), _size(info.nbytes), _kept_by(info),
             ", ".join(f"{name} {value:.6g}" for name, value in info.metrics.items()),
         )
         for info in infos

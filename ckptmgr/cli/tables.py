@@ -64,7 +64,7 @@ def _cells(row: Facts) -> list[str | Text]:
         return [str(row["step"]), "", "", "", "", "", Text(f"{word} {row['damaged']}", style="bold red")]
     metrics = ", ".join(f"{name} {_number(value)}" for name, value in row["metrics"].items())
     kept = "?" if row["kept"] is None else ", ".join(row["kept"]) or "nothing: would be deleted"
-    marks = "pinned" if row["pinned"] else ""
+    marks = ", ".join(filter(None, ["pinned" if row["pinned"] else "", row["reduced"]]))
     return [
         str(row["step"]),
         age(row["age_s"]),
@@ -82,14 +82,20 @@ def _number(value: Any) -> str:
 
 def kept(found: Facts) -> RenderableType:
     word = "deleted" if found["deleted"] else "would be deleted"
-    gone = found["would_delete"]
-    return Group(run(found), f"{word}: {', '.join(map(str, gone))}" if gone else "nothing to delete")
+    gone, reduced = found["would_delete"], found["would_reduce"]
+    told = [f"{word}: {', '.join(map(str, gone))}" if gone else "nothing to delete"]
+    if reduced:
+        word = "reduced to their params" if found["reduced"] else "would be reduced to their params"
+        told.append(f"{word}: {', '.join(map(str, reduced))}")
+    return Group(run(found), *told)
 
 
 def checkpoint(found: Facts) -> RenderableType:
     when = datetime.datetime.fromtimestamp(found["time"]).isoformat(" ", "seconds")
     head = f"{found['run']}  step {found['step']}, {when}, {size(found['nbytes'])}"
     root = Tree(head + (f", {size(found['disk_nbytes'])} on disk" if found["disk_nbytes"] else ""))
+    if found["reduced"]:
+        root.add(Text(found["reduced"]))
     for name, leaves in found["items"].items():
         branch = root.add(_total(name, leaves) if leaves else name)
         _grow(branch, [(_parts(leaf["path"]), leaf) for leaf in leaves])

@@ -5,8 +5,9 @@
 No restore needs it. After a restart it tells which step was saved last, so that retention keeps that step, and by
 which policies. It is kept on a disk only, and events that cannot be written are left out.
 
-Events: saved, failed, deleted, rewound (`saving/aftermath`); passed over, restored (`restoring/restorer`). A new
-event is also named in `docs/format.md`, and drawn by `cli/report` (`_SHAPES`, `_LANES`, `_timeline`).
+Events: saved, failed, deleted, reduced, rewound (`saving/aftermath`); passed over, restored
+(`restoring/restorer`). A new event is also named in `docs/format.md`, and drawn by `cli/report` (`_SHAPES`,
+`_LANES`, `_timeline`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Journal:
 
     def __init__(self, directory: epath.Path, wall: Callable[[], float], *, writes: bool) -> None:
         self._path = directory / names.JOURNAL
-        self._wall = wall
+        self.wall = wall
         self._writes = writes and paths.is_local(directory)
         self._has_warned = False
 
@@ -41,7 +42,7 @@ class Journal:
         """Adds an event of a step, in one `write`: so lines of several threads stay whole."""
         if not self._writes:
             return
-        line = json.dumps({"event": event, "step": step, "time": self._wall()} | facts) + "\n"
+        line = json.dumps({"event": event, "step": step, "time": self.wall()} | facts) + "\n"
         try:
             with open(self._path, "ab", buffering=0, opener=paths.open_to_write) as file:
                 file.write(line.encode())
