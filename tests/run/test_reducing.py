@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import signal
+import threading
 import uuid
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from ckptmgr import CheckpointManager, best, every_steps, latest, params_only, p
 from ckptmgr.format import files, names, recorded
 from ckptmgr.format import manifest as manifests
 from ckptmgr.results import CheckpointInfo
-from ckptmgr.run import bucket, journal, linking, local, reducing
+from ckptmgr.run import bucket, journal, linking, local, reducing, transfer
 from ckptmgr.testing import assert_trees_equal
 
 pytestmark = [
@@ -680,18 +681,15 @@ def test_a_step_that_was_reduced_before_it_was_copied_is_copied_as_it_is(run, mi
 
 
 def test_a_step_is_not_reduced_before_it_was_copied(tmp_path, monkeypatch):
-    """The copy takes its time; meanwhile three more are saved."""
-    put, whole = ckptmgr.run.transfer.put, []
-
-    def slow(source, *rest):
-        whole.append((source.name, (source / "opt_state").is_dir()))
-        return put(source, *rest)
-
-    monkeypatch.setattr(ckptmgr.run.transfer, "put", slow)
+    """The first copy takes its time; meanwhile three more are saved."""
+    put, goes_on = transfer.put, threading.Event()
+    monkeypatch.setattr(transfer, "put", lambda *given: (goes_on.wait(60), put(*given))[1])
     with CheckpointManager(tmp_path / "home", keep=KEEP, mirror=tmp_path / "away") as manager:
         for step in (10, 15, 20, 25):
-            manager.save(step, params(step), opt_state(step))
+            manager.save(step, params(step), opt_state(step)).result()
+        is_whole = (tmp_path / "home" / "10" / "opt_state").is_dir()  # retention has run after step 20
+        goes_on.set()
         manager.wait()
+        assert is_whole
         assert reduced(manager) == [10]
-    assert ("10", True) in whole
-    assert ("10", False) not in whole
+        assert reduced(away(tmp_path / "away")) == []
