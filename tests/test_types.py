@@ -67,6 +67,7 @@ def values(tmp_path):
     yield ckptmgr.every_steps(100)
     yield ckptmgr.every_seconds(0.5)
     yield ckptmgr.latest(3)
+    yield ckptmgr.params_only(3)
     yield ckptmgr.best("loss", n=3)
     yield ckptmgr.at_steps(*range(10_000))
     yield SPEC
