@@ -1,7 +1,7 @@
 """Reduces a step to its params, and is killed on the way: `python reducer.py RUN STEP MOMENT [no-exchange]`.
 
 MOMENT counts what is done to the files of the run, as Python's audit events tell it; the process is killed just
-before the MOMENT-th. Says `done` if it comes to its end.
+before the MOMENT-th. In a bucket it counts requests. Says `done` if it comes to its end.
 """
 
 import os
@@ -35,7 +35,14 @@ def main(run, step, moment, *how):
         count("exchange", ())
         return done
 
+    def asking(name, ask):
+        return lambda *given: (count("exchange", ()), ask(*given))[1]
+
     files.exchange = exchange
+    if "://" in run:
+        store = catalog._storage._objects
+        for name in ("list", "read", "delete", "write", "fetch", "replace"):
+            setattr(store, name, asking(name, getattr(store, name)))
     sys.addaudithook(count)
     catalog.remove(*catalog.reduce(int(step), "params_only(every_steps(10))", time.time()))
     print("done", len(seen))

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import random
 import shutil
 import signal
 import threading
@@ -374,6 +375,46 @@ def test_while_the_newest_is_not_whole_nothing_is_reduced_and_the_newest_whole_s
         assert manager.restore(opt_state=opt_state(0)).step == 36
 
 
+def other(history, pinned, keep):
+    """What else keeps a step: an oracle for one `latest` and perhaps one `best`."""
+    steps = sorted(history)
+    kept = {*steps[-keep[0].n :], *pinned}
+    if len(keep) > 2:
+        kept.add(max(step for step in steps if history[step] == min(history.values())))
+    return kept
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(counted(5, full=200)))
+def test_whatever_happens_training_resumes_from_the_newest_whole_step(seed, tmp_path):
+    draw = random.Random(seed)
+    keep = [latest(draw.randint(1, 3)), params_only(every_steps(draw.choice([2, 3, 10])))]
+    keep += [best("loss")] * draw.randint(0, 1)
+    manager, history, pinned, gone = CheckpointManager(tmp_path, keep=keep), {}, set(), set()
+    for step in sorted(draw.sample(range(40), 12)):
+        history[step] = draw.random()
+        manager.save(step, params(step), opt_state(step), metrics={"loss": history[step]})
+        manager.wait()
+        history = {each: loss for each, loss in history.items() if each in manager.steps()}
+        new = set(reduced(manager)) - gone
+        assert not new & other(history, pinned, keep)
+        gone |= new
+        assert manager.info(step).reduced is None
+        found = manager.restore(params=params(0), opt_state=opt_state(0))
+        assert_trees_equal((found.params, found.opt_state), (params(step), opt_state(step)))
+        for each in gone & history.keys():
+            assert_trees_equal(manager.restore(each, params=params(0)).params, params(each))
+        if draw.random() < 0.3:
+            chosen = draw.choice(sorted(history))
+            (pinned.discard if chosen in pinned else pinned.add)(chosen)
+            (manager.pin if chosen in pinned else manager.unpin)(chosen)
+        if draw.random() < 0.3:
+            manager.close()
+            manager = CheckpointManager(tmp_path, keep=keep)
+    manager.close()
+    assert not leftovers(tmp_path)
+
+
 # ---------------------------------------------------------------- going on from there
 
 
@@ -593,6 +634,28 @@ def test_items_whose_deletion_fails_are_deleted_by_the_next_start(far, kind, mon
     CheckpointManager(far).close()
     assert items_in(far) == FEW
     assert not CheckpointManager(far, read_only=True)._catalog.leftovers()
+
+
+@pytest.mark.soak
+def test_killed_at_each_request_a_step_in_a_bucket_is_whole_before_or_after(far):
+    seen = []
+    for moment in itertools.count(1):
+        run = f"{far}/{moment}"
+        with CheckpointManager(run) as manager:
+            save(manager, 10, 15)
+        done = warm.run([reducer.__file__, run, 10, moment])
+        before = whole_before_or_after(run)
+        CheckpointManager(run).close()
+        seen.append(whole_before_or_after(run))
+        assert seen[-1] == before
+        assert items_in(run) == (FEW | {"opt_state", "ema", "data"} if before else FEW)
+        assert not CheckpointManager(run, read_only=True)._catalog.leftovers()
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert moment > 6
+    assert seen == sorted(seen, reverse=True)
+    assert set(seen) == {True, False}
 
 
 def test_a_manifest_that_could_not_be_written_leaves_the_step_whole(far, monkeypatch, caplog):
