@@ -10,6 +10,7 @@ from ckptmgr.errors import (
     CorruptCheckpointError,
     LayoutError,
     NewerFormatError,
+    ReducedCheckpointError,
     SaveError,
     StructureMismatchError,
     UnsafePickleError,
@@ -29,6 +30,7 @@ from ckptmgr.policies import (
     every_seconds,
     every_steps,
     latest,
+    params_only,
 )
 from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, SaveResult, VerifyReport
 from ckptmgr.specs import LeafDiff, LeafSpec, Optimizer, PyTree, StructureDiff
@@ -58,6 +60,7 @@ __all__ = [
     "Optimizer",
     "PyTree",
     "Record",
+    "ReducedCheckpointError",
     "SaveError",
     "SaveEvery",
     "SavePolicy",
@@ -76,5 +79,6 @@ __all__ = [
     "get_hyperparams",
     "latest",
     "overhead",
+    "params_only",
     "set_hyperparams",
 ]

@@ -7,6 +7,7 @@
     ├── DistrustedError           [LookupError]             step
     ├── NewerFormatError          [NotImplementedError]     step, format
     ├── StructureMismatchError    [ValueError]              diff
+    │   └── ReducedCheckpointError                          diff, step, items
     ├── LayoutError               [ValueError]              leaf
     ├── UnsupportedLeafError      [TypeError]               leaf
     ├── SaveError                 [RuntimeError]            step, and the cause
@@ -21,7 +22,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 
-from ckptmgr.specs import StructureDiff
+from ckptmgr.specs import LeafDiff, StructureDiff
 
 
 class CheckpointError(Exception):
@@ -78,6 +79,16 @@ class StructureMismatchError(CheckpointError, ValueError):
     def __init__(self, message: str, *, diff: StructureDiff) -> None:
         super().__init__(message)
         self.diff = diff
+
+
+class ReducedCheckpointError(StructureMismatchError):
+    """`params_only` has deleted items from the step, and a template asks for them; `items` names them."""
+
+    def __init__(self, message: str, *, step: int, items: Sequence[str]) -> None:
+        missing = (LeafDiff(name, None, None, "missing") for name in items)
+        super().__init__(message, diff=StructureDiff(tuple(missing)))
+        self.step = step
+        self.items = tuple(items)
 
 
 class LayoutError(CheckpointError, ValueError):

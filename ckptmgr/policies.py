@@ -189,6 +189,34 @@ class best:  # noqa: N801
         return set(self.ranking(history)[: self.n])
 
 
+@dataclass(frozen=True)
+class params_only:  # noqa: N801
+    """Keeps the params, step and metrics of what `policy` keeps; the other items of such a step are deleted.
+
+    A step that another policy keeps too stays whole. `policy` is any keep policy; an int N is `latest(N)`.
+    """
+
+    policy: KeepPolicy
+
+    def __init__(self, policy: int | KeepPolicy | OrbaxKeepPolicy) -> None:
+        given: Any = policy
+        if hasattr(given, "__index__") and not isinstance(given, bool):
+            given = latest(positive_int("params_only", given))
+        is_policy = isinstance(given, KeepPolicy) or hasattr(given, "should_preserve")
+        if not is_policy or isinstance(given, type | params_only):
+            raise TypeError(f"params_only takes a whole number or a keep policy, not {policy!r}")
+        object.__setattr__(self, "policy", given)
+
+    def __repr__(self) -> str:
+        inner = self.policy
+        if isinstance(inner, every_steps | latest):
+            return f"params_only({type(inner).__name__}({inner.n}))"
+        return f"params_only({name_of(inner)})"
+
+    def keep(self, history: Sequence[Record]) -> set[int]:
+        return self.policy.keep(history)
+
+
 def _number(value: Any) -> float | None:
     """A metric as a number that can be ranked; None for NaN and what is not a number."""
     if isinstance(value, numbers.Integral):
@@ -196,8 +224,13 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, numbers.Real) and not math.isnan(value) else None
 
 
+_PARAMS_ONLY = "params-only"
+
+
 def spell(kept: KeepPolicy) -> str:
     """A policy as the command line takes it: "latest:3", "best:loss:min:1". Policies of others: their repr."""
+    if isinstance(kept, params_only):
+        return f"{_PARAMS_ONLY}:{spell(kept.policy)}"
     if isinstance(kept, latest):
         return f"latest:{kept.n}"
     if isinstance(kept, best):
@@ -211,6 +244,8 @@ def parse(text: str) -> KeepPolicy:
     """The policy that such a text means; mode and n of "best" may be left out."""
     name, _, rest = text.partition(":")
     try:
+        if name.replace("_", "-") == _PARAMS_ONLY:
+            return params_only(parse(rest))
         if name == "best":
             metric, mode, n = [*rest.split(":"), *("min", "1")[rest.count(":") :]]
             return best(metric, mode=mode, n=int(n))  # type: ignore[arg-type]  # checked there
@@ -219,7 +254,7 @@ def parse(text: str) -> KeepPolicy:
         numbered: dict[str, Callable[[int], KeepPolicy]] = {"latest": latest, "every_steps": every_steps}
         return numbered[name](int(rest))
     except (KeyError, ValueError, TypeError):
-        known = "latest:N, best:METRIC[:min|max[:N]], every_steps:N, every_seconds:S"
+        known = "latest:N, best:METRIC[:min|max[:N]], every_steps:N, every_seconds:S, params-only:POLICY"
         raise ValueError(f"unknown policy {text!r}; known are {known}") from None
 
 
@@ -270,7 +305,8 @@ def reasons_to_keep(
 
     Without policies everything is kept. The newest step, pinned steps and the step that was `committed` last are
     kept whatever the policies say, because a run may resume from them. (If the last commit is not known, it is the
-    step with the latest time.) If a policy fails, all steps are kept, and `failed` is called.
+    step with the latest time.) If the newest step was reduced to its params, the newest whole step is kept too. If
+    a policy fails, all steps are kept, and `failed` is called.
     """
     wanted: list[tuple[str, set[int]]] = []
     for policy in policies:
@@ -281,6 +317,7 @@ def reasons_to_keep(
             failed(name, problem)
             wanted.append((f"{name} failed", {record.step for record in history}))
     newest = max((record.step for record in history), default=None)
+    newest_whole = max((record.step for record in history if not _is_reduced(record)), default=None)
     if committed not in {record.step for record in history}:
         committed = max(history, key=_order_in_time).step if history else None
 
@@ -288,9 +325,24 @@ def reasons_to_keep(
         found = list(dict.fromkeys(name for name, steps in wanted if step in steps))
         found += ["pinned"] * (step in pinned) + ["newest"] * (step == newest)
         found += ["last saved"] * (step == committed != newest)
+        found += ["newest whole step"] * (step == newest_whole != newest)
         return tuple(found) if wanted else (*found, "keep=None")
 
     return {record.step: reasons(record.step) for record in history}
+
+
+def to_reduce(policies: Sequence[KeepPolicy], reasons: Mapping[int, Sequence[str]]) -> dict[int, str]:
+    """The steps that `params_only` policies keep and nothing else does; for each of them, which policies.
+
+    `reasons` has why each step is kept, as `reasons_to_keep` returns it.
+    """
+    names = {name_of(policy) for policy in policies if isinstance(policy, params_only)}
+    return {step: ", ".join(why) for step, why in reasons.items() if why and names.issuperset(why)}
+
+
+def _is_reduced(record: Record) -> bool:
+    """Whether a step has lost items to `params_only`. (The caller's own records may not say it.)"""
+    return getattr(record, "reduced", None) is not None
 
 
 def _copy(record: Record) -> Any:

@@ -31,7 +31,7 @@ def _empty() -> Any:
 _SHORT = reprlib.Repr()
 _SHORT.maxdict = _SHORT.maxtuple = 3
 _SHORT.maxstring = 40
-_SHOWN = ("metrics", "distrusted", "pinned", "kept")
+_SHOWN = ("metrics", "distrusted", "reduced", "pinned", "kept")
 """Fields that the repr of a CheckpointInfo shows if they are not empty."""
 
 
@@ -72,6 +72,8 @@ class CheckpointInfo:
     distrusted: str | None = None
     """Why it is not to be used: somebody distrusts it, NaN or infinity was found in it, or it is not whole (a file
     is missing, say). Retention does not count it then. None if it is trusted."""
+    reduced: str | None = None
+    """Which `params_only` policy has reduced it to its params, and when; None if it has all its items."""
     kept: tuple[str, ...] = ()
     """Why retention keeps it; empty if retention would delete it. Only `CheckpointManager.info` fills it in."""
 
@@ -98,7 +100,7 @@ class Checkpoint(Generic[_Params, _OptState]):
     resumed: bool = True
     """False if nothing was saved yet: then these are the values given to `restore_or`."""
     skipped: Mapping[int, str] = _empty()
-    """Newer steps that were passed over as damaged or distrusted, and why."""
+    """Newer steps that were passed over as damaged, distrusted or reduced to their params, and why."""
     missing: tuple[str, ...] = ()
     """With `partial`: leaves that the checkpoint lacks; they have the template's value, or the optimizer's."""
     unused: tuple[str, ...] = ()

@@ -45,6 +45,10 @@ MIRROR_POINTS = {
     "check": "ckptmgr.run.mirror:Mirror._check",  # the copy is read back
     "make step": "faults:FaultyDirectory.publish",  # the copy gets its name
 }
+REDUCE_POINTS = {
+    "link": "ckptmgr.format.linking:link",  # the files that stay get a second name
+    "reduce": "faults:FaultyDirectory.reduce",  # a step loses items
+}
 REWIND_POINTS = {
     "plan": "faults:FaultyDirectory.write_plan",  # what is to be moved
     "move": "faults:FaultyDirectory.move",  # one checkpoint
@@ -110,7 +114,7 @@ def install(fault, put=setattr):
         return
     kind, _, rest = fault.partition(" ")
     point, _, turn = rest.rpartition(" ")
-    module, _, path = (POINTS | MIRROR_POINTS | REWIND_POINTS)[point].partition(":")
+    module, _, path = (POINTS | MIRROR_POINTS | REDUCE_POINTS | REWIND_POINTS)[point].partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     real, seen = getattr(owner, name), []

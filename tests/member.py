@@ -18,6 +18,7 @@ frozen STEP...      saves arrays of which only a small one changes, and says wha
 mirrored STEP...    saves arrays that all processes hold, and says what this process has copied to the mirror
 crowd STEP...       restores and checks the newest step, then saves these, and checks the last
 own save|load       each process has iterators of its own
+milestones          saves under `params_only`, and asks for what is gone
 rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
 poisoned NONFINITE  saves a good step, then some with NaN in one shard, or in an array of process 1 alone
 emergency WHAT      restores and saves; then saves, or restores, on and on. Says what came of it, and when
@@ -536,6 +537,24 @@ def rewind(directory, mesh):
         say("steps", *manager.steps())
 
 
+def milestones(directory, mesh):
+    keep = [ckptmgr.latest(1), ckptmgr.best("loss", mode="max"), ckptmgr.params_only(ckptmgr.every_steps(10))]
+    with ckptmgr.CheckpointManager(directory, keep=keep, timeout_s=TIMEOUT_S) as manager:
+        for step in (5, 10, 15):
+            manager.save(step, spread(mesh, step), {"mu": spread(mesh, step)["w"]}, metrics={"loss": 1 / step})
+        manager.wait()
+        wanted = {"params": spread(mesh, 0), "opt_state": {"mu": spread(mesh, 0)["w"]}}
+        asked = [{**wanted}, {"params": wanted["params"]}]
+        try:
+            manager.restore(10, **asked[jax.process_index() and len(asked) - 1])  # process 0 alone asks for it
+        except ckptmgr.ReducedCheckpointError as problem:
+            say("refused", problem.step, *problem.items, problem)
+        check(manager.restore(10, params=wanted["params"]).params, 10)
+        manager.delete(15)
+        found = manager.restore(**wanted)
+        say("restored", found.step, *found.skipped)
+
+
 def slow(directory, mesh):
     manager = ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S)
     results = []
@@ -720,6 +739,7 @@ if __name__ == "__main__":
                 crowd,
                 own,
                 reader,
+                milestones,
                 rewind,
                 poisoned,
             )

@@ -14,6 +14,7 @@ TREE = {
     errors.DistrustedError: (LookupError, {"step": 3}),
     ckptmgr.NewerFormatError: (NotImplementedError, {"step": 3, "format": 9}),
     ckptmgr.StructureMismatchError: (ValueError, {"diff": ckptmgr.StructureDiff()}),
+    ckptmgr.ReducedCheckpointError: (ValueError, {"step": 3, "items": ("opt_state",)}),
     ckptmgr.LayoutError: (ValueError, {"leaf": "params['w']"}),
     ckptmgr.UnsupportedLeafError: (TypeError, {"leaf": "params['w']"}),
     ckptmgr.SaveError: (RuntimeError, {"step": 3}),

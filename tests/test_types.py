@@ -74,6 +74,7 @@ def values(tmp_path):
     yield costs
     yield ckptmgr.Saving(in_progress=True, costs=costs)
     yield ckptmgr.latest(3)
+    yield ckptmgr.params_only(3)
     yield ckptmgr.best("loss", n=3)
     yield ckptmgr.at_steps(*range(10_000))
     yield SPEC

@@ -13,9 +13,6 @@ what is used of it is written anew, into a database of its own, which is then us
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +20,7 @@ import tensorstore as ts
 from etils import epath
 
 from ckptmgr.arrays import database
-from ckptmgr.format import files, objects, paths
+from ckptmgr.format import files, linking, objects, paths
 
 LEAST_BYTES = 1 << 20
 """Less than that is written again: to keep it costs more files."""
@@ -137,21 +134,5 @@ def _share(each: Database, target: epath.Path) -> None:
         for _ in files.for_each(target, lambda name: objects.copy(each.folder / name, target / name), each.files):
             pass
         return
-    folders = {target, *((target / name).parent for name in each.files)}
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    for name in each.files:
-        _link(each.folder / name, target / name)
-    files.sync([*folders, target.parent])
-
-
-def _link(source: epath.Path, target: epath.Path) -> None:
-    with contextlib.suppress(FileExistsError):
-        target.unlink(missing_ok=True)
-        try:
-            os.link(source, target, follow_symlinks=False)
-        except FileNotFoundError:
-            raise
-        except OSError:  # a file system without links, or a file that has as many as it may
-            shutil.copyfile(source, target, follow_symlinks=False)
-            files.sync([target])
+    linking.link(each.folder, target, each.files)
+    files.sync({target.parent, target, *((target / name).parent for name in each.files)})

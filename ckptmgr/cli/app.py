@@ -49,7 +49,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Shows what would be don
 Policies = Annotated[
     list[str],
     typer.Option(
-        "--policy", help="latest:N, best:METRIC[:min|max[:N]], every_steps:N or every_seconds:S; may be repeated."
+        "--policy",
+        help="latest:N, best:METRIC[:min|max[:N]], every_steps:N, every_seconds:S, or params-only: before one of "
+        "these; may be repeated.",
     ),
 ]
 
@@ -138,18 +140,24 @@ def verify(
 
 @app.command(epilog="Example: ckptmgr keep runs/digits --policy latest:3 --policy best:loss --dry-run")
 def keep(run: Run, policy_: Policies, dry_run: DryRun = False, as_json: AsJson = False) -> None:
-    """Deletes the checkpoints that no policy keeps. --dry-run shows which, and why the others stay."""
+    """Deletes the checkpoints that no policy keeps. --dry-run shows which, and why the others stay.
+
+    What only params-only policies keep is reduced to its params.
+    """
     policies = [policy.parse(each) for each in policy_]
     reader = facts.reader(run)
     found, past = facts.run(reader, policies), facts.history(reader.directory, policies)
     decision = past.decide_deletions()
-    to_delete = sorted(decision.to_delete)
-    if to_delete and not dry_run:
+    to_delete, to_reduce = sorted(decision.to_delete), sorted(decision.to_reduce)
+    if (to_delete or to_reduce) and not dry_run:
         with _writer(run) as manager:
             to_delete = [step for step in to_delete if past.still_holds(decision, step)]
             for step in to_delete:
                 manager.delete(step)
-    _show(found | {"deleted": [] if dry_run else to_delete, "would_delete": to_delete}, as_json, tables.kept)
+            to_reduce = facts.reduce(manager.directory, past, decision)
+    told = {"would_delete": to_delete, "would_reduce": to_reduce}
+    told |= {"deleted": [] if dry_run else to_delete, "reduced": [] if dry_run else to_reduce}
+    _show(found | told, as_json, tables.kept)
 
 
 # ---------------------------------------------------------------- changing

@@ -23,7 +23,7 @@ from ckptmgr.results import CheckpointInfo, VerifyReport
 from ckptmgr.run import journal
 from ckptmgr.run import rewinding as rewinds
 from ckptmgr.run.catalog import open_catalog
-from ckptmgr.run.history import History
+from ckptmgr.run.history import Decision, History
 from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees import structure
 from ckptmgr.trees.layouts import HOST
@@ -111,6 +111,17 @@ def history(directory: epath.Path, keep: Sequence[policy.KeepPolicy]) -> History
     return History(open_catalog(directory), keep)
 
 
+def reduce(directory: epath.Path, past: History, decision: Decision) -> list[int]:
+    """Reduces the steps that a decision says; returns those that were reduced."""
+    catalog, told, done = open_catalog(directory), journal.Journal(directory, time.time, writes=True), []
+    for step, by in decision.to_reduce.items():
+        if past.still_holds(decision, step):
+            catalog.remove(*catalog.reduce(step, by, time.time()))
+            told.record("reduced", step, why=f"only {by} keeps it")
+            done.append(step)
+    return done
+
+
 def left_alone(directory: epath.Path) -> Facts:
     """What is in a run and neither a checkpoint nor ours: the count, and the first names."""
     found = open_catalog(directory).strangers()
@@ -133,6 +144,7 @@ def _row(info: CheckpointInfo) -> Facts:
         "metrics": _finite(info.metrics),
         "pinned": info.pinned,
         "distrusted": info.distrusted,
+        "reduced": info.reduced,
         "damaged": None,
         "later_format": False,
     }
@@ -160,6 +172,7 @@ def checkpoint(manager: CheckpointManager, step: int) -> Facts:
         "versions": dict(info.versions),
         "pinned": info.pinned,
         "distrusted": info.distrusted,
+        "reduced": info.reduced,
         "unread": dict(info.unread),
         "items": {name: [_leaf(leaf) for leaf in info.leaves.get(name, ())] for name in info.items},
     }

@@ -155,6 +155,7 @@ _SHAPES = {
     "doubtful": ("on disk, distrusted", "<path d='M0-8 8-2 5 7H-5L-8-2Z' class='gone'/>"),
     "damaged": ("on disk, damaged", "<path d='M0-8 8 7H-8Z' class='bad'/>"),
     "later": ("on disk, needs a newer ckptmgr", "<path d='M-6-6H6V6H-6Z' class='gone'/>"),
+    "reduced": ("on disk, reduced to its params", "<path d='M-7 0A7 7 0 0 1 7 0Z' class='kept'/>"),
     "deleted": ("saved, then deleted", "<circle r='5' class='gone'/>"),
     "failed": ("a save that failed", "<path d='M-6-6 6 6M6-6-6 6' class='bad line'/>"),
     "passed over": ("passed over in a restore", "<path d='M-7-5H7L0 7Z' class='bad'/>"),
@@ -168,6 +169,7 @@ _LANES = {
     "kept": 0,
     "pinned": 0,
     "doubtful": 0,
+    "reduced": 0,
     "damaged": 0,
     "later": 0,
     "deleted": 1,
@@ -183,7 +185,8 @@ _NAMES = ("on disk", "deleted", "trouble", "restored")
 
 
 def _kind(info: CheckpointInfo) -> str:
-    return "doubtful" if info.distrusted else "pinned" if info.pinned else "kept"
+    states = {"doubtful": info.distrusted, "pinned": info.pinned, "reduced": info.reduced}
+    return next((state for state, applies in states.items() if applies), "kept")
 
 
 def _timeline(events: Events, infos: Sequence[CheckpointInfo], unread: Mapping[int, Unread]) -> str:
@@ -352,8 +355,8 @@ def _troubles(events: Events, unread: Mapping[int, Unread]) -> str:
 
 
 def _kept_by(info: CheckpointInfo) -> str:
-    doubt = f" (distrusted: {info.distrusted})" if info.distrusted else ""
-    return ", ".join(info.kept) + " (pinned)" * info.pinned + doubt
+    notes = [f"distrusted: {info.distrusted}" if info.distrusted else "", info.reduced or ""]
+    return ", ".join(info.kept) + " (pinned)" * info.pinned + "".join(f" ({note})" for note in notes if note)
 
 
 def _checkpoints(infos: Sequence[CheckpointInfo], unread: Mapping[int, Unread]) -> str:

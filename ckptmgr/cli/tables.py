@@ -65,7 +65,8 @@ def _cells(row: Facts) -> list[str | Text]:
     metrics = ", ".join(f"{name} {_number(value)}" for name, value in row["metrics"].items())
     kept = "?" if row["kept"] is None else ", ".join(row["kept"]) or "nothing: would be deleted"
     doubt = row["distrusted"] if f"not counted: {row['distrusted']}" not in (row["kept"] or ()) else None
-    marks = ", ".join(["pinned"] * row["pinned"] + [f"DISTRUSTED {doubt}"] * (doubt is not None))
+    doubts = [f"DISTRUSTED {doubt}"] * (doubt is not None)
+    marks = ", ".join(filter(None, [*["pinned"] * row["pinned"], row["reduced"], *doubts]))
     return [
         str(row["step"]),
         age(row["age_s"]),
@@ -83,8 +84,12 @@ def _number(value: Any) -> str:
 
 def kept(found: Facts) -> RenderableType:
     word = "deleted" if found["deleted"] else "would be deleted"
-    gone = found["would_delete"]
-    return Group(run(found), f"{word}: {', '.join(map(str, gone))}" if gone else "nothing to delete")
+    gone, reduced = found["would_delete"], found["would_reduce"]
+    told = [f"{word}: {', '.join(map(str, gone))}" if gone else "nothing to delete"]
+    if reduced:
+        word = "reduced to their params" if found["reduced"] else "would be reduced to their params"
+        told.append(f"{word}: {', '.join(map(str, reduced))}")
+    return Group(run(found), *told)
 
 
 def checkpoint(found: Facts) -> RenderableType:
@@ -92,6 +97,8 @@ def checkpoint(found: Facts) -> RenderableType:
     head = f"{found['run']}  step {found['step']}, {when}, {size(found['nbytes'])}"
     doubt = [Text(f"DISTRUSTED {found['distrusted']}", style="bold red")] if found["distrusted"] else []
     root = Tree(head + (f", {size(found['disk_nbytes'])} on disk" if found["disk_nbytes"] else ""))
+    if found["reduced"]:
+        root.add(Text(found["reduced"]))
     for name, leaves in found["items"].items():
         branch = root.add(_total(name, leaves) if leaves else name)
         _grow(branch, [(_parts(leaf["path"]), leaf) for leaf in leaves])

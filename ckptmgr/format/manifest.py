@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import json
@@ -107,6 +108,21 @@ class File:
     crc32: int | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """Retention has deleted items of a step, because only `params_only` policies keep it."""
+
+    items: tuple[str, ...]
+    """The items that are gone."""
+    by: str
+    """The policies, as their reprs."""
+    time: float
+
+    def __str__(self) -> str:
+        when = datetime.datetime.fromtimestamp(self.time, datetime.UTC)
+        return f"reduced to its params by {self.by} on {when:%Y-%m-%d %H:%M:%S} UTC"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything about a checkpoint that is not an array."""
@@ -124,6 +140,7 @@ class Manifest:
     """Why the step was distrusted as it was saved; None if it was not. Older versions pass over this field."""
     unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Files of stock Orbax that cannot be read, and why; nothing that is restored depends on them."""
+    reduced: Reduction | None = None
 
     @property
     def nbytes(self) -> int:
@@ -157,7 +174,8 @@ def encode(manifest: Manifest) -> bytes:
     items = ",".join(f"{_dumps(name)}:{item.text}" for name, item in manifest.items.items())
     files = _dumps({name: [file.size, file.crc32] for name, file in manifest.files.items()})
     adopted = "" if manifest.written_here else ',"adopted":true'
-    text = f'{_dumps(head)[:-1]},"items":{{{items}}},"files":{files}{adopted}'.encode()
+    reduced = f',"reduced":{_dumps(dataclasses.asdict(manifest.reduced))}' if manifest.reduced else ""
+    text = f'{_dumps(head)[:-1]},"items":{{{items}}},"files":{files}{adopted}{reduced}'.encode()
     return text + _seal(text)
 
 
@@ -242,7 +260,12 @@ def decode(data: bytes, *, step: int, path: str, known: KnownItems = NO_ITEMS) -
         files={name: File(*facts) for name, facts in body["files"].items()},
         written_here=not body.get("adopted", False),
         distrusted=body.get("distrusted"),
+        reduced=_reduction(body.get("reduced")),
     )
+
+
+def _reduction(body: Mapping[str, Any] | None) -> Reduction | None:
+    return None if body is None else Reduction(tuple(body["items"]), body["by"], body["time"])
 
 
 def _item_to_json(item: Item) -> dict[str, Any]:

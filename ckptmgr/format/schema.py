@@ -83,6 +83,11 @@ def _is_time(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e11
 
 
+def _is_date(value: Any) -> bool:
+    """Seconds since the epoch that `datetime` can show, as a manager's clock gives them."""
+    return _is_time(value) and abs(value) <= 6e10
+
+
 def _is_metric(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
@@ -132,6 +137,7 @@ _MANIFEST = {
     "files": {str: list},
     "adopted?": bool,
     "distrusted?": str,
+    "reduced?": {"items": [_is_text], "by": str, "time": _is_date},
 }
 
 

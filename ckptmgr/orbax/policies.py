@@ -23,6 +23,8 @@ def adapt_save(given: Any) -> Any:
 
 def adapt_keep(given: Any) -> Any:
     """A PreservationPolicy of Orbax becomes a KeepPolicy; anything else is returned as it is."""
+    if isinstance(given, policies.params_only):
+        return policies.params_only(adapt_keep(given.policy))
     is_orbax = hasattr(given, "should_preserve") and not isinstance(given, type)
     return _OrbaxKeep(given) if is_orbax else given
 

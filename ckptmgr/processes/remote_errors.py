@@ -26,16 +26,21 @@ def pack(problem: Exception | None, here: int) -> Packed | None:
     if problem is None:
         return None
     attributes = {name: value for name, value in vars(problem).items() if not name.startswith("_")}
-    try:
-        json.dumps(attributes)
-    except (TypeError, ValueError):
-        attributes = {}
+    attributes = {name: value for name, value in attributes.items() if _is_json(value)}
     return {
         "kind": type(problem).__name__,
         "message": str(problem),
         "attributes": attributes,
         "process": here,
     }
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def unpack(packed: Packed, here: int) -> Exception:

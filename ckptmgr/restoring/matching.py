@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckptmgr.errors import UnsupportedLeafError
+from ckptmgr.errors import ReducedCheckpointError, UnsupportedLeafError
 from ckptmgr.format.manifest import METRICS, OPT_STATE, PARAMS, RESERVED, STEP, Item, Manifest
 from ckptmgr.restoring import extras
 from ckptmgr.specs import LeafDiff, LeafSpec, Row, StructureDiff, TreeSpec
@@ -155,6 +155,7 @@ def match(
     Raises StructureMismatchError that names all that differs, ValueError for a rule of `rename` that matches
     nothing.
     """
+    _refuse_reduced(manifest, templates, request)
     rules, used = differences.rename_rules(request.rename), set[re.Pattern[str]]()
     refused, passed, matched = StructureDiff(), StructureDiff(), []
     for name, template in templates.items():
@@ -178,6 +179,20 @@ def match(
     if unused := [rule.pattern for rule in rules if rule not in used]:
         raise ValueError(f"rename: {unused[0]!r} matches no leaf of {' or '.join(templates)}")
     return matched, passed
+
+
+def _refuse_reduced(manifest: Manifest, templates: Mapping[str, Any], request: Request) -> None:
+    """Raises ReducedCheckpointError for items that `params_only` has deleted, unless `partial` allows that."""
+    if manifest.reduced is None:
+        return
+    wanted = [name for name in manifest.reduced.items if name in templates]
+    asked = [name for name in wanted if "missing" not in request.allowed(name)]
+    if asked:
+        raise ReducedCheckpointError(
+            f"step {manifest.step} was {manifest.reduced}, so it has no {' and no '.join(asked)}. Leave "
+            f"{'this template' if len(asked) == 1 else 'these templates'} out, or restore another step",
+            step=manifest.step, items=asked,
+        )  # fmt: skip
 
 
 def _arrays_of(name: str, template: Any) -> StructureDiff:

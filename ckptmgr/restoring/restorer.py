@@ -18,6 +18,7 @@ from ckptmgr.errors import (
     CheckpointTimeoutError,
     CorruptCheckpointError,
     DistrustedError,
+    ReducedCheckpointError,
 )
 from ckptmgr.format import manifest as manifests
 from ckptmgr.format import paths, recorded
@@ -111,9 +112,13 @@ class Restorer:
         return self._restore(self._job.decide(_CHOICE, lambda: step), request)
 
     def newest(self, request: Request) -> Checkpoint:
-        """The newest good step; those passed over count as if they were not there any more."""
+        """The newest good step; those passed over count as if they were not there any more.
+
+        A step that was reduced to its params, and lacks what is asked for, is passed over too.
+        """
         skipped: dict[int, str] = {}
         distrusted: dict[int, str] = {}
+        reduced: list[ReducedCheckpointError] = []
         seen: dict[int, Stamp] = {}
         ends = time.monotonic() + min(_PATIENCE_S, self._timeout_s / 2)
         while (choice := self._newest_beside(skipped)) is not None:
@@ -133,6 +138,10 @@ class Restorer:
                 self._journal.record("passed over", candidate, why=f"distrusted: {problem}")
                 distrusted[candidate] = str(problem)
                 skipped[candidate] = f"distrusted: {problem}"
+            except ReducedCheckpointError as problem:
+                _log.warning("step %d is passed over: %s", candidate, problem)
+                skipped |= {candidate: str(problem)}
+                reduced.append(problem)
             except CheckpointNotFoundError as problem:  # the trainer has deleted it meanwhile, and has a newer one
                 still_listed = functools.partial(self._refuse_if_listed, candidate, ends, str(problem))
                 self._job.decide(_CHOICE, still_listed)
@@ -140,6 +149,8 @@ class Restorer:
                 self._home.mark_damaged(seen)
                 self._warn_of_lower(candidate)
                 return found
+        if reduced:
+            raise reduced[0]
         damaged = {step: why for step, why in skipped.items() if step not in distrusted}
         raise self._home.nothing_good(damaged, distrusted=distrusted)
 
@@ -185,14 +196,14 @@ class Restorer:
     # ------------------------------------------------------------ from where
 
     def _restore(self, step: int, request: Request, skipped: Skipped | None = None) -> Checkpoint:
-        """Restores a step in every process, or in none; from the mirror if it is damaged here, or not here.
+        """Restores a step in every process, or in none; from the mirror if it is damaged, reduced or not here.
 
         `skipped`: newer steps that were passed over, and why; None if the caller has asked for this step.
         """
         stamp = self._home.stamp(step)
         try:
             return self._together(self._home, step, request, skipped)
-        except (CorruptCheckpointError, CheckpointNotFoundError) as problem:
+        except (CorruptCheckpointError, CheckpointNotFoundError, ReducedCheckpointError) as problem:
             mirror = self._mirror
             if mirror is None or not self._job.decide(_CHOICE, lambda: step in mirror.steps(needed=False)):
                 raise
@@ -211,14 +222,16 @@ class Restorer:
     def _whole(self, home: Catalog, step: int, request: Request, skipped: Skipped | None) -> Checkpoint:
         """Reads a step; once more if a writer put another in its place meanwhile: no mixture of the two."""
         home.expect(step)
-        ends = time.monotonic() + self._timeout_s
+        ends, is_reduced = time.monotonic() + self._timeout_s, False
         while time.monotonic() < ends:
             identity = home.identity(step)
             try:
                 found = self._read(home, step, request, skipped)
             except (CorruptCheckpointError, OSError):
                 home.require(step)  # says that it was deleted
-                if home.identity(step) == identity or request.broadcast:  # then all read, or none
+                is_replaced = home.identity(step) != identity
+                is_reduced = identity is None and not is_reduced and _is_reduced(home, step)  # in a bucket
+                if request.broadcast or not (is_replaced or is_reduced):  # then all read, or none
                     raise
                 continue
             if home.identity(step) in (identity, None):
@@ -288,6 +301,13 @@ class Restorer:
             missing=tuple(leaf.path for leaf in passed.missing),
             unused=tuple(leaf.path for leaf in passed.unexpected),
         )
+
+
+def _is_reduced(home: Catalog, step: int) -> bool:
+    """Whether a step has been reduced to its params, as its manifest says now."""
+    with contextlib.suppress(CheckpointError):
+        return home.manifest(step, fresh=True).reduced is not None
+    return False
 
 
 def _with_new_state(request: Request, values: Mapping[str, Any]) -> Any:

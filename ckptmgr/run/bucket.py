@@ -6,6 +6,7 @@
     <directory>/.ckptmgr/lock                  the claim of the process that writes (`claim`)
     <directory>/.ckptmgr/saving/<step>         a note: the step is being written under its own name
     <directory>/.ckptmgr/deleting/<step>       a note: the step is being deleted
+    <directory>/.ckptmgr/reducing/<step>       a note: items are being taken out of the step
     <directory>/.ckptmgr/damaged/<step>-*/     a damaged checkpoint whose step was saved again
     <directory>/.ckptmgr/abandoned/<branch>/   what a rewind has set aside: copied, then removed
     <directory>/.ckptmgr/rewinding             the moves that a rewind has not made yet
@@ -17,6 +18,7 @@ files. What must be read of a file is read once for each identity.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -30,12 +32,13 @@ from typing import NamedTuple
 
 from etils import epath
 
+from ckptmgr.errors import CheckpointError, SaveError
 from ckptmgr.format import manifest as manifests
 from ckptmgr.format import names, objects
-from ckptmgr.format.names import COMMITTED, DAMAGED, DELETING, OURS, PIN, REWINDING, SAVING, TRUST
+from ckptmgr.format.names import COMMITTED, DAMAGED, DELETING, OURS, PIN, REDUCING, REWINDING, SAVING, TRUST
 from ckptmgr.format.objects import Found
 from ckptmgr.run import directory as directories
-from ckptmgr.run import recognize
+from ckptmgr.run import recognize, reducing
 from ckptmgr.run.branches import Move
 from ckptmgr.run.directory import Leftover
 from ckptmgr.run.manifest_cache import Stamp
@@ -296,6 +299,7 @@ class BucketDirectory:
         """Removes what is in no listing, then the notes about it; in few requests."""
         ours = [each.name for each in leftovers if each.parent == self.path]
         notes = [f"{folder}/{name}" for folder in (SAVING, DELETING) for name in ours]
+        notes += sorted({note for each in leftovers if (note := self._note_of_reduction(each))})
         stay = {f"{SAVING}/{name}" for name in self._overtaken}
         try:
             for each in leftovers:
@@ -311,6 +315,33 @@ class BucketDirectory:
         within = self._within(place)
         self._objects.delete(list(self._objects.list(self._key(f"{within}/"), "").objects))
         self._has_changed(within.partition("/")[0])
+
+    def reduce(self, name: str, manifest: manifests.Manifest, was: bytes) -> list[epath.Path]:
+        """Replaces the manifest; the objects that it does not name any more are then to be removed."""
+        self._write_note(REDUCING, name)
+        key, gone = self._key(f"{name}/{manifests.NAME}"), manifest.reduced.items if manifest.reduced else ()
+        found = self._objects.fetch(key)
+        is_same = found is not None and found.data == was
+        if found is None or not is_same or not self._objects.replace(key, manifests.encode(manifest), found.tag):
+            raise SaveError(f"step {manifest.step} was replaced meanwhile", step=manifest.step)
+        self._has_changed(name)
+        return [self.path / name / item for item in gone]
+
+    def _note_of_reduction(self, leftover: epath.Path) -> str:
+        """The note about the step of this leftover, an item or the note itself; "" if it is neither."""
+        if leftover.parent.parent == self.path and leftover.parent.name != OURS:
+            return f"{REDUCING}/{leftover.parent.name}"
+        return f"{REDUCING}/{leftover.name}" if leftover.parent == self.path / REDUCING else ""
+
+    def _left_of_reductions(self) -> list[epath.Path]:
+        """What is left of items that manifests do not name any more; of a reduction that is over, its note."""
+        noted = [name for name in self.inside(REDUCING) if names.STEP.fullmatch(name)]
+        read, found = self._read({name: f"{name}/{manifests.NAME}" for name in noted}), list[epath.Path]()
+        for name in noted:
+            there = {file.partition("/")[0] for file in (*self._entry(name).files, *self._entry(name).data)}
+            found += [self.path / name / item for item in _gone(read.get(name), int(name)) if item in there]
+            found += [self.path / REDUCING / name]
+        return found
 
     def set_aside(self, name: str) -> epath.Path:
         aside = self.path / DAMAGED / f"{recognize.own_number(name)}-{time.time_ns()}"
@@ -335,6 +366,7 @@ class BucketDirectory:
         ]
         deleted = self._notes_of_no_step(DELETING)
         found += [(self.path / name, directories.INTERRUPTED_DELETION) for name in deleted]
+        found += [(place, directories.INTERRUPTED_REDUCTION) for place in self._left_of_reductions()]
         return found + [(self.path / DAMAGED / name, directories.KEPT) for name in self.inside(DAMAGED)]
 
     def set_back(self, replaced: epath.Path) -> None:
@@ -449,6 +481,14 @@ def _entries(listing: objects.Listing, start: str) -> dict[str, _Entry]:
         name: _Entry(own.get(name), files.get(name, {}), frozenset(data.get(name, ())))
         for name in {*own, *files, *data}
     }
+
+
+def _gone(manifest: bytes | None, step: int) -> tuple[str, ...]:
+    """The items that were taken out of a step; none if its manifest does not say so."""
+    with contextlib.suppress(CheckpointError):
+        found = reducing.decode(manifest, step) if manifest is not None else None
+        return found.reduced.items if found is not None and found.reduced is not None else ()
+    return ()
 
 
 def _is_step_by(name: str, marker: bytes) -> bool | None:

@@ -29,7 +29,7 @@ from ckptmgr.format import names, paths
 from ckptmgr.format.names import STEP
 from ckptmgr.orbax import reading as stock
 from ckptmgr.run import branches as branching
-from ckptmgr.run import hints, trust
+from ckptmgr.run import hints, reducing, trust
 from ckptmgr.run.bucket import BucketDirectory
 from ckptmgr.run.directory import BRANCH, SET_BACK, STAYS, Directory, Leftover
 from ckptmgr.run.local import LocalDirectory
@@ -367,6 +367,16 @@ class Catalog:
         """Removes what is in no listing. If that fails, the next start tries again."""
         if leftovers:
             self._storage.remove(*leftovers)
+
+    def reduce(self, step: int, by: str, time: float) -> list[epath.Path]:
+        """Takes the items that `params_only` does not keep out of a step; returns what is then to be removed."""
+        was = paths.read_bytes(self.expect(step) / manifests.NAME)
+        manifest = reducing.reduced(reducing.decode(was, step), by, time)
+        with _refusing(step, "reduced to its params"):
+            gone = self._storage.reduce(self._name(step), manifest, was)
+        self.forget(step)
+        _log.info("step %d %s", step, manifest.reduced)
+        return gone
 
     def set_aside(self, step: int) -> epath.Path:
         """Takes a damaged step out of the listing, and keeps its files."""

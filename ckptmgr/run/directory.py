@@ -24,6 +24,7 @@ BRANCH = "set aside by a rewind; `rewind` to one of these steps brings it back"
 SET_BACK = "the old checkpoint of a step whose new save was interrupted; it becomes the step again"
 INTERRUPTED_SAVE = "a save that was interrupted"
 INTERRUPTED_DELETION = "a deletion that was interrupted"
+INTERRUPTED_REDUCTION = "what params_only has taken out of a step, or was about to"
 STAYS = (KEPT, BRANCH)
 """These are removed only if somebody asks for it."""
 Leftover = tuple[epath.Path, str]
@@ -123,6 +124,12 @@ class Directory(Protocol):
 
     def set_aside(self, name: str) -> epath.Path:
         """Takes a damaged step out of the listing; returns its new place, where it is kept."""
+
+    def reduce(self, name: str, manifest: manifests.Manifest, was: bytes) -> list[epath.Path]:
+        """Gives a step this manifest, which has fewer items, in one move. Returns what is then to be removed.
+
+        `was` is the manifest that the step has now. Raises SaveError if it has another one.
+        """
 
     # ------------------------------------------------------------ going on from another step
 

@@ -14,6 +14,7 @@ from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError, Newe
 from ckptmgr.format import recorded
 from ckptmgr.format.manifest import Manifest
 from ckptmgr.results import CheckpointInfo
+from ckptmgr.run import reducing
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.manifest_cache import Stamp
 
@@ -22,11 +23,21 @@ _log = logging.getLogger("ckptmgr")
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """The steps to delete and to keep, each with the stamp that it had when this was decided."""
+    """The steps to delete, to reduce and to keep, each with the stamp that it had when this was decided."""
 
     to_delete: Mapping[int, Stamp] = dataclasses.field(default_factory=dict)
     kept: Mapping[int, Stamp] = dataclasses.field(default_factory=dict)
     saved_at: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    to_reduce: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """The kept steps that lose all items but the params, and the policies that say so."""
+
+    def seen(self, step: int) -> Stamp:
+        return self.to_delete[step] if step in self.to_delete else self.kept[step]
+
+    def needed_for(self, step: int) -> Mapping[int, Stamp]:
+        """The steps that must still be there: for a deletion all that stay, for a reduction the whole ones."""
+        left_out = self.to_reduce if step in self.to_reduce else ()
+        return {each: seen for each, seen in self.kept.items() if each not in left_out}
 
 
 class History:
@@ -111,20 +122,38 @@ class History:
             {step: seen[step] for step in sorted(to_delete)},
             {step: seen.get(step) for step in whole - to_delete},
             {info.step: info.time for info in infos},
+            self._to_reduce(infos),
         )
 
+    def _to_reduce(self, infos: Sequence[CheckpointInfo]) -> dict[int, str]:
+        """The steps that only `params_only` keeps, and that have something to lose."""
+        reasons = {info.step: info.kept for info in infos if info.distrusted is None}
+        wanted = {step: by for step, by in policies.to_reduce(self._keep, reasons).items() if self._can_lose(step)}
+        whole = {step: why for step in wanted if (why := reducing.why_whole(self._catalog.manifest(step)))}
+        if whole:
+            self._warn_once(
+                "steps that only params_only keeps stay whole in {}: {} (step {})".format(
+                    self._catalog.directory, *next((why, step) for step, why in whole.items())
+                )
+            )
+        return {step: by for step, by in wanted.items() if step not in whole}
+
+    def _can_lose(self, step: int) -> bool:
+        return bool(reducing.to_drop(self._catalog.manifest(step)))
+
     def still_holds(self, decision: Decision, step: int) -> bool:
-        """Whether a step may still be deleted, as the last look at the catalog saw it; on a disk, now.
+        """Whether a step may still be deleted, or reduced, as the last look at the catalog saw it; on a disk, now.
 
         Another process may have pinned or replaced it meanwhile, or deleted one of the steps to keep.
         """
-        if self._catalog.stamp(step) != decision.to_delete[step] or self._catalog.is_pinned(step):
+        seen = decision.seen(step)
+        if self._catalog.stamp(step) != seen or self._catalog.is_pinned(step):
             return False
-        if decision.to_delete[step] is None and not self._is_as_old(step, decision.saved_at[step]):
+        if seen is None and not self._is_as_old(step, decision.saved_at[step]):
             return False
         return self._catalog.is_listed(max(decision.kept)) and all(
             self._catalog.stamp(each) == seen and self._catalog.what_is_missing(each) is None
-            for each, seen in decision.kept.items()
+            for each, seen in decision.needed_for(step).items()
         )
 
     def _is_as_old(self, step: int, time: float) -> bool:
@@ -147,6 +176,7 @@ class History:
         """Yields the steps after `after` as they are committed; ends after `timeout_s` without a new one."""
         waited_since = time.monotonic()
         known: dict[int, tuple[Stamp, bytes | None] | None] = {}
+        saved_at: dict[int, float] = {}
         while True:
             listed = [step for step in self._catalog.steps() if after is None or step > after]
             if max(listed, default=-1) < max(known, default=-1):
@@ -155,7 +185,9 @@ class History:
             new = [step for step in listed if step not in known or seen[step] not in (known[step], None)]
             for step in new:
                 known[step] = seen[step]
-                if self._is_good(step):
+                found = self._if_good(step)
+                if found is not None and not (found.reduced and saved_at.get(step) == found.time):
+                    saved_at[step] = found.time
                     yield step
             if new:
                 waited_since = time.monotonic()
@@ -169,26 +201,27 @@ class History:
         stamp = self._catalog.stamp(step)
         return None if stamp is None else (stamp, self._catalog.trust_note(step))
 
-    def _is_good(self, step: int) -> bool:
-        """Whether a step is there, trusted, and its small files are whole. If it is not good, that is logged."""
+    def _if_good(self, step: int) -> Manifest | None:
+        """The manifest of a step that is there, trusted, and whose small files are whole. Else that is logged."""
         try:
             manifest = self._catalog.manifest(step, fresh=True)
             recorded.check_files(manifest, self._catalog.path(step), manifest.items)
         except CheckpointNotFoundError:
-            return False
+            return None
         except CorruptCheckpointError as problem:
             _log.warning("step %d is passed over as damaged: %s", step, problem)
-            return False
+            return None
         why = self._catalog.why_distrusted(step, manifest)
         if why is not None:
             _log.warning("step %d is passed over, because it is distrusted: %s", step, why)
-        return why is None
+        return manifest if why is None else None
 
     def best(
         self, metric: str | None, mode: Literal["min", "max"], *, beside: Sequence[CheckpointInfo] = ()
     ) -> int | None:
         """The step with the best value of a metric, or by the first `best` policy; `beside`: steps elsewhere."""
-        ranked_by = [each for each in self._keep if isinstance(each, policies.best)]
+        kept_by = [each.policy if isinstance(each, policies.params_only) else each for each in self._keep]
+        ranked_by = [each for each in kept_by if isinstance(each, policies.best)]
         if metric is not None:
             ranked_by = [policies.best(metric, mode=mode)]
         if not ranked_by:
@@ -237,4 +270,5 @@ def _describe(manifest: Manifest) -> CheckpointInfo:
         metrics=dict(manifest.metrics),  # a policy or a callback may change it
         metadata=copy.deepcopy(manifest.metadata),
         versions=dict(manifest.versions),
+        reduced=None if manifest.reduced is None else str(manifest.reduced),
     )

@@ -5,6 +5,7 @@
 <directory>/<step>/trust.json            whether somebody trusts it (`trust`)
 <directory>/.ckptmgr/saving/<step>/      a step that is being written
 <directory>/.ckptmgr/deleting/<step>-*/  a step that is being deleted
+<directory>/.ckptmgr/reducing/<step>/    a step without the items that `params_only` does not keep
 <directory>/.ckptmgr/replaced/<step>/    the old checkpoint of a step that is being replaced
 <directory>/.ckptmgr/damaged/<step>-*/   a damaged checkpoint whose step was saved again
 <directory>/.ckptmgr/abandoned/<branch>/<step>/    a checkpoint that a rewind has set aside (`branches`)
@@ -21,12 +22,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
-from ckptmgr.errors import CheckpointError, CheckpointNotFoundError
-from ckptmgr.format import files, names, paths, recorded
+from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, SaveError
+from ckptmgr.format import files, linking, names, paths, recorded
 from ckptmgr.format import manifest as manifests
-from ckptmgr.format.names import ABANDONED, DAMAGED, DELETING, PIN, REPLACED, REWINDING, SAVING, STEP, TRUST
+from ckptmgr.format.names import (
+    ABANDONED,
+    DAMAGED,
+    DELETING,
+    PIN,
+    REDUCING,
+    REPLACED,
+    REWINDING,
+    SAVING,
+    STEP,
+    TRUST,
+)  # fmt: skip
 from ckptmgr.run import directory as directories
-from ckptmgr.run import recognize
+from ckptmgr.run import recognize, reducing
 from ckptmgr.run.branches import Move
 from ckptmgr.run.directory import Leftover
 from ckptmgr.run.manifest_cache import Stamp
@@ -35,6 +47,7 @@ from ckptmgr.run.own_folder import OwnFolder, may
 _WHY = {
     SAVING: directories.INTERRUPTED_SAVE,
     DELETING: directories.INTERRUPTED_DELETION,
+    REDUCING: directories.INTERRUPTED_REDUCTION,
     REPLACED: "the old checkpoint of a step that was saved again",
     DAMAGED: directories.KEPT,
 }
@@ -161,13 +174,17 @@ class LocalDirectory:
         return self.draft(name)
 
     def publish(self, name: str) -> epath.Path | None:
-        draft, final, old = self.path / SAVING / name, self.path / name, self.path / REPLACED / name
+        draft, final = self.path / SAVING / name, self.path / name
         if not final.exists():
             draft.rename(final)
             return None
+        return self._swap(draft, final)
+
+    def _swap(self, draft: epath.Path, final: epath.Path) -> epath.Path:
+        """Puts a draft in the place of a step; returns where the old step is now."""
         if files.exchange(draft, final):
             return draft
-        self._own.folder(REPLACED)
+        old = self._own.folder(REPLACED) / final.name
         directories.remove(old)
         final.rename(old)
         try:
@@ -223,6 +240,29 @@ class LocalDirectory:
         return (self.path / name).rename(
             self._own.folder(DAMAGED) / f"{recognize.own_number(name)}-{time.time_ns()}"
         )
+
+    def reduce(self, name: str, manifest: manifests.Manifest, was: bytes) -> list[epath.Path]:
+        """Makes a folder with hard links to the files that stay, and swaps it with the step."""
+        draft, final = self._own.folder(REDUCING) / name, self.path / name
+        paths.refuse_link(final)
+        if draft.exists():
+            draft.rmtree()
+        gone = manifest.reduced.items if manifest.reduced else ()
+        stay = [file for file in files.walk(final)[1] if not reducing.is_below(file, gone)]
+        linking.link(final, draft, [file for file in stay if file != manifests.NAME])
+        files.write(draft / manifests.NAME, manifests.encode(manifest), durable=False)
+        files.sync([draft / manifests.NAME, *files.walk(draft)[0]])
+        if missing := recorded.missing_file(manifest, draft):
+            raise SaveError(f"step {manifest.step}: {missing}", step=manifest.step)
+        _check_still(final, was, manifest.step)
+        old = self._swap(draft, final)
+        try:
+            _check_still(old, was, manifest.step)
+        except SaveError:
+            _swap_back(old, final, draft)
+            raise
+        files.sync([draft.parent, old.parent, self.path])
+        return [old]
 
     def leftovers(self, *, is_alone: bool = False) -> list[Leftover]:
         return [
@@ -288,6 +328,18 @@ class LocalDirectory:
                 os.rmdir(folder)  # if it is empty
         files.sync([*filter(os.path.isdir, folders), self.path / ABANDONED, self.path])
         (self.path / REWINDING).unlink()
+
+
+def _check_still(checkpoint: epath.Path, was: bytes, step: int) -> None:
+    """Raises SaveError if a checkpoint was replaced, or pinned, since its manifest was read."""
+    if paths.read_bytes(checkpoint / manifests.NAME) != was or paths.may_exist(checkpoint / PIN):
+        raise SaveError(f"step {step} was replaced or pinned meanwhile", step=step)
+
+
+def _swap_back(old: epath.Path, final: epath.Path, draft: epath.Path) -> None:
+    if not files.exchange(old, final):
+        final.rename(draft)
+        old.rename(final)
 
 
 def _take_place(checkpoint: epath.Path, place: epath.Path) -> None:

@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import threading
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -33,7 +34,7 @@ from ckptmgr.policies import KeepPolicy
 from ckptmgr.processes import background as lifecycle
 from ckptmgr.processes.job import Job
 from ckptmgr.results import CheckpointInfo
-from ckptmgr.run import branches, history, retention, transfer, verifying
+from ckptmgr.run import branches, history, reducing, retention, transfer, verifying
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.parts import Offer, Parts
 
@@ -52,8 +53,10 @@ class Mirror:
         timeout_s: float,
         background: lifecycle.Background,
         job: Job,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self.catalog = away
+        self._now = now
         self.history = history.History(away, keep)
         self._home, self._keep = home, keep
         self._timeout_s, self._background = timeout_s, background
@@ -146,7 +149,7 @@ class Mirror:
         while not self._makes_way() and (to_copy := self._look()):
             self._copy_wanted(max(to_copy), to_copy)
         self._copy_pins_and_trust()
-        retention.retain(self.catalog, self.history)
+        retention.retain(self.catalog, self.history, now=self._now)
         if not self._makes_way():  # a draft that a crash has left is still to be continued
             self.catalog.tidy()
 
@@ -199,7 +202,8 @@ class Mirror:
         taken = set(self._announced)
         here = {info.step: info for info in history.History(self._home, ()).all() if info.distrusted is None}
         there = {info.step: info for info in self.history.all()}
-        wanted = {info.step for info in history.explain(list((there | here).values()), self._keep) if info.kept}
+        known = list((there | here | _whole_there(here, there)).values())
+        wanted = {info.step for info in history.explain(known, self._keep) if info.kept}
         missing = {step for step in here if step in wanted and self._lacks(step)}
         to_copy = {step: here[step].time for step in missing if (step, here[step].time) not in self._known_bad}
         self._to_copy = set(to_copy)  # before the next line: `not_yet_copied` looks at both sets
@@ -218,7 +222,7 @@ class Mirror:
             return True
         except NewerFormatError:
             return False  # a later ckptmgr wrote the copy: it is left alone
-        return (here.time, here.files) != (there.time, there.files)
+        return not reducing.is_same_save(here, there)
 
     def _copy(self, step: int, offer: Offer | None = None) -> None:
         source = self._home.require(step)
@@ -265,6 +269,17 @@ class Mirror:
         if meant is not None and meant.crc32 not in (None, zlib.crc32(marker)):
             draft.rmtree()
             raise CorruptCheckpointError(f"the copy is damaged: {names.COMMITTED} is not as recorded", step=step)
+
+
+def _whole_there(
+    here: Mapping[int, CheckpointInfo], there: Mapping[int, CheckpointInfo]
+) -> dict[int, CheckpointInfo]:
+    """The steps of the mirror that are whole there, and were reduced here."""
+    return {
+        step: info
+        for step, info in there.items()
+        if info.reduced is None and step in here and here[step].reduced and here[step].time == info.time
+    }
 
 
 def _has_links(draft: epath.Path) -> bool:

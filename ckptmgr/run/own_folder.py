@@ -9,7 +9,7 @@ import os
 from etils import epath
 
 from ckptmgr.format import names, paths
-from ckptmgr.format.names import DAMAGED, DELETING, REPLACED, SAVING
+from ckptmgr.format.names import DAMAGED, DELETING, REDUCING, REPLACED, SAVING
 from ckptmgr.run import version_1
 
 
@@ -33,7 +33,7 @@ class OwnFolder:
         if not _writable(self._run):
             raise PermissionError(f"directory {self._run} cannot be written to: no permission")
         self._is_of_version_2 = os.path.lexists(self._run / names.VERSION)
-        for folder in (SAVING, DELETING, REPLACED, DAMAGED):
+        for folder in (SAVING, DELETING, REDUCING, REPLACED, DAMAGED):
             if folder == SAVING or os.path.lexists(self._run / folder):
                 self.folder(folder)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-from ckptmgr.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckptmgr.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from ckptmgr.run.branches import Plan
 from ckptmgr.run.catalog import Catalog
+
+_log = logging.getLogger("ckptmgr")
 
 
 def plan(catalogs: Sequence[Catalog], step: int) -> list[Plan]:
@@ -21,6 +24,19 @@ def plan(catalogs: Sequence[Catalog], step: int) -> list[Plan]:
         raise _not_found(catalogs, step)
     _check_one(catalogs, found, step)
     return [plan or each.plan_rewind_without(known) for each, plan in zip(catalogs, found, strict=True)]
+
+
+def warn_if_reduced(catalogs: Sequence[Catalog], step: int) -> None:
+    """Says it if training cannot be resumed from the step that a run goes on from."""
+    try:
+        found = [each.manifest(step).reduced for each in catalogs if each.has(step)]
+    except (CheckpointError, OSError):  # a mirror that cannot be reached; the rewind is made
+        return
+    if found and all(found):
+        _log.warning(
+            "the run goes on from step %d, which was %s: restore(params=...) restores it. A restore that asks for "
+            "opt_state or extras takes an older step", step, found[0],
+        )  # fmt: skip
 
 
 def _check_one(catalogs: Sequence[Catalog], found: Sequence[Plan | None], step: int) -> None:

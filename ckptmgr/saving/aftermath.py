@@ -91,7 +91,8 @@ class Aftermath:
         found = open_catalog(self._options.mirror)
         options = self._options
         timeout_s, background = options.timeout_s, self._shared.mirroring
-        return Mirror(self._home, found, options.mirror_keep, timeout_s, background, self._mirror_job)
+        now = self._journal.wall
+        return Mirror(self._home, found, options.mirror_keep, timeout_s, background, self._mirror_job, now)
 
     def after_commit(self, info: CheckpointInfo) -> None:
         """Called once a step is durable."""
@@ -212,9 +213,12 @@ class Aftermath:
 
     def go_on_from(self, step: int, moved: Sequence[int]) -> None:
         """Forgets what was known of the moved steps; called in every process after a rewind."""
-        for catalog in (self._home, *([self.mirror.catalog] if self.mirror is not None else [])):
+        catalogs = [self._home, *([self.mirror.catalog] if self.mirror is not None else [])]
+        for catalog in catalogs:
             for each in moved:
                 catalog.forget(each)
+        if self._job.leads:
+            rewinding.warn_if_reduced(catalogs, step)
         self._remember(step)
         self._has_warned = False
         self.update_mirror()
@@ -249,7 +253,7 @@ class Aftermath:
                 _log.exception("step %d: on_commit callback %r failed", info.step, callback)
 
     def _retain(self) -> None:
-        """Deletes what no policy keeps; called once a newer checkpoint is durable."""
+        """Deletes and reduces what the policies say; called once a newer checkpoint is durable."""
         with self._shared.retaining:  # the thread that copies to the mirror calls this too
             try:
                 self._shared.hold()
@@ -261,6 +265,8 @@ class Aftermath:
                 self._history,
                 is_spared=self._is_spared,
                 deleted=lambda step: self._journal.record("deleted", step, why="no policy keeps it"),
+                reduced=lambda step, by: self._journal.record("reduced", step, why=f"only {by} keeps it"),
+                now=self._journal.wall,
             )
 
     def _is_spared(self, step: int) -> bool:

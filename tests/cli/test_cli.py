@@ -150,6 +150,31 @@ def test_pin_unpin_rm_and_keep(runs):
     assert len(answer("ls", good)["steps"]) == 1  # nothing was deleted
 
 
+def test_keep_makes_milestones_and_ls_show_and_the_report_say_so(tmp_path):
+    run = tmp_path / "run"
+    with ckptmgr.CheckpointManager(run) as manager:
+        for step in (10, 15, 20):
+            manager.save(step, PARAMS, OPTIMIZER.init(PARAMS))
+    asked = ["keep", run, "--policy", "latest:1", "--policy", "params-only:every_steps:10"]
+    out = ok(*asked, "--dry-run")
+    assert "would be deleted: 15" in out
+    assert "would be reduced to their params: 10" in out
+    assert (run / "10" / "opt_state").exists()
+    found = answer(*asked)
+    assert (found["deleted"], found["reduced"]) == ([15], [10])
+    assert not (run / "10" / "opt_state").exists()
+    assert "nothing to delete" in ok(*asked)
+    said = "reduced to its params by params_only(every_steps(10)) on 20"
+    assert [bool(row["reduced"]) for row in answer("ls", run)["steps"]] == [True, False]
+    assert said in ok("ls", run)
+    assert said in ok("show", run, 10)
+    assert answer("show", run, 10)["reduced"].startswith(said)
+    ok("report", run, "-o", tmp_path / "report.html")
+    assert "step 10: on disk, reduced to its params" in (tmp_path / "report.html").read_text()
+    assert said in (tmp_path / "report.html").read_text()
+    assert (run / ".ckptmgr" / "journal.jsonl").read_text().count('"event": "reduced", "step": 10') == 1
+
+
 def test_gc(runs):
     left = runs / "good" / ".ckptmgr" / "saving" / "4"
     left.mkdir()

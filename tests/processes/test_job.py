@@ -414,6 +414,13 @@ def restored(directory):
     return found.step
 
 
+def test_what_a_milestone_lacks_is_told_in_all_processes_and_all_pass_over_it(tmp_path):
+    for index, said in enumerate(lines(start(2, tmp_path, "milestones"))):
+        by = "process 0: " if index else ""
+        assert said[0].startswith(f"refused 10 opt_state {by}step 10 was reduced to its params by params_only")
+        assert said[1:] == ["restored 5 10"]
+
+
 def test_all_processes_go_back_together(tmp_path):
     for index, said in enumerate(lines(start(2, tmp_path, "rewind"))):
         assert said[0].startswith(f"refused {'process 0: ' if index else ''}there is no step 55 in {tmp_path}")
