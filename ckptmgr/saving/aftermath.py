@@ -119,10 +119,16 @@ class Aftermath:
         if not paths.is_local(self._home.directory) or self._has_warned:  # a bucket gets few requests
             return
         try:
-            later = [each for each in self._home.steps() if each > step]
-            self._warn_of_later([each for each in later if self._home.why_distrusted(each) is None], step)
+            self._warn_of_later([each for each in self._home.steps() if each > step and self._counts(each)], step)
         except (CheckpointError, OSError) as problem:
             _log.warning("step %d: it could not be found out whether later steps exist: %s", step, problem)
+
+    def _counts(self, step: int) -> bool:
+        """Whether a restore would try a step before lower ones: it does not if the step is distrusted."""
+        try:
+            return self._home.why_distrusted(step) is None
+        except CheckpointError:
+            return True
 
     def _remember(self, step: int) -> None:
         self._shared.committed = step
