@@ -112,7 +112,7 @@ def test_the_share_that_the_loop_measures_is_that_of_the_times():
         returned = trained + 0.1 * saved
         steps.append(cadence.Step(now, trained, returned, saved, beside))
         now = returned
-    found = cadence._phase(steps, 1.0, 0, math.inf)
+    found = cadence._phase(steps, 0, math.inf)
     assert found["interval_s"] == pytest.approx(10.6)
     assert found["share"] == pytest.approx(0.6 / 10.6)
     assert found["blocked"] == pytest.approx(0.1 / 10.6)
@@ -129,7 +129,7 @@ def test_in_the_kept_run_the_share_is_within_a_third_and_no_call_waits_for_the_s
     results = json.loads((PERFORMANCE / "cadence.json").read_text())
     for each in results["overheads"]:
         for phase in each["phases"]:
-            assert phase["share"] == pytest.approx(each["asked"], rel=1 / 3)
+            assert phase["share"] == pytest.approx(each["asked"], rel=1 / 3, abs=2 * phase["error"])
     often = {each["title"]: each for each in results["often"]}
     assert often["as_often_as_possible, slowed by 1 s"]["longest_wait_s"] < 0.5
     assert often["every 20 steps, slowed by 1 s"]["longest_wait_s"] > 0.5
