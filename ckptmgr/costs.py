@@ -47,6 +47,9 @@ class Cost:
     steps_after: int = 0
     after_s: float = 0.0
 
+    def __repr__(self) -> str:
+        return fit_line("Cost", *(f"{name}={value:.6g}" for name, value in dataclasses.asdict(self).items()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
