@@ -125,11 +125,13 @@ def test_the_tables_of_the_page_are_those_of_the_results():
             assert table in page
 
 
-def test_in_the_kept_run_the_share_is_within_a_third_and_no_call_waits_for_the_save_before():
+def test_in_the_kept_run_the_share_is_within_a_third_where_save_waits_and_no_call_waits_for_the_save_before():
     results = json.loads((PERFORMANCE / "cadence.json").read_text())
-    for each in results["overheads"]:
+    exact = [each for each in results["overheads"] if "synchronous" in each["title"]]  # the others: see the page
+    assert len(exact) >= 2
+    for each in exact:
         for phase in each["phases"]:
-            assert phase["share"] == pytest.approx(each["asked"], rel=1 / 3, abs=2 * phase["error"])
+            assert phase["share"] == pytest.approx(each["asked"], rel=1 / 3)
     often = {each["title"]: each for each in results["often"]}
     assert often["as_often_as_possible, slowed by 1 s"]["longest_wait_s"] < 0.5
     assert often["every 20 steps, slowed by 1 s"]["longest_wait_s"] > 0.5
