@@ -74,7 +74,7 @@ class overhead:  # noqa: N801
 
     The first step offered is saved, to learn from it. Then a step is saved once the saves that are remembered (8)
     have cost at most `share` of the time since the first of them began. So the interval follows a disk that
-    becomes slower or faster with the next save. Saves by `force=True`, by preemption and by other policies count too.
+    becomes slower or faster with the next save. Saves by force, preemption and other policies count too.
 
     No save begins while another is being written, nor before a step has passed without a save: with such steps
     those beside a save are compared.
