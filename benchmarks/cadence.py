@@ -151,7 +151,7 @@ def _figures(case: Case, steps: Sequence[Step], durable: Sequence[tuple[int, flo
         "asked": getattr(case.policy, "share", None),
         "step_s": quiet_s,
         "saves": len(waits),
-        "phases": [_phase(steps, quiet_s, *half) for half in halves],
+        "phases": [_phase(steps, *half) for half in halves],
         "longest_wait_s": waits[-1],
         "wait_s": statistics.median(waits),
         "steps_between": statistics.median(gaps) if gaps else None,
@@ -159,21 +159,31 @@ def _figures(case: Case, steps: Sequence[Step], durable: Sequence[tuple[int, flo
     }
 
 
-def _phase(steps: Sequence[Step], quiet_s: float, since: float, until: float) -> dict[str, Any]:
+def _phase(steps: Sequence[Step], since: float, until: float) -> dict[str, Any]:
     """From the save after which the share is judged to the last one: the saves between, and what they cost."""
     saved = [at for at, each in enumerate(steps) if each.is_saved and since <= each.trained < until]
     if len(saved) <= SETTLED + 1:
-        return {"saves": len(saved), "share": None, "interval_s": None}
-    judged = steps[saved[SETTLED] : saved[-1]]
-    blocked_s = sum(each.returned - each.trained for each in judged if each.is_saved)
-    slowed_s = sum(each.trained - each.began - quiet_s for each in judged if each.was_beside)
-    passed_s = steps[saved[-1]].trained - steps[saved[SETTLED]].trained
+        return {"saves": len(saved), "share": None, "error": None, "interval_s": None}
+    cycles = [steps[one + 1 : other + 1] for one, other in itertools.pairwise(saved[SETTLED:])]
+    passed_s = steps[saved[-1]].returned - steps[saved[SETTLED]].returned
+    blocked_s = sum(cycle[-1].returned - cycle[-1].trained for cycle in cycles)
+    lost = [each for each in map(_lost_s, cycles) if each is not None]
+    error_s = statistics.stdev(lost) * len(lost) ** 0.5 if len(lost) > 1 else 0.0
     return {
         "saves": len(saved),
-        "share": (blocked_s + slowed_s) / passed_s,
+        "share": (blocked_s + sum(lost)) / passed_s,
+        "error": error_s / passed_s,
         "blocked": blocked_s / passed_s,
-        "interval_s": passed_s / (len(saved) - 1 - SETTLED),
+        "interval_s": passed_s / len(cycles),
     }
+
+
+def _lost_s(cycle: Sequence[Step]) -> float | None:
+    """By how much the steps beside a save took longer than the others before the next save."""
+    times = [(each.trained - each.began, each.was_beside) for each in cycle]
+    quiet = [seconds for seconds, was_beside in times if not was_beside]
+    beside = [seconds for seconds, was_beside in times if was_beside]
+    return sum(beside) - len(beside) * statistics.fmean(quiet) if quiet else None
 
 
 # ---------------------------------------------------------------- the command
@@ -227,7 +237,7 @@ def text(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *report.table(list(_OFTEN), _often_rows(results))])
 
 
-_OVERHEAD = ("", "asked for", "step, ms", "saves", "seconds between saves", "share", "of it blocked")
+_OVERHEAD = ("", "asked for", "step, ms", "saves", "seconds between saves", "share ± its error", "of it blocked")
 _OFTEN = ("", "step, ms", "saves", "a save waits, ms", "the longest, ms", "steps between", "at most")
 
 
@@ -238,7 +248,11 @@ def _overhead_rows(results: Mapping[str, Any]) -> list[list[str]]:
         for name, phase in zip(names, each["phases"], strict=True):
             known = phase["share"] is not None
             figures = (phase["interval_s"], phase["share"], phase["blocked"]) if known else ()
-            spelled = [f"{figures[0]:.3g}", f"{figures[1]:.2%}", f"{figures[2]:.2%}"] if figures else ["-"] * 3
+            spelled = (
+                [f"{figures[0]:.3g}", f"{figures[1]:.1%} ± {phase['error']:.1%}", f"{figures[2]:.2%}"]
+                if figures
+                else ["-"] * 3
+            )
             rows.append(
                 [
                     each["title"] + name,

@@ -69,10 +69,12 @@ class Choice:
 class overhead:  # noqa: N801
     """Saves as often as keeps the measured cost of saving within a share of the run's time.
 
-    A save costs the time that its caller waits, and what it slows the steps beside it. The first step offered is
-    saved, to learn from it. Then a step is saved once the saves that are remembered (8) have cost at most `share`
-    of the time since the first of them began. So the interval follows a disk that becomes slower or faster with
-    the next save. `force=True`, preemption and other policies make saves that count too.
+    A save costs the time that its caller waits, and what it slows the steps beside it. If the steps differ much,
+    as on a busy machine, this is not known well, and taken to cost more.
+
+    The first step offered is saved, to learn from it. Then a step is saved once the saves that are remembered (8)
+    have cost at most `share` of the time since the first of them began. So the interval follows a disk that
+    becomes slower or faster with the next save. Saves by force, preemption and other policies count too.
 
     No save begins while another is being written, nor before a step has passed without a save: with such steps
     those beside a save are compared.

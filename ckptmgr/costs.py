@@ -1,8 +1,9 @@
 """What saving costs a run, measured from the times of its calls: a frozen value, without clocks, threads or JAX.
 
 A save costs the time that its caller waits, and what the steps beside it take longer than steps without a save:
-the mean of the ones is compared with the mean of the others. A step takes the time from one call of `save` or
-`should_save` to the next call with a higher step. Where a call skips steps, each of them takes an equal part.
+the mean of the ones is compared with the mean of those before and after. A step takes the time from one call of
+`save` or `should_save` to the next call with a higher step. Where a call skips steps, each of them takes an equal
+part.
 
 A pause, for example for an evaluation, is no step: a time far above the longest usual one counts as `_OUTLIER`
 times that. Beside a save many steps may be short and a few long, so what is usual there is told by the longest
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +46,9 @@ class Cost:
     """The longest of these steps."""
     steps_after: int = 0
     after_s: float = 0.0
+
+    def __repr__(self) -> str:
+        return fit_line("Cost", *(f"{name}={value:.6g}" for name, value in dataclasses.asdict(self).items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +151,20 @@ class Costs:
         """The mean time that the caller waited for one of the remembered saves."""
         return _mean([each.blocked_s for each in self.saves])
 
-    @property
+    @functools.cached_property
     def slowed_s(self) -> float:
-        """The mean time that the steps beside a save have lost; 0 if they were not slower."""
-        if not self.is_step_known:
-            return 0.0
-        step_s = self.step_s
-        return max(0.0, _mean([each.beside_s - each.steps_beside * step_s for each in self.saves]))
+        """What the steps beside a save have lost: the mean of the saves, and its standard error.
+
+        So what is not known well, on a busy machine say, is taken to cost more.
+        """
+        lost = [each for each in map(self._lost_s, range(len(self.saves))) if each is not None]
+        return max(0.0, _mean(lost) + _error(lost))
+
+    def _lost_s(self, place: int) -> float | None:
+        """By how much the steps beside a save took longer than those just before and just after it."""
+        save, near = self.saves[place], self.saves[max(0, place - 1) : place + 1]
+        steps = sum(each.steps_after for each in near)
+        return save.beside_s - save.steps_beside * sum(each.after_s for each in near) / steps if steps else None
 
     @functools.cached_property
     def cost_s(self) -> float:
@@ -171,6 +184,15 @@ class Saving:
     in_progress: bool
     """Whether a call of `save` would wait: for a save that is being written, or for the callbacks after it."""
     costs: Costs = Costs()
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of the mean, from successive differences: a disk that becomes slower once is no noise.
+
+    von Neumann 1941, "Distribution of the ratio of the mean square successive difference to the variance".
+    """
+    squares = [(one - other) ** 2 for one, other in itertools.pairwise(values)]
+    return math.sqrt(_mean(squares) / 2 / len(values)) if squares else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:

