@@ -247,6 +247,13 @@ MUTATIONS = [
         "tests/test_manager.py::test_restoring_walks_back_past_a_damaged_step_and_says_so",
     ),
     Mutation(
+        "3a", "a step that lacks what is asked for ends a restore",
+        "restoring/restorer.py",
+        "                reduced.append(problem)\n",
+        "                raise\n",
+        "tests/run/test_reducing.py::test_a_restore_of_the_newest_passes_over_a_milestone_that_lacks_what_is_asked_for",
+    ),
+    Mutation(
         "3b", "nothing is said of a step that is passed over",
         "restoring/restorer.py",
         '_log.warning("step %d is passed over as damaged: %s", candidate, problem)', "pass",
@@ -364,8 +371,8 @@ MUTATIONS = [
     Mutation(
         "7g", "a state that holds the parameters goes",
         "run/history.py",
-        "for step, by in wanted.items() if step not in whole}",
-        "for step, by in wanted.items()}",
+        "if step in manifests.keys() - whole.keys()}",
+        "if step in manifests}",
         "tests/run/test_reducing.py::test_a_state_that_holds_the_parameters_is_left_whole_and_that_is_said_once",
     ),
     Mutation(
@@ -418,6 +425,13 @@ MUTATIONS = [
         "tests/run/test_reducing.py::test_a_step_in_a_bucket_that_was_saved_anew_meanwhile_keeps_its_manifest",
     ),
     Mutation(
+        "7h", "a step that was reduced counts as another save in the mirror",
+        "run/mirror.py",
+        "return not reducing.is_same_save(here, there)",
+        "return (here.time, here.files) != (there.time, there.files)",
+        "tests/run/test_reducing.py::test_what_was_reduced_at_home_is_whole_in_a_mirror_that_keeps_all_and_comes_from_there",
+    ),
+    Mutation(
         "8", "a restore that was overtaken is not read again",
         "restoring/restorer.py", "if request.broadcast or not (is_replaced or is_reduced):", "if True:",
         "tests/test_crash.py::test_a_reader_beside_a_writer_sees_whole_steps_or_a_clear_error",
@@ -426,6 +440,13 @@ MUTATIONS = [
         "8", "a read-only manager cleans up",
         "assembly.py", "    if not options.read_only:\n", "    catalog.tidy()\n    if not options.read_only:\n",
         "tests/test_manager.py::test_closed_and_read_only_managers_do_not_save",
+    ),
+    Mutation(
+        "8", "a step that was reduced is a new one for who watches",
+        "run/history.py",
+        "if found is not None and not (found.reduced and saved_at.get(step) == found.time):",
+        "if found is not None:",
+        "tests/run/test_reducing.py::test_a_milestone_is_no_new_checkpoint_for_who_watches",
     ),
     Mutation(
         "9a", "a pickle may set attributes on what it names",

@@ -59,6 +59,13 @@ def copy(folder):
         manager.wait()
 
 
+def reduce(folder):
+    keep = [ckptmgr.latest(1), ckptmgr.params_only(9)]
+    with ckptmgr.CheckpointManager(folder / "run", keep=keep) as manager:
+        for step in (1, 2):
+            manager.save(step, PARAMS, PARAMS)
+
+
 def export(name, **how):
     return lambda folder: interop.write(PARAMS, folder / name, **how)
 
@@ -74,6 +81,9 @@ NAMES = {
     "run/.ckptmgr/deleting": delete,
     "run/.ckptmgr/replaced": replace,
     "run/.ckptmgr/replaced/1": replace,
+    "run/.ckptmgr/reducing": reduce,
+    "run/.ckptmgr/reducing/1": reduce,
+    "run/.ckptmgr/reducing/1/params": reduce,
     "run/1/PINNED": pin,
     "run/1/trust.json": distrust,
     "run/.ckptmgr/trust.new": distrust,

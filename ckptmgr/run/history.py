@@ -126,20 +126,15 @@ class History:
         )
 
     def _to_reduce(self, infos: Sequence[CheckpointInfo]) -> dict[int, str]:
-        """The steps that only `params_only` keeps, and that have something to lose."""
+        """The steps that only `params_only` keeps and that have something to lose, and the policies."""
         reasons = {info.step: info.kept for info in infos if info.distrusted is None}
-        wanted = {step: by for step, by in policies.to_reduce(self._keep, reasons).items() if self._can_lose(step)}
-        whole = {step: why for step in wanted if (why := reducing.why_whole(self._catalog.manifest(step)))}
-        if whole:
-            self._warn_once(
-                "steps that only params_only keeps stay whole in {}: {} (step {})".format(
-                    self._catalog.directory, *next((why, step) for step, why in whole.items())
-                )
-            )
-        return {step: by for step, by in wanted.items() if step not in whole}
-
-    def _can_lose(self, step: int) -> bool:
-        return bool(reducing.to_drop(self._catalog.manifest(step)))
+        wanted = policies.to_reduce(self._keep, reasons)
+        manifests = {step: found for step in wanted if reducing.to_drop(found := self._catalog.manifest(step))}
+        whole = {step: why for step, found in manifests.items() if (why := reducing.why_whole(found))}
+        for step, why in whole.items():
+            text = f"params_only leaves steps whole in {self._catalog.directory}: step {step}: {why}"
+            self._warn_once(text, "params_only")
+        return {step: by for step, by in wanted.items() if step in manifests.keys() - whole.keys()}
 
     def still_holds(self, decision: Decision, step: int) -> bool:
         """Whether a step may still be deleted, or reduced, as the last look at the catalog saw it; on a disk, now.
@@ -165,9 +160,10 @@ class History:
             f"the policy {name} of keep failed, so nothing is deleted: {type(problem).__name__}: {problem}"
         )
 
-    def _warn_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+    def _warn_once(self, text: str, about: str = "") -> None:
+        """Logs a text unless it, or another one `about` the same, was logged before."""
+        if (about or text) not in self._said:
+            self._said.add(about or text)
             _log.warning("%s", text)
 
     # ------------------------------------------------------------ looking

@@ -245,8 +245,7 @@ class LocalDirectory:
         """Makes a folder with hard links to the files that stay, and swaps it with the step."""
         draft, final = self._own.folder(REDUCING) / name, self.path / name
         paths.refuse_link(final)
-        if draft.exists():
-            draft.rmtree()
+        directories.remove(draft)
         gone = manifest.reduced.items if manifest.reduced else ()
         stay = [file for file in files.walk(final)[1] if not reducing.is_below(file, gone)]
         linking.link(final, draft, [file for file in stay if file != manifests.NAME])
