@@ -115,7 +115,7 @@ def settled(run):
     return run.saves[SAVES][0], run.saves[-1][0]
 
 
-@settings(max_examples=counted(30, full=300))
+@settings(max_examples=counted(10, full=300))
 @given(disks, shares)
 @example(Disk(blocked_s=0.001, write_s=30, slowing=1.0, step_s=2.0), 0.2)
 @example(Disk(blocked_s=0.001, write_s=2, slowing=2.0, step_s=0.1), 0.05)
@@ -133,7 +133,7 @@ def test_the_share_is_never_above_what_was_asked_for_and_not_far_below_if_the_di
     assert run.overlapped == 0
 
 
-@settings(max_examples=counted(30, full=300))
+@settings(max_examples=counted(10, full=300))
 @given(disks, st.integers(0, 99))
 def test_noise_in_the_steps_does_not_move_the_share(disk, seed):
     disk = dataclasses.replace(disk, noise=0.1, blocked_s=max(disk.blocked_s, disk.step_s))
@@ -153,7 +153,7 @@ def test_a_few_very_long_steps_beside_a_save_are_its_cost_also_among_hiccups_of_
     assert 0.1 / 3 * (1 if hiccup else 2) <= run.share(*settled(run)) <= 0.1 * 4 / 3
 
 
-@settings(max_examples=counted(10, full=100))
+@settings(max_examples=counted(4, full=100))
 @given(st.floats(1.5, 10), st.booleans())
 def test_a_disk_that_changes_is_followed(factor, becomes_slower):
     fast, slow = Disk(blocked_s=0.01, write_s=0.5), Disk(blocked_s=0.01 * factor, write_s=0.5 * factor)
@@ -201,7 +201,7 @@ def test_the_first_step_is_saved_and_the_second_save_waits_until_it_is_known_wha
     assert [round(began) for began, _ in run.saves][:2] == [1, 5]  # step 1, then three steps without a save
 
 
-@settings(max_examples=counted(20, full=200))
+@settings(max_examples=counted(8, full=200))
 @given(disks, st.floats(0, 10))
 def test_as_often_as_possible_never_overlaps_and_wastes_at_most_a_step(disk, least_s):
     each_s = disk.write_s + disk.step_s + disk.blocked_s + least_s

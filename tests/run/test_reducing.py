@@ -131,7 +131,7 @@ def test_a_milestone_has_its_params_bit_for_bit_and_says_what_it_lacks(anywhere)
         ({"extras": {"data": {"at": 0}}}, "data"),
         ({"extras": {"ema": params(0)}, "opt_state": opt_state(0)}, "opt_state and no ema"),
     ],
-    ids=str,
+    ids=["opt_state", "optimizer", "an iterator", "a tree and opt_state"],
 )
 def test_who_asks_for_what_is_gone_is_told_why(run, asked, item):
     manager = CheckpointManager(run, read_only=True)
@@ -498,7 +498,7 @@ def ready(tmp_path_factory):
 @pytest.mark.parametrize("how", [[], ["no-exchange"]], ids=["swapped", "renamed"])
 def test_killed_at_each_moment_a_step_is_whole_before_or_after_and_nothing_is_left_over(how, ready, tmp_path):
     seen, moment = [], 0
-    for moment in itertools.count(1, counted(3, full=1)):
+    for moment in itertools.count(1, counted(6, full=1)):
         run = tmp_path / str(moment) / "run"
         shutil.copytree(ready, run)
         done = warm.run([reducer.__file__, run, 10, moment, *how])
@@ -640,7 +640,7 @@ def test_items_whose_deletion_fails_are_deleted_by_the_next_start(far, kind, mon
 @pytest.mark.soak
 def test_killed_at_each_request_a_step_in_a_bucket_is_whole_before_or_after(far):
     seen = []
-    for moment in itertools.count(1, counted(2, full=1)):
+    for moment in itertools.count(1, counted(5, full=1)):
         run = f"{far}/{moment}"
         with CheckpointManager(run) as manager:
             save(manager, 10, 15)
