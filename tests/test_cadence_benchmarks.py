@@ -96,7 +96,7 @@ def test_the_month_is_simulated_and_drawn(tmp_path):
 
 @pytest.mark.xdist_group("benchmarks")
 def test_the_loop_is_measured(tmp_path):
-    said = run("benchmarks.cadence", "--seconds=1", "--width=64", "--out", tmp_path)
+    said = run("benchmarks.cadence", "--seconds=2", "--width=64", "--out", tmp_path)
     results = json.loads((tmp_path / "cadence.json").read_text())
     assert all(each["saves"] >= 1 for each in results["overheads"] + results["often"])
     assert (tmp_path / "cadence.txt").read_text().strip() == said.strip()
