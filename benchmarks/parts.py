@@ -86,12 +86,12 @@ def _save(count: int, leaves: int, directory: Path) -> dict[str, float]:
     run.prepare()
     parts: list[float] = []
 
-    def write_parts() -> list[sealing.Facts]:
+    def write_parts() -> list[list[Any]]:
         of_0 = {**seconds}
         done = [measure.timed(_write_part, run.draft(_STEP), count, leaves, n) for n in range(1, count)]
         seconds.update(of_0)  # what the others do is not of process 0
         parts.extend(part_s for _, part_s in done)
-        return [report for report, _ in done]
+        return [[report, ""] for report, _ in done]
 
     copied, committer = (
         _copied(count, leaves),

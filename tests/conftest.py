@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +15,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jax.sharding import AxisType
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts with `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 guard.install()
 
 settings.register_profile("ci", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)

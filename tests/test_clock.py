@@ -99,6 +99,7 @@ def _saved(directory, shown, moments, step=0, save_every=None):
             step += 1
             if manager.save(step, PARAMS):
                 found.append(moment)
+            manager.wait()  # Orbax's policy saves nothing while another save is in progress
     return found, step
 
 
