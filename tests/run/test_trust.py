@@ -255,6 +255,7 @@ def test_watch_yields_a_step_once_it_is_trusted(tmp_path):
         thread = threading.Thread(target=watch)
         thread.start()
         assert is_seen.wait(20)
+        thread.join(1)  # the watch looks at step 2 meanwhile
         assert seen == [1]
         manager.trust(2)
         thread.join(20)
