@@ -229,7 +229,8 @@ MUTATIONS = [
         'saving/committing.py',
         '        sealing.check(copied.step, draft, self._meant(copied, draft, others, sent), found)\n',
         '',
-        'tests/saving/test_sealing.py::test_what_somebody_does_to_a_step_while_it_is_written_is_never_sealed_as_whole',
+        'tests/test_remote.py::'
+        'test_a_small_file_that_another_program_changes_before_the_manifest_is_there_is_noticed',
     ),
     Mutation(
         '2c', 'what other processes have written is not compared with what they have reported',

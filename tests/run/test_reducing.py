@@ -498,7 +498,7 @@ def ready(tmp_path_factory):
 @pytest.mark.parametrize("how", [[], ["no-exchange"]], ids=["swapped", "renamed"])
 def test_killed_at_each_moment_a_step_is_whole_before_or_after_and_nothing_is_left_over(how, ready, tmp_path):
     seen, moment = [], 0
-    for moment in itertools.count(1, counted(6, full=1)):
+    for moment in itertools.count(1, counted(3, full=1)):
         run = tmp_path / str(moment) / "run"
         shutil.copytree(ready, run)
         done = warm.run([reducer.__file__, run, 10, moment, *how])
