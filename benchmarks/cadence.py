@@ -101,7 +101,7 @@ def train(case: Case, seconds: float, width: int, directory: Path) -> dict[str, 
         return 0.0 if is_fast else case.waits_s
 
     durable: list[tuple[int, float]] = []
-    options = {"save_every": case.policy, "asynchronous": case.asynchronous, "keep": 2}
+    options = {"save_every": case.policy, "asynchronous": case.asynchronous}  # no step is deleted beside the loop
     options["on_commit"] = lambda info: durable.append((info.step, time.perf_counter() - begins))
     with slowed(waits_s), ckptmgr.CheckpointManager(directory, **options) as manager:
         begins = time.perf_counter()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.reuse --out docs/performance
 
-80 MB that are frozen and 0.6 MB that are trained, as with an adapter (LoRA); ten steps. And a state of which every
-array changes, with and without the option, in turns: what the option costs who has no use for it.
+84 MB that are frozen and 0.6 MB that are trained, as with an adapter (LoRA); with the option and without it.
+What the option costs where every array changes: `python -m benchmarks.options`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import ckptmgr
-from benchmarks import counting, workloads
+from benchmarks import counting
 
-_STEPS = 10
 _MB = 1e6
 
 
@@ -32,7 +31,7 @@ class Step(NamedTuple):
     """What one step cost."""
 
     stored: int
-    """How many bytes more the disk, or the bucket, was given."""
+    """How many bytes more of the disk are in use."""
     sent: int
     """Bytes that the process wrote, or sent to the bucket."""
     seconds: float
@@ -40,29 +39,26 @@ class Step(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reuse", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--repeats", type=int, default=30, help="saves of each kind, where all changes: %(default)s"
-    )
+    parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="where reuse.txt goes")
     options = parser.parse_args(arguments)
     lines = [
-        f"{'80.6 MB, of which 0.6 MB change':<34}{'first step, MB':>16}{'each further one, MB':>22}{'seconds':>16}"
+        f"{'84.5 MB, of which 0.6 MB change':<34}{'first step, MB':>16}{'each further one, MB':>22}{'seconds':>16}"
     ]
-    lines += _rows("disk", *_on_disk())
-    lines += _rows("s3", *_in_bucket())
-    lines += ["", "3,001 leaves, 25 MB, all of which change: time with the option, as a ratio to that without it"]
-    lines += [f"{what:<34}{ratio:>16.3f}" for what, ratio in _all_changes(options.repeats).items()]
+    lines += _rows("disk", *_on_disk(options.steps), ("stored", "sent"))
+    lines += _rows("s3", *_in_bucket(options.steps), ("sent",))
     text = "\n".join(lines)
     if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "reuse.txt").write_text(text + "\n")
     print(text)
     return 0
 
 
-def _rows(where: str, on: Sequence[Step], off: Sequence[Step]) -> list[str]:
+def _rows(where: str, on: Sequence[Step], off: Sequence[Step], known: Sequence[str]) -> list[str]:
     rows = []
     for option, steps in (("reuse_unchanged", on), ("without it", off)):
-        for what in ("stored", "sent"):
+        for what in known:
             first, *further = [getattr(each, what) / _MB for each in steps]
             seconds = f"{steps[0].seconds:.2f}, {statistics.median(each.seconds for each in steps[1:]):.2f}"
             label = f"{where}, {option}: {'bytes ' + what}"
@@ -70,12 +66,12 @@ def _rows(where: str, on: Sequence[Step], off: Sequence[Step]) -> list[str]:
     return rows
 
 
-def _saved(run: str, reuse: bool, stored: Callable[[], int], sent: Callable[[], int]) -> list[Step]:
+def _saved(run: str, steps: int, reuse: bool, stored: Callable[[], int], sent: Callable[[], int]) -> list[Step]:
     random = np.random.default_rng(0)
     frozen = {f"layer_{n}": jnp.asarray(random.random((1024, 1024), np.float32)) for n in range(20)}
     found = []
     with ckptmgr.CheckpointManager(run, reuse_unchanged=reuse) as manager:
-        for step in range(1, _STEPS + 1):
+        for step in range(1, steps + 1):
             params = {"frozen": frozen, "adapter": jnp.asarray(random.random(150_000, np.float32))}
             before, sent_before, began = stored(), sent(), time.perf_counter()
             manager.save(step, jax.block_until_ready(params)).result()
@@ -85,10 +81,10 @@ def _saved(run: str, reuse: bool, stored: Callable[[], int], sent: Callable[[], 
     return found
 
 
-def _on_disk() -> tuple[list[Step], list[Step]]:
+def _on_disk(steps: int) -> tuple[list[Step], list[Step]]:
     def one(reuse: bool) -> list[Step]:
         with tempfile.TemporaryDirectory() as folder:
-            return _saved(f"{folder}/run", reuse, lambda: _used(Path(folder)), _written)
+            return _saved(f"{folder}/run", steps, reuse, lambda: _used(Path(folder)), _written)
 
     return one(True), one(False)
 
@@ -104,40 +100,14 @@ def _written() -> int:
     return int(fields["wchar"])
 
 
-def _in_bucket() -> tuple[list[Step], list[Step]]:
+def _in_bucket(steps: int) -> tuple[list[Step], list[Step]]:
     with counting.servers() as proxies:
         proxy = proxies["s3"]
 
         def one(reuse: bool) -> list[Step]:
-            return _saved(f"s3://bucket/{reuse}/run", reuse, lambda: 0, lambda: proxy.uploaded)
+            return _saved(f"s3://bucket/{reuse}/run", steps, reuse, lambda: 0, lambda: proxy.uploaded)
 
         return one(True), one(False)
-
-
-def _all_changes(repeats: int) -> dict[str, float]:
-    state = workloads.build(workloads.uniform(3001, 25_000_000))
-    times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    with tempfile.TemporaryDirectory() as folder:
-        managers = {
-            reuse: ckptmgr.CheckpointManager(f"{folder}/{reuse}", keep=1, reuse_unchanged=reuse) for reuse in times
-        }
-        for step in range(repeats):
-            for reuse, manager in managers.items():
-                times[reuse].append(_save(manager, step, workloads.copy(state)))
-        for manager in managers.values():
-            manager.close()
-    median: dict[bool, Any] = {reuse: np.median(found[2:], axis=0) for reuse, found in times.items()}
-    return dict(zip(("blocked", "durable"), median[True] / median[False], strict=True))
-
-
-def _save(manager: ckptmgr.CheckpointManager, step: int, state: workloads.State) -> tuple[float, float]:
-    began = time.perf_counter()
-    accepted = manager.save(step, *state)
-    blocked = time.perf_counter() - began
-    accepted.result()
-    durable = time.perf_counter() - began
-    manager.wait()
-    return blocked, durable
 
 
 if __name__ == "__main__":

@@ -72,6 +72,22 @@ def nobody(tmp_path):
     os.seteuid(0)
 
 
+ON_SERVERS = [
+    pytest.mark.xdist_group("remote"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+"""The marks of tests that use `servers`."""
+
+
+def on_servers(test):
+    """Gives one test these marks."""
+    for mark in ON_SERVERS:
+        test = mark(test)
+    return test
+
+
 @pytest.fixture(scope="session")
 def servers():
     """The environment that leads to two servers, which end with the tests."""

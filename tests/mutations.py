@@ -227,7 +227,7 @@ MUTATIONS = [
     Mutation(
         "2c", "what lies in a step is not compared with what was meant",
         'saving/committing.py',
-        '        sealing.check(copied.step, draft, self._meant(copied, draft, others, sent), found)\n',
+        '        sealing.check(copied.step, draft, self._meant(copied, written), found)\n',
         '',
         'tests/test_remote.py::'
         'test_a_small_file_that_another_program_changes_before_the_manifest_is_there_is_noticed',

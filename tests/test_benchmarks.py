@@ -243,6 +243,21 @@ def test_what_a_bucket_costs_is_measured_beside_tensorstore_alone(tmp_path):
     assert (tmp_path / "latency.txt").read_text().strip() == done.stdout.strip()
 
 
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.parametrize(
+    "what", [["reuse", "--steps=3"], ["options", "--workloads=few", "--repeats=3"]], ids=" ".join
+)
+def test_what_an_option_costs_and_saves_is_measured(what, tmp_path):
+    command = [sys.executable, "-m", f"benchmarks.{what[0]}", *what[1:], "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / f"{what[0]}.txt").read_text().strip() == done.stdout.strip()
+    if what[0] == "reuse":  # what a further step takes of the disk, with the option and without
+        rows = [line.split() for line in done.stdout.splitlines() if "bytes stored" in line]
+        with_it, without = (float(row[-3]) for row in rows)
+        assert with_it < 1 < 80 < without
+
+
 # ---------------------------------------------------------------- the version before
 
 

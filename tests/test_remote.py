@@ -11,7 +11,7 @@ import member
 import numpy as np
 import pytest
 import trainer
-from conftest import counted
+from conftest import ON_SERVERS, counted
 from etils import epath
 from test_crash import last
 from test_crash import run as train
@@ -21,12 +21,7 @@ import ckptmgr
 from ckptmgr.format import names, recorded
 from ckptmgr.saving import sealing
 
-pytestmark = [
-    pytest.mark.xdist_group("remote"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = ON_SERVERS
 
 
 @pytest.fixture(params=["gs", "s3"])

@@ -22,8 +22,8 @@ _READS_IN_BUCKETS = {
     "experimental_read_coalescing_interval": "5ms",
     "cache_pool": {"total_bytes_limit": 100 << 20},
 }
-"""Neighbours in a file are read with one request: of small arrays there are thousands. The nodes are kept: else
-TensorStore reads a node again for every 25 arrays."""
+"""Neighbours in a file are read with one request: of small arrays there are thousands. The nodes are kept in
+memory: else TensorStore reads them again for each group of arrays."""
 
 
 def refuse_fork() -> None:

@@ -4,8 +4,8 @@ The files of a database are shared by hard links, or copied by the server of a b
 refers to the values in them. So each step is whole when another one is deleted. In the part of an item:
 
     manifest.ocdbt, d/        its database, in which all arrays of the part are found
-    written.<step>/           the database of that step, because some of its arrays are still the same
-    unchanged.<step>/         arrays that did not change before that step either, written apart from those that do
+    written.<step>/           the database that this earlier step wrote: some of its arrays are still the same
+    unchanged.<step>/         the arrays that had not changed when this earlier step was saved; it wrote them apart
 
 A database is kept while at least half of its bytes are used: so no step holds more than twice what it needs. Else
 what is used of it is written anew, into a database of its own, which is then used whole.
@@ -22,7 +22,7 @@ from etils import epath
 from ckptmgr.arrays import database
 from ckptmgr.format import files, linking, objects, paths
 
-LEAST_BYTES = 1 << 20
+_LEAST_BYTES = 1 << 20
 """Less than that is written again: to keep it costs more files."""
 _MOST_DATABASES = 8
 
@@ -39,11 +39,11 @@ class Database(NamedTuple):
 class Kept(NamedTuple):
     """What one item of a save takes over from the step before."""
 
-    databases: Mapping[str, Database] = {}
+    databases: Mapping[str, Database]
     """By the name that each has in the new step."""
-    apart: frozenset[int] = frozenset()
+    apart: frozenset[int]
     """The places of unchanged arrays that are written anew, into a database of their own."""
-    name: str = ""
+    name: str
     """The name of that database."""
 
     @property
@@ -54,8 +54,8 @@ class Kept(NamedTuple):
 
 def choose(
     same: Collection[int], homes: Mapping[int, str], home: str, sizes: Sequence[int], totals: Mapping[str, int]
-) -> dict[str, list[int]]:
-    """The databases that are kept, and the places of their arrays that are used.
+) -> tuple[dict[str, list[int]], frozenset[int]]:
+    """The databases that are kept, each with the places of its arrays that are used; and those to write apart.
 
     Args:
       same: the places of the arrays that did not change.
@@ -67,8 +67,10 @@ def choose(
     for place in same:
         found.setdefault(homes.get(place, home), []).append(place)
     used = {at: sum(sizes[place] for place in places) for at, places in found.items()}
-    worth = [at for at in found if used[at] >= max(LEAST_BYTES, totals[at] / 2)]
-    return {at: found[at] for at in sorted(worth, key=lambda at: -used[at])[:_MOST_DATABASES]}
+    worth = [at for at in found if used[at] >= max(_LEAST_BYTES, totals[at] / 2)]
+    kept = {at: found[at] for at in sorted(worth, key=lambda at: -used[at])[:_MOST_DATABASES]}
+    apart = frozenset(same).difference(*kept.values())
+    return kept, apart if sum(sizes[place] for place in apart) >= _LEAST_BYTES else frozenset()
 
 
 # ---------------------------------------------------------------- in the thread behind the save

@@ -11,10 +11,12 @@ import contextlib
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
+from etils import epath
 from rich.console import Console, RenderableType
 
 from ckptmgr import interop
@@ -24,8 +26,10 @@ from ckptmgr.cli import facts, report, tables
 from ckptmgr.cli.working import working
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError
 from ckptmgr.manager import CheckpointManager
+from ckptmgr.run import journal
 from ckptmgr.run.catalog import open_catalog
 from ckptmgr.run.directory import BRANCH, KEPT
+from ckptmgr.run.history import Decision, History
 from ckptmgr.trees.layouts import HOST
 
 app = typer.Typer(
@@ -154,10 +158,21 @@ def keep(run: Run, policy_: Policies, dry_run: DryRun = False, as_json: AsJson =
             to_delete = [step for step in to_delete if past.still_holds(decision, step)]
             for step in to_delete:
                 manager.delete(step)
-            to_reduce = facts.reduce(manager.directory, past, decision)
+            to_reduce = _reduce(manager.directory, past, decision)
     told = {"would_delete": to_delete, "would_reduce": to_reduce}
     told |= {"deleted": [] if dry_run else to_delete, "reduced": [] if dry_run else to_reduce}
     _show(found | told, as_json, tables.kept)
+
+
+def _reduce(directory: epath.Path, past: History, decision: Decision) -> list[int]:
+    """Reduces the steps that a decision says; returns those that were reduced."""
+    catalog, told, done = open_catalog(directory), journal.Journal(directory, time.time, writes=True), []
+    for step, by in decision.to_reduce.items():
+        if past.still_holds(decision, step):
+            catalog.remove(*catalog.reduce(step, by, time.time()))
+            told.record("reduced", step, why=f"only {by} keeps it")
+            done.append(step)
+    return done
 
 
 # ---------------------------------------------------------------- changing

@@ -23,7 +23,7 @@ from ckptmgr.results import CheckpointInfo, VerifyReport
 from ckptmgr.run import journal
 from ckptmgr.run import rewinding as rewinds
 from ckptmgr.run.catalog import open_catalog
-from ckptmgr.run.history import Decision, History
+from ckptmgr.run.history import History
 from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees import structure
 from ckptmgr.trees.layouts import HOST
@@ -109,17 +109,6 @@ def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = N
 def history(directory: epath.Path, keep: Sequence[policy.KeepPolicy]) -> History:
     """The history of a run under these policies."""
     return History(open_catalog(directory), keep)
-
-
-def reduce(directory: epath.Path, past: History, decision: Decision) -> list[int]:
-    """Reduces the steps that a decision says; returns those that were reduced."""
-    catalog, told, done = open_catalog(directory), journal.Journal(directory, time.time, writes=True), []
-    for step, by in decision.to_reduce.items():
-        if past.still_holds(decision, step):
-            catalog.remove(*catalog.reduce(step, by, time.time()))
-            told.record("reduced", step, why=f"only {by} keeps it")
-            done.append(step)
-    return done
 
 
 def left_alone(directory: epath.Path) -> Facts:

@@ -126,7 +126,7 @@ class Catalog:
     def expect(self, step: int) -> epath.Path:
         """As `require`, but a bucket is not asked again for a step that it has listed.
 
-        Who then finds that a file of the step is missing calls `require`: the step may have been deleted since.
+        The step may have been deleted since. A caller that misses one of its files calls `require`, which says so.
         """
         return self.path(step) if self.is_listed(step) else self.require(step)
 

@@ -36,7 +36,7 @@ from ckptmgr.format.names import (
     SAVING,
     STEP,
     TRUST,
-)  # fmt: skip
+)
 from ckptmgr.run import directory as directories
 from ckptmgr.run import recognize, reducing
 from ckptmgr.run.branches import Move

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -30,6 +30,16 @@ from ckptmgr.saving.copying import Copied
 from ckptmgr.saving.stages import Stages
 
 _log = logging.getLogger("ckptmgr")
+
+
+class _Written(NamedTuple):
+    """A draft whose arrays and small files are written."""
+
+    folder: epath.Path
+    others: Mapping[str, manifests.File]
+    """The files that are flushed already: of the other processes, and those taken over from the step before."""
+    sent: Mapping[str, bytes]
+    """What this process has sent to a bucket."""
 
 
 class Committer:
@@ -77,10 +87,10 @@ class Committer:
             written=lambda: reports.extend(filter(None, stages.reach("arrays"))),
             check=self._shared.hold,
         )
-        others = {**copied.kept, **sealing.unpack(found for found, _ in reports)}
+        others = sealing.unpack(found for found, _ in reports)
         distrusted = self._verdict(copied, [marks for _, marks in reports])
         with self._confirmed(draft):
-            manifest, data = self._seal(copied, draft, others, sent, distrusted)
+            manifest, data = self._seal(copied, _Written(draft, {**copied.kept, **others}, sent), distrusted)
         self._publish(copied.step, draft, data, replaces)
         self._after = lambda: self._run.after_publish(manifest, data)
         return manifest
@@ -97,7 +107,7 @@ class Committer:
         return distrusted
 
     def after_commit(self) -> None:
-        """Called once the step is told to be durable: what may take a bucket a few requests more."""
+        """Called once the caller was told that the step is durable: what takes a bucket a few more requests."""
         after, self._after = self._after, lambda: None
         try:
             after()
@@ -106,7 +116,10 @@ class Committer:
 
     @contextlib.contextmanager
     def _confirmed(self, draft: epath.Path) -> Iterator[None]:
-        """Asks a bucket whether the run is this process's still, beside the block; raises SaveError if not."""
+        """Asks while the block runs whether this process still has the right to write; raises SaveError if not.
+
+        On a disk it asks at the end: that takes no time.
+        """
         if paths.is_local(draft):
             yield
             self._shared.confirm()
@@ -157,24 +170,14 @@ class Committer:
 
     # ------------------------------------------------------------ sealing
 
-    def _seal(
-        self,
-        copied: Copied,
-        draft: epath.Path,
-        others: Mapping[str, manifests.File],
-        sent: Mapping[str, bytes],
-        distrusted: str | None,
-    ) -> tuple[manifests.Manifest, bytes]:
-        """Checks that the draft holds what was meant, writes the manifest, and makes the draft durable.
-
-        `others` has what is flushed already: what the other processes have written, and what was taken over from
-        the step before. `sent` has what was sent to a bucket.
-        """
+    def _seal(self, copied: Copied, written: _Written, distrusted: str | None) -> tuple[manifests.Manifest, bytes]:
+        """Checks that the draft holds what was meant, writes the manifest, and makes the draft durable."""
+        draft, others = written.folder, written.others
         if paths.is_local(draft):
             files.write(draft / names.COMMITTED, self._marker(copied.step), durable=False)
-        folders, sizes, unread = sealing.look_through(draft, sent)
+        folders, sizes, unread = sealing.look_through(draft, written.sent)
         found = recorded.record_files(draft, sizes, recorded.checks_itself(draft), {**unread, **others})
-        sealing.check(copied.step, draft, self._meant(copied, draft, others, sent), found)
+        sealing.check(copied.step, draft, self._meant(copied, written), found)
         manifest = copied.seal(found, distrusted)
         data = manifests.encode(manifest)
         self._shared.hold()
@@ -189,6 +192,7 @@ class Committer:
     def _publish(self, step: int, draft: epath.Path, manifest: bytes, replaces: bool) -> None:
         """Gives the draft the name of the step, durably."""
         if not paths.is_local(draft):  # a bucket has no rename: the last file makes the draft a step
+            self._shared.hold()
             files.write(draft / names.COMMITTED, self._marker(step))
             self._check_in_time(draft, manifest)
         replaced = self._run.publish(step, replaces=replaces)
@@ -210,13 +214,7 @@ class Committer:
     def _marker(self, step: int) -> bytes:
         return f"Checkpoint commit was successful to {self._run.directory / str(step)}".encode()
 
-    def _meant(
-        self,
-        copied: Copied,
-        draft: epath.Path,
-        others: Mapping[str, manifests.File],
-        sent: Mapping[str, bytes],
-    ) -> sealing.Meant:
+    def _meant(self, copied: Copied, written: _Written) -> sealing.Meant:
         """What the step is to hold."""
         plans = {name: snapshot.plan for name, snapshot in copied.snapshots.items()}
         parts = {
@@ -224,9 +222,9 @@ class Committer:
             for name in copied.own & plans.keys()
             for each in range(1, jax.process_count())
         }
-        return sealing.Meant(self._texts(copied, draft, sent), others, parts | plans, self._compression)
+        return sealing.Meant(self._texts(copied, written), written.others, parts | plans, self._compression)
 
-    def _texts(self, copied: Copied, draft: epath.Path, sent: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    def _texts(self, copied: Copied, written: _Written) -> Mapping[str, bytes]:
         """The files beside the arrays, and their contents."""
         texts = {
             f"{name}/{manifests.json_file(name)}": json.dumps(copied.contents[name]()).encode()
@@ -234,21 +232,20 @@ class Committer:
         }
         for item, snapshot in copied.snapshots.items():
             texts |= {f"{item}/{name}": data for name, data in item_files.files(snapshot.plan).items()}
-        texts[names.STEP_METADATA] = _metadata(copied.step, draft, sent, set(copied.contents))
-        if paths.is_local(draft):
+        texts[names.STEP_METADATA] = _metadata(copied.step, written, set(copied.contents))
+        if paths.is_local(written.folder):
             texts[names.COMMITTED] = self._marker(copied.step)
         return texts
 
 
-def _metadata(step: int, draft: epath.Path, sent: Mapping[str, bytes], items: set[str]) -> bytes:
+def _metadata(step: int, written: _Written, items: set[str]) -> bytes:
     """Orbax's metadata of the step, checked to be of this step."""
+    place = written.folder / names.STEP_METADATA
     try:
-        data = sent.get(names.STEP_METADATA) or paths.read_bytes(draft / names.STEP_METADATA)
+        data = written.sent.get(names.STEP_METADATA) or paths.read_bytes(place)
         found = json.loads(data)
         if found["custom_metadata"] == names.SIGNATURE and items <= found["item_handlers"].keys():
             return data
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise SaveError(
-        f"{draft / names.STEP_METADATA} is not what Orbax wrote, so step {step} is not committed", step=step
-    )
+    raise SaveError(f"{place} is not what Orbax wrote, so step {step} is not committed", step=step)

@@ -14,7 +14,7 @@ import jax
 
 from ckptmgr.arrays import unchanged, writing
 from ckptmgr.arrays.to_host import Plan
-from ckptmgr.arrays.unchanged import LEAST_BYTES, Database, Kept
+from ckptmgr.arrays.unchanged import Database, Kept
 from ckptmgr.format import manifest as manifests
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.manifest_cache import Stamp
@@ -76,10 +76,7 @@ class Reuse:
             self._remember(name, _Item(plan, places, (), "", {}, {}), leaves, {}, frozenset())
             return None
         same = _same(known, leaves)
-        kept = unchanged.choose(same, known.homes, known.home, plan.sizes, known.totals) if same else {}
-        apart = frozenset(same).difference(*kept.values())
-        if sum(plan.sizes[place] for place in apart) < LEAST_BYTES:
-            apart = frozenset()
+        kept, apart = unchanged.choose(same, known.homes, known.home, plan.sizes, known.totals)
         self._remember(name, known, leaves, kept, apart)
         if before is None or not (kept or apart):
             return None

@@ -143,7 +143,8 @@ class Saver:
         """Why this step is not saved; None if it is."""
         if on_exists not in ("error", "skip", "replace"):
             raise ValueError(f'on_exists takes "error", "skip" or "replace", not {on_exists!r}')
-        self._meter.called(step)
+        if force:
+            self._meter.called(step)
         due = self.preemption.is_due(step, True) if force else self.should_save(step)
         if not due:
             return "not due by save_every"

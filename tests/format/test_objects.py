@@ -3,17 +3,13 @@
 import uuid
 
 import pytest
+from conftest import ON_SERVERS
 from etils import epath
 
 from ckptmgr.format import files, objects
 from ckptmgr.run import transfer
 
-pytestmark = [
-    pytest.mark.xdist_group("remote"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = ON_SERVERS
 
 
 @pytest.fixture(params=["gs", "s3"])

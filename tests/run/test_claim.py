@@ -13,6 +13,7 @@ import uuid
 import holder
 import pytest
 import trainer
+from conftest import ON_SERVERS
 from etils import epath
 
 import ckptmgr
@@ -20,12 +21,7 @@ from ckptmgr import CheckpointManager
 from ckptmgr.format import names, objects
 from ckptmgr.run import claim
 
-pytestmark = [
-    pytest.mark.xdist_group("remote"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = ON_SERVERS
 LEASE_S = 4.0
 
 
@@ -87,8 +83,9 @@ def values(manager, step):
 
 
 def held(run):
-    path = epath.Path(run) / names.LOCK
-    return json.loads(path.read_bytes()) if path.exists() else None
+    """What the claim says now. (epath would ask twice, and fail if the claim is renewed in between.)"""
+    found = objects.open_objects(epath.Path(run)).fetch(objects.key_of(epath.Path(run) / names.LOCK))
+    return json.loads(found.data) if found else None
 
 
 def test_a_second_writer_is_told_who_writes_and_a_reader_needs_no_claim(run, another):

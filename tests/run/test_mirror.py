@@ -18,7 +18,7 @@ from pathlib import Path
 import faults
 import pytest
 import trainer
-from conftest import counted, free_port, visible
+from conftest import ON_SERVERS, counted, free_port, visible
 from etils import epath
 from test_crash import last, rest, start
 from test_job import end, finish
@@ -28,12 +28,7 @@ import ckptmgr
 from ckptmgr.format import files, names
 from ckptmgr.run import mirror
 
-pytestmark = [
-    pytest.mark.xdist_group("remote"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = ON_SERVERS
 
 
 @pytest.fixture

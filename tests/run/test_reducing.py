@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 import reducer
 import warm
-from conftest import counted
+from conftest import ON_SERVERS, counted
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,12 +31,7 @@ from ckptmgr.results import CheckpointInfo
 from ckptmgr.run import bucket, journal, local, reducing, transfer
 from ckptmgr.testing import assert_trees_equal
 
-pytestmark = [
-    pytest.mark.xdist_group("remote"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = ON_SERVERS
 
 ADAM = optax.adam(1e-3)
 KEEP = [latest(2), params_only(every_steps(10))]

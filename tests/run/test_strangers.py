@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import strangers
-from conftest import counted
+from conftest import counted, on_servers
 from etils.epath.backend import fsspec_backend
 
 import ckptmgr
@@ -309,18 +309,6 @@ def test_another_process_that_took_a_run_whose_lock_was_removed_is_named(run):
 # ---------------------------------------------------------------- a bucket
 
 PLACES = ["gs", "s3"]
-in_a_bucket = [
-    pytest.mark.xdist_group("remote"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients of fsspec close when Python ends
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
-
-
-def marked(test):
-    for mark in in_a_bucket:
-        test = mark(test)
-    return test
 
 
 @pytest.fixture
@@ -333,7 +321,7 @@ def client_of(run):
     return client, client._strip_protocol(run)
 
 
-@marked
+@on_servers
 @pytest.mark.soak
 @pytest.mark.parametrize("bucket", PLACES[:: counted(2, full=1)], indirect=True)
 def test_strangers_in_a_bucket_are_not_there_for_us_and_stay(bucket):
@@ -359,7 +347,7 @@ def test_strangers_in_a_bucket_are_not_there_for_us_and_stay(bucket):
     assert strangers.objects(client, run, "20", "30") == before
 
 
-@marked
+@on_servers
 @pytest.mark.parametrize("bucket", PLACES[:: counted(2, full=1)], indirect=True)
 def test_copies_of_a_step_in_a_bucket_are_no_steps_also_if_no_other_is_left(bucket):
     with CheckpointManager(bucket) as manager:
@@ -376,7 +364,7 @@ def test_copies_of_a_step_in_a_bucket_are_no_steps_also_if_no_other_is_left(buck
     check(CheckpointManager(bucket, read_only=True), 20)
 
 
-@marked
+@on_servers
 @pytest.mark.soak
 @pytest.mark.parametrize("bucket", PLACES[:: counted(2, full=1)], indirect=True)
 def test_strangers_in_a_mirror_in_a_bucket_stay_and_the_others_are_copied(run, bucket, caplog):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import counted
+from conftest import counted, on_servers
 from typer.testing import CliRunner
 
 import ckptmgr
@@ -94,10 +94,7 @@ def test_by_hand(tmp_path):
     assert ("trusted", 4) in said
 
 
-@pytest.mark.xdist_group("remote")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@on_servers
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_by_hand_in_a_bucket(servers, scheme):
     check_by_hand(f"{scheme}://bucket/{uuid.uuid4().hex}/run")

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import warm
-from conftest import counted
+from conftest import counted, on_servers
 from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,6 @@ from test_job import lines, start
 import ckptmgr
 from ckptmgr import CheckpointManager
 from ckptmgr.arrays import to_host, unchanged
-from ckptmgr.saving import reuse
 
 MILLION = 1 << 20
 
@@ -114,8 +113,7 @@ def test_whatever_changes_fails_or_is_deleted_each_step_has_what_was_saved(data,
     directory, keys = tmp_path_factory.mktemp("run"), jax.random.split(jax.random.key(0), 1024)
     arrays, states, fresh = {n: array(n, 4096 * (n + 1)) for n in range(6)}, {}, iter(range(100, 10**6))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (unchanged, reuse):
-            patch.setattr(module, "LEAST_BYTES", 1)
+        patch.setattr(unchanged, "_LEAST_BYTES", 1)
         with CheckpointManager(directory, reuse_unchanged=True, keep=data.draw(st.integers(1, 4))) as manager:
             for step in range(1, data.draw(st.integers(3, 12))):
                 for n in data.draw(st.sets(st.integers(0, 5))):
@@ -322,9 +320,7 @@ def test_each_of_two_processes_takes_over_its_own_part(tmp_path):
     stock_restores(tmp_path, 3, want)
 
 
-@pytest.mark.xdist_group("remote")
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@on_servers
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_in_a_bucket_the_server_copies(servers, scheme):
     run = f"{scheme}://bucket/{uuid.uuid4().hex}/run"
