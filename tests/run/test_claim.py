@@ -22,7 +22,7 @@ from ckptmgr.format import names, objects
 from ckptmgr.run import claim
 
 pytestmark = ON_SERVERS
-LEASE_S = 4.0
+LEASE_S = 3.0
 
 
 @pytest.fixture(params=["gs", "s3"])
