@@ -22,7 +22,7 @@ from etils import epath
 from ckptmgr.arrays import database
 from ckptmgr.format import files, linking, objects, paths
 
-_LEAST_BYTES = 1 << 20
+LEAST_BYTES = 1 << 20
 """Less than that is written again: to keep it costs more files."""
 _MOST_DATABASES = 8
 
@@ -67,10 +67,10 @@ def choose(
     for place in same:
         found.setdefault(homes.get(place, home), []).append(place)
     used = {at: sum(sizes[place] for place in places) for at, places in found.items()}
-    worth = [at for at in found if used[at] >= max(_LEAST_BYTES, totals[at] / 2)]
+    worth = [at for at in found if used[at] >= max(LEAST_BYTES, totals[at] / 2)]
     kept = {at: found[at] for at in sorted(worth, key=lambda at: -used[at])[:_MOST_DATABASES]}
     apart = frozenset(same).difference(*kept.values())
-    return kept, apart if sum(sizes[place] for place in apart) >= _LEAST_BYTES else frozenset()
+    return kept, apart if sum(sizes[place] for place in apart) >= LEAST_BYTES else frozenset()
 
 
 # ---------------------------------------------------------------- in the thread behind the save

@@ -94,11 +94,11 @@ class Aftermath:
         now = self._journal.wall
         return Mirror(self._home, found, options.mirror_keep, timeout_s, background, self._mirror_job, now)
 
-    def after_commit(self, info: CheckpointInfo) -> None:
-        """Called once a step is durable."""
+    def after_commit(self, info: CheckpointInfo, shared: int) -> None:
+        """Called once a step is durable. `shared`: the bytes of files that the step before has too."""
         if self._job.leads:
             self._keep_for_now(info.step)
-            self._tell(info)
+            self._tell(info, shared)
             self.update_mirror(info.step)
             self._retain()
         elif self.mirror is not None:
@@ -239,10 +239,11 @@ class Aftermath:
         if self.mirror is not None:
             self.mirror.wait(timeout_s)
 
-    def _tell(self, info: CheckpointInfo) -> None:
+    def _tell(self, info: CheckpointInfo, shared: int) -> None:
+        also = f" and {shared} shared with the step before" if self._options.reuse_unchanged else ""
         _log.info(
-            "step %d saved: %d bytes, durable after %.3f s, the caller waited %.3f s",
-            info.step, info.disk_nbytes, info.durable_s, info.blocked_s,
+            "step %d saved: %d bytes written%s, durable after %.3f s, the caller waited %.3f s",
+            info.step, info.disk_nbytes - shared, also, info.durable_s, info.blocked_s,
         )  # fmt: skip
         self._journal.record(
             "saved", info.step, nbytes=info.nbytes, disk_nbytes=info.disk_nbytes, metrics=info.metrics,

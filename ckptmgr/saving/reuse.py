@@ -6,6 +6,8 @@ donated is deleted, and is not taken for the same. Numpy arrays may have been ch
 
 from __future__ import annotations
 
+import logging
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +21,10 @@ from ckptmgr.format import manifest as manifests
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.manifest_cache import Stamp
 
+_log = logging.getLogger("ckptmgr")
 _MANIFEST, _DATA = "manifest.ocdbt", "d/"
+_FROM = re.compile(r"/(?:written|unchanged)\.(\d+)/")
+"""In the name of a file: the step whose save wrote it."""
 _SMALL_BYTES = 4096
 
 
@@ -56,6 +61,8 @@ class Reuse:
         self._next = _Saved(-1, {})
         """The one that is being saved."""
         self._files: dict[str, manifests.File] = {}
+        self._misses: list[int] | None = []
+        """The saves that could have reused arrays and did not; None once one has, or a warning was given."""
 
     def begin(self, step: int) -> None:
         """A save begins: the step before is taken if it is still what was saved."""
@@ -118,10 +125,34 @@ class Reuse:
         """The files that are taken over, by their names in the new step."""
         return self._files
 
-    def committed(self, step: int) -> None:
-        """The save is durable: the next one goes by it."""
-        if step == self._next.step:
-            self._before = self._next._replace(stamp=self._run.stamp(step))
+    def committed(self, step: int, shared: int) -> None:
+        """The save is durable: the next one goes by it. `shared`: the bytes that it did not write."""
+        if step != self._next.step:
+            return
+        if self._before is not None and self._misses is not None:
+            self._misses = None if shared else [*self._misses, step]
+            self._warn_of_misses()
+        self._before = self._next._replace(stamp=self._run.stamp(step))
+
+    def _warn_of_misses(self) -> None:
+        """Says once that the option does nothing: else only the size of the disk shows it."""
+        if self._misses is None or len(self._misses) < 2:
+            return
+        nbytes = sum(sum(item.plan.sizes) for item in self._next.items.values())
+        if nbytes >= unchanged.LEAST_BYTES and jax.process_index() == 0:
+            _log.warning(
+                "reuse_unchanged=True has reused nothing in steps %d and %d: no large array is the same object "
+                "as in the step before. An array that comes out of jax.jit is a new object, even if nothing "
+                "changed it: keep frozen arrays out of the results of the train step",
+                *self._misses,
+            )
+        self._misses = None
+
+
+def shared_bytes(manifest: manifests.Manifest) -> int:
+    """The bytes of a step that its save did not write: files that an earlier step has too."""
+    found = ((_FROM.search(name), file) for name, file in manifest.files.items())
+    return sum(file.size for by, file in found if by is not None and int(by[1]) != manifest.step)
 
 
 def _is_of(file: str, folder: str) -> bool:

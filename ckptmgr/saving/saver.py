@@ -28,12 +28,11 @@ from ckptmgr.results import CheckpointInfo, SaveResult
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.history import History
 from ckptmgr.run.lock import Shared, Writer
-from ckptmgr.saving import copying, items
+from ckptmgr.saving import copying, items, reuse
 from ckptmgr.saving.aftermath import Aftermath
 from ckptmgr.saving.committing import Committer
 from ckptmgr.saving.measuring import Meter
 from ckptmgr.saving.queue import Act, Pending
-from ckptmgr.saving.reuse import Reuse
 
 _log = logging.getLogger("ckptmgr")
 
@@ -62,7 +61,7 @@ class Saver:
             refuses_nonfinite=options.nonfinite == "refuse",
         )  # fmt: skip
         self._composer = items.Composer()
-        self._reuse = Reuse(catalog) if options.reuse_unchanged else None
+        self._reuse = reuse.Reuse(catalog) if options.reuse_unchanged else None
         self._copier = copying.Copier(options, self._reuse)
         self._meter = Meter(clock, options.save_every, lambda: pending.is_busy, aftermath.record_choice)
         self._last: CheckpointInfo | None = None
@@ -257,11 +256,14 @@ class Saver:
     def _hand_over(self, copied: copying.Copied, reason: str, called: float, *, replaces: bool) -> SaveResult:
         """Starts the second act in the thread: the commit, then callbacks, mirror and retention."""
         step, handed_over, flight = copied.step, time.perf_counter(), self._meter.begin()
+        shared = 0
 
         def commit() -> CheckpointInfo:
+            nonlocal shared
             if self._writer is None or not self._writer.is_held():
                 raise SaveError("a callback has closed the manager", step=step)
             manifest = self._committer.commit(copied, replaces=replaces)
+            shared = reuse.shared_bytes(manifest) if self._reuse is not None else 0
             blocked_s = max(handed_over, copied.completed_at()) - called
             info = self._history.glance(manifest)
             return dataclasses.replace(info, blocked_s=blocked_s, durable_s=time.perf_counter() - called)
@@ -273,8 +275,8 @@ class Saver:
         def then(info: CheckpointInfo) -> None:
             self._committer.after_commit()
             if self._reuse is not None:
-                self._reuse.committed(step)
-            self._aftermath.after_commit(info)
+                self._reuse.committed(step, shared)
+            self._aftermath.after_commit(info, shared)
 
         def let_go() -> None:
             copied.release()

@@ -4,6 +4,7 @@ import errno
 import gc
 import itertools
 import os
+import re
 import signal
 import uuid
 from pathlib import Path
@@ -84,6 +85,49 @@ def test_a_further_step_takes_the_disk_of_what_changed_and_each_step_stands_alon
         stock_restores(tmp_path, step, states[step])
 
 
+def logged(caplog):
+    return [each.getMessage() for each in caplog.records if each.name == "ckptmgr"]
+
+
+def test_the_log_says_what_was_written_and_what_is_shared(tmp_path, caplog):
+    caplog.set_level("INFO", "ckptmgr")
+    params = {"frozen": array(0, 4 * MILLION), "trained": array(1, 1 << 16)}
+    with CheckpointManager(tmp_path, reuse_unchanged=True) as manager:
+        for step in (1, 2, 3):
+            params["trained"] = array(step, 1 << 16)
+            size = manager.save(step, params).result().disk_nbytes
+    found = [re.search(r"saved: (\d+) bytes written and (\d+) shared with", each) for each in logged(caplog)]
+    written, shared = zip(*[map(int, each.groups()) for each in found if each], strict=True)
+    assert shared[0] == 0
+    assert written[0] > 4 * MILLION
+    assert all(each > 4 * MILLION for each in shared[1:])
+    assert all(each < 1 << 18 for each in written[1:])
+    assert written[2] + shared[2] == size
+    assert "reused nothing" not in caplog.text
+
+
+@pytest.mark.parametrize(("nbytes", "warnings"), [(2 * MILLION, 1), (MILLION // 2, 0)], ids=["large", "small"])
+def test_a_step_that_returns_the_frozen_arrays_is_warned_of_once(tmp_path, caplog, nbytes, warnings):
+    state = {"frozen": array(0, nbytes), "trained": jnp.ones(3)}
+    step_of = jax.jit(lambda state: state | {"trained": state["trained"] + 1})
+    with CheckpointManager(tmp_path, reuse_unchanged=True) as manager:
+        for step in range(1, 7):
+            state = step_of(state)
+            manager.save(step, state)
+            manager.wait()
+            assert caplog.text.count("reused nothing in steps 2 and 3") == (warnings if step >= 3 else 0)
+
+
+def test_what_is_reused_at_the_third_save_is_no_reason_to_warn(tmp_path, caplog):
+    """A large part is trained: what is frozen is written apart at the second save, and shared from then on."""
+    frozen = array(0, 2 * MILLION)
+    with CheckpointManager(tmp_path, reuse_unchanged=True) as manager:
+        for step in (1, 2, 3, 4):
+            manager.save(step, {"frozen": frozen, "trained": array(step, 8 * MILLION)})
+        manager.wait()
+    assert "reused nothing" not in caplog.text
+
+
 def test_without_the_option_everything_is_written(tmp_path):
     params = {"frozen": array(0)}
     with CheckpointManager(tmp_path) as manager:
@@ -113,7 +157,7 @@ def test_whatever_changes_fails_or_is_deleted_each_step_has_what_was_saved(data,
     directory, keys = tmp_path_factory.mktemp("run"), jax.random.split(jax.random.key(0), 1024)
     arrays, states, fresh = {n: array(n, 4096 * (n + 1)) for n in range(6)}, {}, iter(range(100, 10**6))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unchanged, "_LEAST_BYTES", 1)
+        patch.setattr(unchanged, "LEAST_BYTES", 1)
         with CheckpointManager(directory, reuse_unchanged=True, keep=data.draw(st.integers(1, 4))) as manager:
             for step in range(1, data.draw(st.integers(3, 12))):
                 for n in data.draw(st.sets(st.integers(0, 5))):
