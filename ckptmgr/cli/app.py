@@ -44,10 +44,11 @@ app = typer.Typer(
 _console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run.")]
-Step = Annotated[int | None, typer.Argument(metavar="[STEP]", help="The number of a step; default: the newest.")]
 Place = Annotated[str, typer.Argument(metavar="RUN@STEP", help="RUN@STEP or RUN/STEP; or RUN, then STEP.")]
-NamedStep = Annotated[int | None, typer.Argument(metavar="[STEP]", help="The number of a step, after RUN.")]
-OneStep = Annotated[int, typer.Argument(metavar="STEP", help="The number of a step.")]
+Step = Annotated[int | None, typer.Argument(metavar="[STEP]", help="The number of a step, after RUN.")]
+AnyPlace = Annotated[
+    str, typer.Argument(metavar="RUN[@STEP]", help="RUN@STEP or RUN/STEP; or RUN, then STEP. Default: the newest.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON instead of a table.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Shows what would be done, and changes nothing.")]
 Policies = Annotated[
@@ -103,35 +104,41 @@ def ls(run: Run, as_json: AsJson = False) -> None:
     _show(facts.run(facts.reader(run)), as_json, tables.run)
 
 
-@app.command(epilog="Example: ckptmgr show runs/digits 300")
-def show(run: Run, step: Step = None, as_json: AsJson = False) -> None:
+@app.command(epilog="Example: ckptmgr show runs/digits@300")
+def show(place: AnyPlace, step: Step = None, as_json: AsJson = False) -> None:
     """Shows one checkpoint as a tree: shapes, dtypes, shardings, bytes."""
+    run, step = facts.named(place, step)
     manager = facts.reader(run)
     _show(facts.checkpoint(manager, facts.chosen(manager, step)), as_json, tables.checkpoint)
 
 
 @app.command(epilog="Example: ckptmgr diff runs/digits@100 runs/digits@300 --values")
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@STEP or RUN/STEP.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="RUN, RUN@STEP or RUN/STEP.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(metavar="A B", help="Each RUN@STEP or RUN/STEP; or RUN, then STEP. Default: the newest."),
+    ],
     values: Annotated[bool, typer.Option("--values", help="Shows the largest change of each leaf.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compares two checkpoints. Exits with 1 if they differ."""
+    managers = [(facts.reader(run), step) for run, step in facts.two(places)]
+    a, b = ((manager, facts.chosen(manager, step)) for manager, step in managers)
     with working("comparing"):
-        found = facts.difference(facts.place(a), facts.place(b), values)
+        found = facts.difference(a, b, values)
     _show(found, as_json, tables.difference)
     raise typer.Exit(0 if found["equal"] else 1)
 
 
 @app.command(epilog="Example: ckptmgr verify runs/digits --all")
 def verify(
-    run: Run,
+    place: AnyPlace,
     step: Step = None,
     every: Annotated[bool, typer.Option("--all", help="Verifies every step.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Reads every file and every array of a checkpoint. Exits with 1 if there is damage."""
+    run, step = facts.named(place, step)
     manager = facts.reader(run)
     chosen = manager.steps() if every else [facts.chosen(manager, step)]
     reports = []
@@ -178,69 +185,78 @@ def _reduce(directory: epath.Path, past: History, decision: Decision) -> list[in
 # ---------------------------------------------------------------- changing
 
 
-@app.command(epilog="Example: ckptmgr pin runs/digits 300")
-def pin(run: Run, step: OneStep, as_json: AsJson = False) -> None:
+@app.command(epilog="Example: ckptmgr pin runs/digits@300")
+def pin(place: Place, step: Step = None, as_json: AsJson = False) -> None:
     """Pins a step: retention does not delete it."""
+    run, number = facts.one(place, step)
     with _writer(run) as manager:
-        manager.pin(step)
-    _show({"run": run, "pinned": step}, as_json, lambda found: f"step {step} is pinned")
+        manager.pin(number)
+    _show({"run": run, "pinned": number}, as_json, lambda found: f"step {number} is pinned")
 
 
-@app.command(epilog="Example: ckptmgr unpin runs/digits 300")
-def unpin(run: Run, step: OneStep, as_json: AsJson = False) -> None:
+@app.command(epilog="Example: ckptmgr unpin runs/digits@300")
+def unpin(place: Place, step: Step = None, as_json: AsJson = False) -> None:
     """Unpins a step: retention may delete it again."""
+    run, number = facts.one(place, step)
     with _writer(run) as manager:
-        manager.unpin(step)
-    _show({"run": run, "unpinned": step}, as_json, lambda found: f"step {step} is no longer pinned")
+        manager.unpin(number)
+    _show({"run": run, "unpinned": number}, as_json, lambda found: f"step {number} is no longer pinned")
 
 
 @app.command(epilog="Example: ckptmgr distrust runs/digits@300 --why 'the loss is NaN'")
 def distrust(
     place: Place,
-    step: NamedStep = None,
+    step: Step = None,
     why: Annotated[str, typer.Option("--why", help="The reason; it is shown where the step is passed over.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Distrusts a step: a restore passes over it, and retention does not count it."""
-    run, number = facts.named(place, step)
+    run, number = facts.one(place, step)
+    if not why.strip():
+        raise ValueError('say why the step is distrusted: --why "the loss is NaN"')
     with _writer(run) as manager:
         manager.distrust(number, why)
     _show({"run": run, "distrusted": number, "why": why}, as_json, lambda _: f"step {number} is distrusted: {why}")
 
 
 @app.command(epilog="Example: ckptmgr trust runs/digits@300")
-def trust(place: Place, step: NamedStep = None, as_json: AsJson = False) -> None:
+def trust(place: Place, step: Step = None, as_json: AsJson = False) -> None:
     """Trusts a step again, also one that was distrusted as it was saved."""
-    run, number = facts.named(place, step)
+    run, number = facts.one(place, step)
     with _writer(run) as manager:
         manager.trust(number)
     _show({"run": run, "trusted": number}, as_json, lambda _: f"step {number} is trusted")
 
 
-@app.command(epilog="Example: ckptmgr rewind runs/digits 50 --dry-run")
+@app.command(epilog="Example: ckptmgr rewind runs/digits@50 --dry-run")
 def rewind(
-    run: Run,
-    step: OneStep,
+    place: Place,
+    step: Step = None,
     mirror: Annotated[str | None, typer.Option(help="The mirror of the run; it is rewound too.")] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Lets a run go on from a step: later steps are set aside. A rewind to one of them brings it back."""
-    found = facts.rewinding(facts.reader(run).directory, mirror, step)
+    run, number = facts.one(place, step)
+    found = facts.rewinding(facts.reader(run).directory, mirror, number)
     if not dry_run:
         with CheckpointManager(run, mirror=mirror) as manager:
-            manager.rewind(step)
-    _show({"run": run, "step": step, **found, "done": not dry_run}, as_json, tables.rewound)
+            manager.rewind(number)
+    _show({"run": run, "step": number, **found, "done": not dry_run}, as_json, tables.rewound)
 
 
 @app.command(epilog="Example: ckptmgr rm runs/digits 100 200 --dry-run")
 def rm(
-    run: Run,
-    steps: Annotated[list[int], typer.Argument(metavar="STEP...", help="The numbers of the steps.")],
+    place: Place,
+    steps: Annotated[
+        list[int] | None, typer.Argument(metavar="[STEP]...", help="The numbers of the steps, after RUN.")
+    ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Deletes steps, pinned or not."""
+    run, number = facts.one(place, steps[0] if steps else None)
+    steps = [number, *(steps or [])[1:]]
     known = set(facts.reader(run).steps())
     for step in steps:
         if step not in known:
@@ -284,7 +300,7 @@ def gc(
 
 @app.command(epilog="Example: ckptmgr export runs/digits model.safetensors --step 300")
 def export(
-    run: Run,
+    place: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="RUN@STEP or RUN/STEP; or RUN, and --step.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="FILE.safetensors, FILE.npz, or an Orbax directory.")],
     step: Annotated[int | None, typer.Option(help="The number of a step; default: the newest trusted.")] = None,
     item: Annotated[str, typer.Option(help="params, opt_state, or the name of an extra.")] = "params",
@@ -292,6 +308,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Writes params to safetensors, .npz or stock Orbax."""
+    run, step = facts.named(place, step)
     manager = facts.reader(run)
     number = facts.newest_trusted(manager) if step is None else step
     with working("exporting"):

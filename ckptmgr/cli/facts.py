@@ -40,29 +40,49 @@ def reader(run: str) -> CheckpointManager:
     return manager
 
 
-def place(text: str) -> tuple[CheckpointManager, int]:
-    """Parses RUN, RUN/STEP or RUN@STEP; without a step the newest is meant."""
-    run, step = _split(text)
-    manager = reader(run)
-    return manager, chosen(manager, step)
+def named(text: str, step: int | None = None) -> tuple[str, int | None]:
+    """The run and the step in RUN STEP, RUN@STEP or RUN/STEP. The step is None if only a run is named."""
+    run, found, is_marked = _split(text)
+    if step is None:
+        return run, found
+    if is_marked:
+        raise ValueError(f"{text} names step {found}, and {step} is another step: name one")
+    return text, step
 
 
-def named(text: str, step: int | None) -> tuple[str, int]:
-    """The run and the step that RUN STEP, RUN@STEP or RUN/STEP name; a step must be named."""
-    run, found = (text, step) if step is not None else _split(text)
+def one(text: str, step: int | None) -> tuple[str, int]:
+    """As `named`, for a command that has no default step."""
+    run, found = named(text, step)
     if found is None:
         raise ValueError(f"say which step this is: {run.rstrip('/')}@STEP")
     return run, found
 
 
-def _split(text: str) -> tuple[str, int | None]:
-    """The run and the step in RUN, RUN/STEP or RUN@STEP."""
+def two(words: Sequence[str]) -> list[tuple[str, int | None]]:
+    """As `named`, for two places: a number after a run is a step of it."""
+    found: list[tuple[str, int | None]] = []
+    for word in words:
+        if not found or not word.isdecimal() or _is_run(word):
+            found.append(named(word))
+        elif found[-1][1] is None:
+            found[-1] = (found[-1][0], int(word))
+        else:
+            found.append((found[-1][0], int(word)))
+    if len(found) != 2:
+        raise ValueError(f"two checkpoints can be compared, not {len(found)}: RUN@STEP RUN@STEP")
+    return found
+
+
+def _split(text: str) -> tuple[str, int | None, bool]:
+    """The run and the step in RUN, RUN/STEP or RUN@STEP, and whether it is the last of these."""
     run, at, step = text.rstrip("/").rpartition("@")
-    if not at:
-        parent, _, last = text.rstrip("/").rpartition("/")
-        is_step = last.isdigit() and not _is_run(text)
-        run, step = (parent or ".", last) if is_step else (text, "")
-    return run, int(step) if step else None
+    if at and "/" not in step and not epath.Path(text).exists():
+        if not step.isdecimal():
+            raise ValueError(f"{text}: {step!r} is not the number of a step; write RUN@STEP, as in {run}@100")
+        return run, int(step), True
+    parent, _, last = text.rstrip("/").rpartition("/")
+    is_step = last.isdecimal() and not _is_run(text)
+    return (parent or ".", int(last), False) if is_step else (text, None, False)
 
 
 def _is_run(directory: str) -> bool:

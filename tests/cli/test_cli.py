@@ -123,6 +123,66 @@ def test_diff(runs):
     assert "+ params['more']  only in the second" in out
 
 
+def here(*words):
+    """As `run`, in this process: what is printed, or the text of the error."""
+    done = typer.testing.CliRunner().invoke(app, list(map(str, words)))
+    return done.output if done.exception is None or isinstance(done.exception, SystemExit) else str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "place", [("{}@2",), ("{}/2",), ("{}/2/",), ("{}", "2")], ids=["RUN@STEP", "RUN/STEP", "RUN/STEP/", "RUN STEP"]
+)
+def test_every_command_takes_a_step_in_each_form(runs, place):
+    step = [each.format(runs / "good") for each in place]
+
+    def told(*words):
+        return json.loads(here(*words, "--json"))
+
+    assert told("show", *step)["step"] == 2
+    assert [each["step"] for each in told("verify", *step)] == [2]
+    assert told("diff", *step, f"{runs}/good@3")["equal"]
+    assert told("diff", f"{runs}/good@3", *step)["equal"]
+    assert told("pin", *step) == {"run": str(runs / "good"), "pinned": 2}
+    assert told("unpin", *step)["unpinned"] == 2
+    assert told("distrust", *step, "--why", "a test")["distrusted"] == 2
+    assert told("trust", *step)["trusted"] == 2
+    assert told("rewind", *step, "--dry-run")["set_aside"] == [3]
+    assert told("rm", *step) == {"run": str(runs / "good"), "steps": [2], "deleted": True}
+
+
+def test_of_what_names_no_step_it_is_said_what_is_wrong(runs):
+    good = runs / "good"
+    assert (
+        here("pin", f"{good}@abc")
+        == f"{good}@abc: 'abc' is not the number of a step; write RUN@STEP, as in {good}@100"
+    )
+    assert "'' is not the number of a step" in here("show", f"{good}@")
+    assert here("pin", f"{good}@1", 2) == f"{good}@1 names step 1, and 2 is another step: name one"
+    for command in ("pin", "unpin", "rm", "trust", "rewind"):
+        assert here(command, good) == f"say which step this is: {good}@STEP"
+    assert here("distrust", f"{good}@1") == 'say why the step is distrusted: --why "the loss is NaN"'
+    assert "two checkpoints can be compared, not 3" in here("diff", good, 1, 2, 3)
+    assert "there is no step 9" in here("show", f"{good}@9")
+    (runs / "a@b").mkdir()
+    with ckptmgr.CheckpointManager(runs / "a@b" / "run") as manager:
+        manager.save(7, PARAMS)
+    assert json.loads(here("show", runs / "a@b" / "run", "--json"))["step"] == 7
+    (runs / "a@b" / "run").rename(runs / "run@3")  # a run may have such a name
+    assert json.loads(here("show", runs / "run@3", "--json"))["step"] == 7
+
+
+def test_a_number_after_a_run_is_its_step_unless_it_is_a_run(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    assert facts.two(["good", "1", "3"]) == [("good", 1), ("good", 3)]
+    assert facts.two(["good", "1", "bad", "3"]) == [("good", 1), ("bad", 3)]
+    assert facts.two(["good@1", "3"]) == [("good", 1), ("good", 3)]
+    (runs / "good").rename(runs / "5")
+    assert facts.two(["bad", "5"]) == [("bad", None), ("5", None)]
+    assert facts.two(["5", "1", "bad/3"]) == [("5", 1), ("bad", 3)]
+    monkeypatch.chdir(runs / "bad")
+    assert facts.two(["1", "3"]) == [(".", 1), (".", 3)]
+
+
 def test_verify(runs):
     assert ok("verify", runs / "good", "--all").count("whole") == 3
     code, out, _ = run("verify", runs / "bad", "--all")
@@ -193,10 +253,6 @@ def test_gc(runs):
 
 def test_rewind_and_what_gc_says_of_it(runs, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-
-    def here(*words):
-        done = typer.testing.CliRunner().invoke(app, list(map(str, words)))
-        return done.output if done.exception is None else str(done.exception)
 
     good = runs / "good"
     assert here("rewind", good, 1, "--dry-run").splitlines() == [
