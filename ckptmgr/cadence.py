@@ -67,14 +67,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class overhead:  # noqa: N801
-    """Saves as often as keeps the measured cost of saving within a share of the run's time.
+    """Saves as often as possible, while saving costs at most a share of the run's time.
 
-    A save costs the time that its caller waits, and what it slows the steps beside it. If the steps differ much,
-    as on a busy machine, this is not known well, and taken to cost more.
+    A save costs the time that its caller waits, and the time by which steps are slower while it is being written.
+    If the steps differ much, as on a busy machine, this cost is estimated too high rather than too low. The loop
+    must wait for each step, with `float(loss)` or `jax.block_until_ready`: else only a part of the cost is seen.
 
-    The first step offered is saved, to learn from it. Then a step is saved once the saves that are remembered (8)
-    have cost at most `share` of the time since the first of them began. So the interval follows a disk that
-    becomes slower or faster with the next save. Saves by force, preemption and other policies count too.
+    The first step offered is saved, to learn from it. After that the newest eight saves are remembered: a step is
+    saved if their cost, divided by the time since the first of them began, is at most `share`. So the interval
+    follows a disk that becomes slower or faster with the next save. Saves by force, preemption and other policies
+    count too.
 
     No save begins while another is being written, nor before a step has passed without a save: with such steps
     those beside a save are compared.

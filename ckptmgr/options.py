@@ -11,13 +11,17 @@ from typing import Any, Literal
 
 from etils import epath
 
-from ckptmgr import policies
+from ckptmgr import cadence, policies
 from ckptmgr.format import paths
 from ckptmgr.orbax.policies import adapt_keep, adapt_save
 from ckptmgr.results import CheckpointInfo
 
 Check = Callable[[str, Any], Any]
 Adapt = Callable[[Any], Any]
+_KINDS = {
+    policies.SavePolicy: "a save policy (every_steps, every_seconds, at_steps, overhead, as_often_as_possible)",
+    policies.KeepPolicy: "a keep policy (latest, best, every_steps, every_seconds, params_only)",
+}
 
 
 def _policies(name: str, value: Any, number: Callable[[int], Any], kind: Any, adapt: Adapt) -> Any:
@@ -29,13 +33,16 @@ def _policies(name: str, value: Any, number: Callable[[int], Any], kind: Any, ad
 
 
 def _policy(name: str, value: Any, number: Callable[[int], Any], kind: Any, adapt: Adapt) -> Any:
-    if hasattr(value, "__index__") and not isinstance(value, bool):
+    if hasattr(value, "__index__") and not isinstance(value, bool | type):
         if operator.index(value) < 1:
             raise ValueError(f"{name}={value} must be 1 or more")
         return number(operator.index(value))
     adapted = adapt(value)
-    if isinstance(value, type) or not isinstance(adapted, kind):
-        raise TypeError(f"{name} takes a whole number, a policy, or a list of policies, not {value!r}")
+    fits = isinstance(adapted, kind)
+    if isinstance(value, type) and fits:
+        raise TypeError(f"{name} takes a policy, not its class: call it, as in {value.__name__}(...)")
+    if isinstance(value, type) or not fits:
+        raise TypeError(f"{name} takes a whole number, {_KINDS[kind]}, or a list of these, not {value!r}")
     return adapted
 
 
@@ -97,7 +104,12 @@ def _mirror(name: str, value: Any) -> epath.Path:
 
 
 def _save_every(name: str, value: Any) -> Any:
-    return _policies(name, value, policies.every_steps, policies.SavePolicy, adapt_save)
+    found = _policies(name, value, policies.every_steps, policies.SavePolicy, adapt_save)
+    if len(paced := [each for each in found if isinstance(each, cadence.overhead)]) > 1:
+        raise ValueError(
+            f"{name} has {' and '.join(map(str, paced))}: the largest share decides, so give only that"
+        )
+    return found
 
 
 def _keep(name: str, value: Any) -> Any:

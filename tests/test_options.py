@@ -44,6 +44,31 @@ def test_a_wrong_value_is_refused_by_name_and_nothing_is_written(tmp_path, optio
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"save_every": ckptmgr.overhead},
+            r"^save_every takes a policy, not its class: call it, as in overhead\(...\)$",
+        ),
+        ({"keep": [latest]}, r"^keep takes a policy, not its class: call it, as in latest\(...\)$"),
+        (
+            {"keep": ckptmgr.overhead(0.02)},
+            r"^keep takes .* a keep policy \(latest, .*, not overhead\(share=0.02\)$",
+        ),
+        ({"save_every": best("loss")}, r"^save_every takes .* a save policy \(every_steps, .*, not best\("),
+        ({"save_every": int}, r"^save_every takes a whole number, .*, not <class 'int'>$"),
+        (
+            {"save_every": [1000, ckptmgr.overhead(0.02), ckptmgr.overhead(0.05)]},
+            r"^save_every has overhead\(share=0.02\) and overhead\(share=0.05\): the largest share decides",
+        ),
+    ],
+)
+def test_a_wrong_policy_is_told_from_a_right_one(tmp_path, options, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        CheckpointManager(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
     "option",
     [{"save_every": 2}, {"keep": 3}, {"nonfinite": "refuse"}, {"on_commit": print}, {"metadata": {"a": 1}}],
 )
