@@ -250,7 +250,7 @@ def _overhead_rows(results: Mapping[str, Any]) -> list[list[str]]:
             known = phase["share"] is not None
             figures = (phase["interval_s"], phase["share"], phase["blocked"]) if known else ()
             spelled = (
-                [f"{figures[0]:.3g}", f"{figures[1]:.1%} ± {phase['error']:.1%}", f"{figures[2]:.2%}"]
+                [f"{figures[0]:.3g}", _spelled(phase["share"], phase["error"]), f"{figures[2]:.2%}"]
                 if figures
                 else ["-"] * 3
             )
@@ -264,6 +264,12 @@ def _overhead_rows(results: Mapping[str, Any]) -> list[list[str]]:
                 ]
             )
     return rows
+
+
+def _spelled(share: float, error: float) -> str:
+    """A share and its error. Saving makes no run faster: if the share is below zero by more than its error, then
+    the few steps without a save beside them are not like the others, and the share cannot be measured."""
+    return "not measurable" if share < -error else f"{share:.1%} ± {error:.1%}"
 
 
 def _often_rows(results: Mapping[str, Any]) -> list[list[str]]:

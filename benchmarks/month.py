@@ -279,7 +279,7 @@ def _rows(month: Mapping[str, Any]) -> list[list[str]]:
 
 
 def markdown(results: Mapping[str, Any]) -> dict[str, str]:
-    """The tables of docs/cadence.md, by name."""
+    """The tables of docs/month.md, by name."""
     return {
         name: "\n".join(f"| {' | '.join(row)} |" for row in _rows(month))
         for name, month in results["months"].items()

@@ -118,11 +118,26 @@ def test_the_share_that_the_loop_measures_is_that_of_the_times():
     assert found["blocked"] == pytest.approx(0.1 / 10.6)
 
 
-def test_the_tables_of_the_page_are_those_of_the_results():
-    page = (ROOT / "docs" / "cadence.md").read_text()
-    for name, module in (("cadence", cadence), ("month", month)):
-        for table in module.markdown(json.loads((PERFORMANCE / f"{name}.json").read_text())).values():
-            assert table in page
+@pytest.mark.parametrize("module", [cadence, month], ids=["cadence", "month"])
+def test_the_tables_of_the_page_are_those_of_the_results(module):
+    name = module.__name__.rpartition(".")[2]
+    results = json.loads((PERFORMANCE / f"{name}.json").read_text())
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    for table in module.markdown(results).values():
+        assert table in page
+    assert (PERFORMANCE / f"{name}.txt").read_text().rstrip() == module.text(results).rstrip()
+
+
+def test_a_share_that_says_that_saving_makes_a_run_faster_is_not_shown():
+    assert cadence._spelled(-0.135, 0.027) == "not measurable"
+    assert cadence._spelled(-0.001, 0.002) == "-0.1% ± 0.2%"
+    assert cadence._spelled(0.02, 0.002) == "2.0% ± 0.2%"
+    results = json.loads((PERFORMANCE / "cadence.json").read_text())
+    phases = {each["title"]: each["phases"] for each in results["overheads"]}
+    shown = {
+        name: [cadence._spelled(each["share"], each["error"]) for each in found] for name, found in phases.items()
+    }
+    assert [name for name, found in shown.items() if "not measurable" in found] == ["slowed by 0.5 s"]
 
 
 def test_in_the_kept_run_the_share_is_within_a_third_where_save_waits_and_no_call_waits_for_the_save_before():
