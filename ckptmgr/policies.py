@@ -240,22 +240,40 @@ def spell(kept: KeepPolicy) -> str:
     return f"every_seconds:{kept.s:g}" if isinstance(kept, every_seconds) else name_of(kept)
 
 
+_FORMS = {
+    "latest": "latest:N",
+    "best": "best:METRIC[:min|max[:N]]",
+    "every_steps": "every_steps:N",
+    "every_seconds": "every_seconds:S",
+}
+
+
 def parse(text: str) -> KeepPolicy:
-    """The policy that such a text means; mode and n of "best" may be left out."""
-    name, _, rest = text.partition(":")
+    """The policy that such a text means; mode and n of "best" may be left out, and - is as good as _ in a name."""
+    name, rest = _named(text)
+    if name == _PARAMS_ONLY and rest.isdecimal():
+        raise ValueError(
+            f"{text!r} does not say which steps: params-only:latest:{rest}, or params-only:every_steps:{rest}"
+        )
+    if name == _PARAMS_ONLY and _named(rest)[0] != _PARAMS_ONLY:
+        return params_only(parse(rest))
+    if (known := name.replace("-", "_")) not in _FORMS:
+        raise ValueError(f"unknown policy {text!r}; known are {', '.join(_FORMS.values())}, params-only:POLICY")
     try:
-        if name.replace("_", "-") == _PARAMS_ONLY:
-            return params_only(parse(rest))
-        if name == "best":
+        if known == "best":
             metric, mode, n = [*rest.split(":"), *("min", "1")[rest.count(":") :]]
             return best(metric, mode=mode, n=int(n))  # type: ignore[arg-type]  # checked there
-        if name == "every_seconds":
+        if known == "every_seconds":
             return every_seconds(float(rest))
-        numbered: dict[str, Callable[[int], KeepPolicy]] = {"latest": latest, "every_steps": every_steps}
-        return numbered[name](int(rest))
-    except (KeyError, ValueError, TypeError):
-        known = "latest:N, best:METRIC[:min|max[:N]], every_steps:N, every_seconds:S, params-only:POLICY"
-        raise ValueError(f"unknown policy {text!r}; known are {known}") from None
+        return every_steps(int(rest)) if known == "every_steps" else latest(int(rest))
+    except (ValueError, TypeError):
+        raise ValueError(f"{text!r} is not of the form {_FORMS[known]}") from None
+
+
+def _named(text: str) -> tuple[str, str]:
+    """The name of a policy in such a text, and what follows it."""
+    name, _, rest = text.partition(":")
+    return name.replace("_", "-"), rest
 
 
 def asks_about_saving(policy: SavePolicy) -> bool:

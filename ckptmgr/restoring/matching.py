@@ -82,13 +82,14 @@ class Request:
                 raise ValueError(f"extras cannot have {name!r}: give it as {name}=")
         for option in ("cast", "partial"):
             _check_choice(option, getattr(self, option))
-        if self.rename and not self._has_template():
+        if self.rename and not self.has_template():
             raise ValueError(
                 "rename gives leaves the paths of a template: give params=, opt_state= or extras= too"
             )
         differences.rename_rules(self.rename)
 
-    def _has_template(self) -> bool:
+    def has_template(self) -> bool:
+        """Whether a template of any item was given."""
         return any(each is not None for each in (self.params, self.opt_state, self.optimizer)) or bool(self.extras)
 
     def templates(self, manifest: Manifest) -> dict[str, Any]:
@@ -181,6 +182,15 @@ def match(
     return matched, passed
 
 
+_ANOTHER = ", or restore another step"
+
+
+def nothing_whole(reduced: ReducedCheckpointError) -> ReducedCheckpointError:
+    """The error for the newest step, if no other step has what it lacks either."""
+    message = f"{str(reduced).removesuffix(_ANOTHER)}: no other step can be restored with it"
+    return ReducedCheckpointError(message, step=reduced.step, items=reduced.items)
+
+
 def _refuse_reduced(manifest: Manifest, templates: Mapping[str, Any], request: Request) -> None:
     """Raises ReducedCheckpointError for items that `params_only` has deleted, unless `partial` allows that."""
     if manifest.reduced is None:
@@ -190,7 +200,7 @@ def _refuse_reduced(manifest: Manifest, templates: Mapping[str, Any], request: R
     if asked:
         raise ReducedCheckpointError(
             f"step {manifest.step} was {manifest.reduced}, so it has no {' and no '.join(asked)}. Leave "
-            f"{'this template' if len(asked) == 1 else 'these templates'} out, or restore another step",
+            f"{'this template' if len(asked) == 1 else 'these templates'} out{_ANOTHER}",
             step=manifest.step, items=asked,
         )  # fmt: skip
 

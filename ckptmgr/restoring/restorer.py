@@ -25,7 +25,7 @@ from ckptmgr.format import paths, recorded
 from ckptmgr.processes import job
 from ckptmgr.processes.job import Call, Job
 from ckptmgr.restoring import extras, reading
-from ckptmgr.restoring.matching import Request
+from ckptmgr.restoring.matching import Request, nothing_whole
 from ckptmgr.restoring.planning import Plan, Planner
 from ckptmgr.results import Checkpoint
 from ckptmgr.run import journal
@@ -148,9 +148,11 @@ class Restorer:
             else:
                 self._home.mark_damaged(seen)
                 self._warn_of_lower(candidate)
+                if found.info and found.info.reduced and not request.has_template():
+                    _log.warning("step %d was %s: it is restored without the rest", candidate, found.info.reduced)
                 return found
         if reduced:
-            raise reduced[0]
+            raise nothing_whole(reduced[0])
         damaged = {step: why for step, why in skipped.items() if step not in distrusted}
         raise self._home.nothing_good(damaged, distrusted=distrusted)
 

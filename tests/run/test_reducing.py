@@ -311,10 +311,28 @@ def test_it_is_spelled_and_parsed(policy):
     assert spelled == f"params-only:{policies.spell(policy)}"
     assert policies.parse(spelled) == policies.parse(spelled.replace("-", "_", 1)) == params_only(policy)
     assert eval(repr(params_only(policy)), vars(ckptmgr)) == params_only(policy)
-    with pytest.raises(ValueError, match="unknown policy"):
-        policies.parse("params-only:oldest:3")
-    with pytest.raises(ValueError, match="unknown policy"):
-        policies.parse("params-only:params-only:latest:3")
+    assert policies.parse(spelled.replace("every_", "every-")) == params_only(policy)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("params-only:oldest:3", r"^unknown policy 'oldest:3'; known are latest:N, "),
+        ("params-only:params-only:latest:3", r"^unknown policy 'params-only:params-only:latest:3'; known are "),
+        (
+            "params-only:1000",
+            "^'params-only:1000' does not say which steps: params-only:latest:1000, or params-only:every",
+        ),
+        ("params-only:every-steps:x", "^'every-steps:x' is not of the form every_steps:N$"),
+        ("params-only", "^unknown policy ''"),
+        ("latest", "^'latest' is not of the form latest:N$"),
+        ("best:loss:most", r"^'best:loss:most' is not of the form best:METRIC\[:min|max\[:N\]\]$"),
+        ("params-only:" * 10_000, "^unknown policy"),
+    ],
+)
+def test_of_a_text_that_is_no_policy_it_is_said_which_part_is_wrong(text, said):
+    with pytest.raises(ValueError, match=said):
+        policies.parse(text)
 
 
 def test_a_pinned_step_and_one_that_another_policy_keeps_stay_whole(tmp_path):
@@ -426,8 +444,22 @@ def test_a_restore_of_the_newest_passes_over_a_milestone_that_lacks_what_is_aske
         assert (found.step, list(found.skipped)) == (5, [10])
         assert "step 10 is passed over: step 10 was reduced to its params" in caplog.text
         manager.delete(5)
-        with pytest.raises(ckptmgr.ReducedCheckpointError, match=WHY):
+        with pytest.raises(ckptmgr.ReducedCheckpointError, match=WHY) as told:
             manager.restore_or(params=params(0), opt_state=opt_state(0))
+        assert str(told.value).endswith(
+            "no opt_state. Leave this template out: no other step can be restored with it"
+        )
+        assert (told.value.step, told.value.items) == (10, ("opt_state",))
+
+
+def test_a_restore_without_templates_says_that_a_milestone_is_all_there_is(run, caplog):
+    with CheckpointManager(run, keep=KEEP) as manager:
+        for step in (15, 20):
+            manager.delete(step)
+        said = "it is restored without the rest"
+        assert (manager.restore(params=params(0)).step, said in caplog.text) == (10, False)
+        assert (manager.restore(10).opt_state, said in caplog.text) == (None, False)  # by its number
+        assert (manager.restore().opt_state, said in caplog.text) == (None, True)
 
 
 def test_a_rewind_to_a_milestone_says_that_training_cannot_be_resumed_from_it(run, caplog):
