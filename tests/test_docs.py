@@ -220,6 +220,11 @@ def test_every_link_leads_somewhere(page):
             assert parts.fragment in anchors(target), f"{name(page)} links to {link}"
 
 
+def test_the_list_of_recipes_is_that_of_its_headings():
+    text = prose((DOCS / "recipes.md").read_text())
+    assert re.findall(r"^- \[(.+)\]\(#", text, re.MULTILINE) == re.findall(r"^## (.+)$", text, re.MULTILINE)
+
+
 @each_page
 def test_every_file_and_test_that_is_named_exists(page):
     for named in re.findall(r"`([^`\n]+)`", prose(page.read_text())):
