@@ -60,8 +60,8 @@ class Choice:
         times = (self.interval_s, self.cost_s, self.blocked_s, self.slowed_s, self.step_s)
         interval, cost, blocked, slowed, step = map(spell_s, times)
         return (
-            f"overhead({self.share:g}) saves about every {interval}, because a save costs {cost}: {blocked} the "
-            f"caller waits, and {slowed} the steps beside it take longer. A step takes {step}"
+            f"overhead({self.share:g}) saves about every {interval}, because a save costs {cost}: the caller "
+            f"waits {blocked}, and the steps beside it are slower by {slowed}. A step takes {step}"
         )
 
 
