@@ -329,6 +329,7 @@ def test_it_is_spelled_and_parsed(policy):
         ("best:loss:most", r"^'best:loss:most' is not of the form best:METRIC\[:min|max\[:N\]\]$"),
         ("params-only:" * 10_000, "^unknown policy"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_of_a_text_that_is_no_policy_it_is_said_which_part_is_wrong(text, said):
     with pytest.raises(ValueError, match=said):
