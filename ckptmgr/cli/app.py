@@ -45,7 +45,7 @@ _console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run.")]
 Place = Annotated[str, typer.Argument(metavar="RUN@STEP", help="RUN@STEP or RUN/STEP; or RUN, then STEP.")]
-Step = Annotated[int | None, typer.Argument(metavar="[STEP]", help="The number of a step, after RUN.")]
+Step = Annotated[int | None, typer.Argument(metavar="STEP", help="The number of a step, after RUN.")]
 AnyPlace = Annotated[
     str, typer.Argument(metavar="RUN[@STEP]", help="RUN@STEP or RUN/STEP; or RUN, then STEP. Default: the newest.")
 ]
@@ -249,7 +249,7 @@ def rewind(
 def rm(
     place: Place,
     steps: Annotated[
-        list[int] | None, typer.Argument(metavar="[STEP]...", help="The numbers of the steps, after RUN.")
+        list[int] | None, typer.Argument(metavar="STEP", help="The numbers of the steps, after RUN.")
     ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
