@@ -244,7 +244,7 @@ def test_the_choice_says_what_it_rests_on_and_when_it_differs():
     assert choice.blocked_s == pytest.approx(0.2)
     assert choice.step_s == pytest.approx(0.1)
     assert choice.slowed_s == pytest.approx(1 / 3, rel=0.3)  # a third of a second in which 0.67 s were trained
-    for words in ("overhead(0.05)", f"every {choice.interval_s:.3g} s", "0.2 s the caller waits"):
+    for words in ("overhead(0.05)", f"every {choice.interval_s:.3g} s", "the caller waits 0.2 s"):
         assert words in str(choice)
     assert choice.differs(None)
     assert not choice.differs(dataclasses.replace(choice, interval_s=choice.interval_s * 1.2))
