@@ -135,7 +135,7 @@ class Background:
                 while self._accepted:
                     _run(self._accepted[0])
                     self._accepted.popleft()
-        except Exception:  # raised into the thread from outside; the next wait starts another thread
+        except BaseException:  # raised into the thread from outside, say; the next wait starts another thread
             _log.exception("the thread that writes checkpoints was interrupted; another thread goes on")
         finally:
             self._thread.is_ours = False
