@@ -13,7 +13,7 @@ import uuid
 import holder
 import pytest
 import trainer
-from conftest import ON_SERVERS
+from conftest import ON_SERVERS, counted
 from etils import epath
 
 import ckptmgr
@@ -120,6 +120,8 @@ def test_a_claim_is_renewed_as_long_as_its_process_lives(run, another):
     assert first.tell("save 2", hears=True) == "saved 2"
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("run", ["s3", "gs"][: counted(1, full=2)], indirect=True)
 @pytest.mark.parametrize("machine", [(), ("another machine",)], ids=["this machine", "another machine"])
 def test_the_holder_is_killed_in_a_save_and_the_next_one_goes_on_without_what_it_left(run, another, machine):
     first = another(*machine)
@@ -135,6 +137,8 @@ def test_the_holder_is_killed_in_a_save_and_the_next_one_goes_on_without_what_it
     assert names_below(run) == {"1", "2"}
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("run", ["s3", "gs"][: counted(1, full=2)], indirect=True)
 @pytest.mark.parametrize("point", list(holder.POINTS))
 def test_a_holder_that_was_stopped_beyond_its_lease_does_not_commit(run, another, point):
     first = another("another machine")
