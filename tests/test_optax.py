@@ -40,8 +40,8 @@ REFUSED = {
         "give opt_state=",
     ),
 }
-"""What `optimizer=` cannot describe, by name, the outer one first: the ways that are refused, why, and what the error
-tells the user to give."""
+"""What `optimizer=` cannot describe, by name, the outer one first: the ways that are refused, why, and what the
+error tells the user to give."""
 
 
 @pytest.fixture(scope="module")
