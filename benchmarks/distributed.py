@@ -53,7 +53,7 @@ def late(
 
 
 def _blocked(count: int, args: tuple[Any, ...], timeout_s: float) -> dict[str, Any]:
-    answers = _group(_save_late, count, args, timeout_s)
+    answers = group(_save_late, count, args, timeout_s)
     rounds = [
         {"first_s": each[0]["blocked_s"], "blocked_s": max(one["blocked_s"] for one in each),
          "durable_s": max(one["durable_s"] for one in each)}
@@ -85,7 +85,7 @@ def _try(run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
 
 def _together(count: int, args: tuple[Any, ...], timeout_s: float) -> dict[str, Any]:
     """The slowest process of each repetition, as training goes on when all do; the most memory that one takes."""
-    answers = _group(_save_and_restore, count, args, timeout_s)
+    answers = group(_save_and_restore, count, args, timeout_s)
     if not all(answer["verified"] for answer in answers):
         raise fresh.FailedError("what was restored is not what was saved")
     rounds = [
@@ -96,15 +96,22 @@ def _together(count: int, args: tuple[Any, ...], timeout_s: float) -> dict[str, 
     return measure.summaries(rounds) | peaks | {"verified": True}
 
 
-def _group(function: Callable[..., Any], count: int, args: tuple[Any, ...], timeout_s: float) -> list[Any]:
+def group(function: Callable[..., Any], count: int, args: tuple[Any, ...], timeout_s: float) -> list[Any]:
+    """What a function returns in each process of a job."""
+    address = free_address()
+    ranks = [(address, count, rank, function, args) for rank in range(count)]
+    return fresh.call_group(as_one_of, ranks, timeout_s=timeout_s)
+
+
+def free_address() -> str:
+    """For the coordinator of a job on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    ranks = [(address, count, rank, function, args) for rank in range(count)]
-    return fresh.call_group(_as_one_of, ranks, timeout_s=timeout_s)
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def _as_one_of(address: str, count: int, rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def as_one_of(address: str, count: int, rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Runs a function as one process of a job."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -191,7 +198,7 @@ def shards(
 def _read_along(
     axis: int, name: str, count: int, rows: int, columns: int, directory: Path, timeout_s: float
 ) -> dict[str, Any]:
-    answers = _group(_restore_shard, count, (name, axis, rows, columns, directory), timeout_s)
+    answers = group(_restore_shard, count, (name, axis, rows, columns, directory), timeout_s)
     if not all(answer["verified"] for answer in answers):
         raise fresh.FailedError("what was restored is not what was saved")
     most = max(answer["read_bytes"] for answer in answers)

@@ -68,8 +68,9 @@ class Process:
         return self.returncode is not None
 
     def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended since
+            if self.poll() is None:
+                os.kill(self.pid, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
