@@ -51,6 +51,12 @@ class CheckpointManager:
       read_only: True for evaluators: never writes, deletes or cleans anything.
       reuse_unchanged: True: a jax array that is the very object of the last save is not copied and written again.
         The new step shares its files with the step before (hard links; in a bucket the server copies them).
+      local: a directory on each process's own machine (a RAM disk, a local SSD). Steps that `local_every` wants
+        are saved there too, or there alone: by each process its own part, and that of a process on another
+        machine. `restore` takes the newest step of which all parts are left somewhere, if no durable one is newer.
+      local_every: which calls of `save` save there, as `save_every` does. Default: every call.
+      local_keep: how many of these steps each machine keeps.
+      local_copies: 1: each process keeps the part of a neighbour too, so that any one machine may be lost; 0: not.
       mirror: a second directory, also gs:// or s3://. Every checkpoint is copied there in the background, and
         `restore` reads from there the steps that `directory` lacks.
       mirror_keep: which checkpoints retention keeps in the mirror, as `keep` does for `directory`. Default: all.
@@ -78,6 +84,10 @@ class CheckpointManager:
         on_commit: Callable[[CheckpointInfo], object] | Sequence[Callable[[CheckpointInfo], object]] | None = None,
         read_only: bool = False,
         reuse_unchanged: bool = False,
+        local: str | os.PathLike[str] | None = None,
+        local_every: policies.SaveEvery | None = None,
+        local_keep: int | None = None,
+        local_copies: int | None = None,
         mirror: str | os.PathLike[str] | None = None,
         mirror_keep: policies.Keep | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -90,7 +100,9 @@ class CheckpointManager:
                 "save_every": save_every, "keep": keep, "asynchronous": asynchronous,
                 "compression": compression, "chunk_bytes": chunk_bytes, "max_host_bytes": max_host_bytes,
                 "nonfinite": nonfinite, "on_commit": on_commit, "read_only": read_only,
-                "reuse_unchanged": reuse_unchanged, "mirror": mirror, "mirror_keep": mirror_keep,
+                "reuse_unchanged": reuse_unchanged, "local": local, "local_every": local_every,
+                "local_keep": local_keep, "local_copies": local_copies,
+                "mirror": mirror, "mirror_keep": mirror_keep,
                 "metadata": metadata, "timeout_s": timeout_s, "clock": clock,
             },
         )  # fmt: skip
@@ -98,7 +110,7 @@ class CheckpointManager:
         self._catalog, self._history, self._journal = parts.catalog, parts.history, parts.journal
         self._job, self._shared, self._writer = parts.job, parts.shared, parts.writer
         self._pending, self._aftermath = parts.pending, parts.aftermath
-        self._restorer, self._saver = parts.restorer, parts.saver
+        self._restorer, self._saver, self._local = parts.restorer, parts.saver, parts.local
 
     def __repr__(self) -> str:
         state = "open for writing" if self._saver.is_open else "read-only or closed"
@@ -112,7 +124,7 @@ class CheckpointManager:
     # ------------------------------------------------------------ saving
 
     def should_save(self, step: int) -> bool:
-        """Whether `save(step, ...)` would save now: by `save_every`, or because a signal told the run to stop."""
+        """Whether `save(step, ...)` would save durably now: by `save_every`, or because the run is to stop."""
         return self._saver.should_save(policies.step_number(step))
 
     def save(
@@ -159,6 +171,8 @@ class CheckpointManager:
         manager's `timeout_s`).
         """
         self._pending.join(timeout_s)
+        if self._local is not None:
+            self._local.wait(timeout_s)
         self._aftermath.wait(timeout_s)
         self._pending.raise_failure()
 
@@ -184,6 +198,8 @@ class CheckpointManager:
         """Every line may run twice: after an interrupt `close` may be called again."""
         self._aftermath.wait()
         self._saver.is_open = False
+        if self._local is not None:
+            self._local.close()
         if self._writer is not None:
             self._writer.release()
 
@@ -266,7 +282,7 @@ class CheckpointManager:
             params=params, opt_state=opt_state, optimizer=optimizer, extras=extras, layout=layout, cast=cast,
             partial=partial, rename=rename, broadcast=broadcast,
         )  # fmt: skip
-        self._pending.wait()
+        self._settle()
         restorer = self._restorer.among(request)
         if step is None:
             return restorer.newest(request)
@@ -298,13 +314,19 @@ class CheckpointManager:
             partial=partial, rename=rename, broadcast=broadcast,
         )  # fmt: skip
         step = policies.step_number(step)
-        self._pending.wait()
+        self._settle()
         restorer = self._restorer.among(request)
         if restorer.has_steps():
             return restorer.newest(request)
         start: Any = params
         state: Any = restoring.first_state(optimizer, params) if optimizer is not None else opt_state
         return Checkpoint(step=step, params=start, opt_state=state, extras=dict(extras or {}), resumed=False)
+
+    def _settle(self) -> None:
+        """Waits until nothing is being saved."""
+        self._pending.wait()
+        if self._local is not None:
+            self._local.wait()
 
     def _request(
         self, *, extras: Mapping[str, Any] | None, layout: Layout, rename: Mapping[str, str] | None,
@@ -389,6 +411,8 @@ class CheckpointManager:
             self._saver.require_open(step, "deleted")
             self._pending.wait()
             self._aftermath.delete(step)
+            if self._local is not None:
+                self._local.forget(step)
 
     def rewind(self, step: int) -> None:
         """Lets the run go on from an earlier step: later steps are set aside, and nothing is deleted.

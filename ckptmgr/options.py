@@ -103,6 +103,27 @@ def _mirror(name: str, value: Any) -> epath.Path:
     return paths.resolve(value, name)
 
 
+def _local(name: str, value: Any) -> epath.Path:
+    found = paths.resolve(value, name)
+    if not paths.is_local(found):
+        raise ValueError(f"{name} takes a directory of each process's own machine, not the bucket {found}")
+    return found
+
+
+def _local_every(name: str, value: Any) -> Any:
+    found = _save_every(name, value)
+    measuring = [each for each in found if policies.asks_about_saving(each)]
+    if measuring:
+        raise ValueError(f"{name} takes policies that do not measure what a save costs, not {measuring[0]!r}")
+    return found
+
+
+def _copies(name: str, value: Any) -> int:
+    if type(value) is not int or value not in (0, 1):
+        raise ValueError(f"{name} takes 1 (the parts of a neighbour are kept too) or 0, not {value!r}")
+    return value
+
+
 def _save_every(name: str, value: Any) -> Any:
     found = _policies(name, value, policies.every_steps, policies.SavePolicy, adapt_save)
     if len(paced := [each for each in found if isinstance(each, cadence.overhead)]) > 1:
@@ -140,6 +161,12 @@ class Options:
     on_commit: tuple[Callable[[CheckpointInfo], object], ...] = _option(_callbacks, default=(), writes=True)
     read_only: bool = _option(_flag, default=False)
     reuse_unchanged: bool = _option(_flag, default=False)
+    local: epath.Path | None = _option(_local, default=None, writes=True)  # noqa: RUF009
+    local_every: tuple[policies.SavePolicy, ...] = _option(
+        _local_every, default=(policies.every_steps(1),), writes=True
+    )
+    local_keep: int = _option(policies.positive_int, default=2, writes=True)
+    local_copies: int = _option(_copies, default=1, writes=True)
     mirror: epath.Path | None = _option(_mirror, default=None)  # noqa: RUF009
     mirror_keep: tuple[policies.KeepPolicy, ...] = _option(_keep, default=(), writes=True)
     metadata: Mapping[str, Any] = _option(_metadata, default_factory=dict, writes=True)
@@ -156,6 +183,11 @@ def check(given: Mapping[str, Any]) -> Options:
             raise ValueError(
                 f"read_only=True contradicts {name}=: a reader never writes or deletes; leave one out"
             )
+    needless = sorted(name for name in given if name.startswith("local_") and "local" not in given)
+    if needless:
+        raise ValueError(f"{needless[0]}= needs a local directory: give local= too")
+    if "local" in given and given.get("reuse_unchanged"):
+        raise ValueError("local= and reuse_unchanged=True cannot be combined: leave one out")
     if "mirror_keep" in given and "mirror" not in given:
         raise ValueError("mirror_keep= needs a mirror: give mirror= too")
     return Options(**{name: table[name]["check"](name, value) for name, value in given.items()})

@@ -290,6 +290,11 @@ def _names_saving(decide: Callable[..., Any]) -> bool:
     return "saving" in inspect.signature(decide).parameters
 
 
+def need_no_time(policies: Iterable[SavePolicy]) -> bool:
+    """Whether these policies look at the step alone, so that all processes of a job decide alike."""
+    return all(isinstance(each, every_steps | at_steps) for each in policies)
+
+
 def is_due(
     policies: Iterable[SavePolicy], step: int, *, now: float, last: Record | None, saving: Saving | None = None
 ) -> bool:

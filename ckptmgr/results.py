@@ -74,6 +74,9 @@ class CheckpointInfo:
     is missing, say). Retention does not count it then. None if it is trusted."""
     reduced: str | None = None
     """Which `params_only` policy has reduced it to its params, and when; None if it has all its items."""
+    source: str | None = None
+    """The directory it was restored from, or saved to: of the run, of its mirror, or of `local`. Only
+    `Checkpoint.info` and the result of a local save have it."""
     kept: tuple[str, ...] = ()
     """Why retention keeps it; empty if retention would delete it. Only `CheckpointManager.info` fills it in."""
 

@@ -57,6 +57,10 @@ SENTENCES = {
     "14a": "Processes that do not agree on what they save are told so, by leaf, before anything is committed",
     "14b": "Each gets back its own state",
     "14c": "None waits longer than `timeout_s` for one that is gone",
+    "15a": "With `local=` any one machine may be lost: the newest local step comes back, bit for bit",
+    "15b": "A damaged part counts as not there, and parts of different saves are never put together",
+    "15c": "A local save that fails stops neither the run nor its durable saves",
+    "15d": "Parts are given to processes of the job alone",
     "16": "What is not done is said: leaves kept, ignored or placed otherwise than asked",
     "17a": "`as_often_as_possible` begins no save while another is being written, so no call waits for one",
     "17b": "`overhead` keeps the measured cost of saving within its share, also if disk and steps change",
@@ -830,6 +834,85 @@ MUTATIONS = [
         "tests/processes/test_job.py::test_an_interrupt_as_process_0_decides_leaves_it_able_to_decide_again",
     ),
     Mutation(
+        "15a", "each process keeps its own part alone",
+        "saving/local_saves.py", "                self._fetch_neighbours(part)\n", "",
+        "tests/saving/test_local_saves.py::test_any_one_machine_may_be_lost_at_any_moment",
+    ),
+    Mutation(
+        "15a", "the neighbour is on the same machine",
+        "run/tier.py", "shift = max((hosts.count(host) for host in hosts), default=0)", "shift = 1",
+        "tests/run/test_tier.py::test_each_process_keeps_the_part_of_one_on_another_host_wherever_that_can_be",
+    ),
+    Mutation(
+        "15a", "what is fetched from other machines is not put beside the rest",
+        "run/nearby.py", "                self._get(process, item, keys)\n            self._merge()\n",
+        "                self._get(process, item, keys)\n",
+        "tests/saving/test_local_saves.py::test_of_a_damaged_part_the_copy_of_the_neighbour_is_taken",
+    ),
+    Mutation(
+        "15b", "large files of a part have no checksum",
+        "run/tier.py", "lambda name, size: False", "lambda name, size: '/d/' in name",
+        "tests/saving/test_local_saves.py::test_no_damage_to_a_part_is_taken_for_it",
+    ),
+    Mutation(
+        "15b", "steps of an earlier start are taken for steps of this one",
+        "run/tier.py", "    return [each for each in found if each.group.start == found[0].group.start]",
+        "    return found",
+        "tests/run/test_tier.py::test_a_step_is_complete_if_each_part_of_one_save_is_somewhere",
+    ),
+    Mutation(
+        "15b", "a local step stays that the run has gone back from",
+        "run/tier.py", "if group < newest and group.step < newest.step]", "if group < newest]",
+        "tests/run/test_tier.py::test_so_many_steps_are_kept_and_none_that_the_run_has_gone_back_from",
+    ),
+    Mutation(
+        "15b", "the local parts of a run are those of any run in its directory",
+        "run/identity.py", "Identity(secrets.token_hex(8), 0)", "Identity('run', 0)",
+        "tests/run/test_tier.py::test_no_step_of_an_earlier_run_in_the_same_directory_is_taken",
+    ),
+    Mutation(
+        "15b", "a local step counts although the durable one is of another save",
+        "restoring/restorer.py", "if step in steps and self._home.manifest(step).time != found.time:", "if False:",
+        "tests/run/test_tier.py::test_of_two_saves_of_a_step_the_durable_one_counts",
+    ),
+    Mutation(
+        "15b", "a rewind leaves the local steps",
+        "run/nearby.py", "        self.tier.clear()\n", "",
+        "tests/run/test_tier.py::test_a_rewind_forgets_what_was_saved_locally",
+    ),
+    Mutation(
+        "15b", "a local step is offered that is above one which was saved later",
+        "run/tier.py", "if all(part in times for part in parts_of) and not is_older:",
+        "if all(part in times for part in parts_of):",
+        "tests/run/test_tier.py::test_a_step_is_complete_if_each_part_of_one_save_is_somewhere",
+    ),
+    Mutation(
+        "15b", "a rewind by a manager without local saves leaves them",
+        "saving/aftermath.py", "        identity.cut(self._home.directory, self._journal.wall)\n", "",
+        "tests/run/test_tier.py::test_a_rewind_by_a_manager_without_local_saves_counts_too",
+    ),
+    Mutation(
+        "15b", "a local step counts although a lower durable one was saved later",
+        "restoring/restorer.py", "return below is None or self._home.manifest(below).time <= found.time",
+        "return True",
+        "tests/run/test_tier.py::test_a_durable_step_that_was_saved_later_counts_although_it_is_lower",
+    ),
+    Mutation(
+        "15c", "the failure of a local save is raised by the next save",
+        "saving/local_saves.py", "with contextlib.suppress(SaveError):", "with contextlib.nullcontext():",
+        "tests/run/test_tier.py::test_a_local_disk_that_is_full_stops_neither_the_run_nor_its_durable_saves",
+    ),
+    Mutation(
+        "15d", "whoever asks gets the files",
+        "run/peers.py", "not hmac.compare_digest(secret.encode(), self.secret.encode()) or ", "",
+        "tests/run/test_tier.py::test_files_come_whole_to_whoever_knows_the_secret",
+    ),
+    Mutation(
+        "15d", "files outside of the folder are given",
+        "run/peers.py", " or not schema.stays_inside(name)", "",
+        "tests/run/test_tier.py::test_nothing_outside_of_the_folder_is_served",
+    ),
+    Mutation(
         "16", "nothing is said of what `partial` kept",
         "restoring/restorer.py", "        _warn_of_partial(step, passed)\n", "",
         "tests/test_exactness.py::test_partial_says_what_it_kept_and_what_it_did_not_read",
@@ -869,7 +952,7 @@ MUTATIONS = [
     ),
     Mutation(
         "17a", "each process decides for itself how often to save",
-        "saving/saver.py", "        if self._needs_no_time():\n", "        if True:\n",
+        "saving/saver.py", "        if policies.need_no_time(self._options.save_every):\n", "        if True:\n",
         "tests/processes/test_job.py::test_process_0_decides_for_all_how_often_to_save",
     ),
     Mutation(

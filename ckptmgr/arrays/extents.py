@@ -26,6 +26,7 @@ from ckptmgr.arrays import chunks, database, nodes
 from ckptmgr.arrays.chunks import Index, Stored, Values
 from ckptmgr.arrays.nodes import Node, Place
 from ckptmgr.format import paths, schema
+from ckptmgr.specs import LeafSpec
 from ckptmgr.trees.structure import numpy_dtype
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -145,6 +146,26 @@ def plan(
         key = prefix + "/".join(["c", *map(str, place)])
         jobs.append(Job(directory, found[key], stored, wanted))
     return memory, jobs
+
+
+def read_value(directory: str, source: Extent | bytes) -> bytes:
+    """A value as it lies in the database."""
+    if isinstance(source, bytes):
+        return source
+    with paths.open_to_read(f"{directory}/{source.file}") as file:
+        return os.pread(file.fileno(), source.nbytes, source.offset)
+
+
+def missing(found: Found, spec: LeafSpec, pieces: Sequence[Index]) -> list[str]:
+    """The keys of an array, for these pieces of it, that a database lacks."""
+    stored, prefix = chunks.stored(spec), chunks.prefix(spec.name)
+    end = "/0" if spec.kind == "key" else ""  # the words of a key are an axis more
+    wanted = {f"{prefix}zarr.json"} | {
+        prefix + "/".join(["c", *map(str, place)]) + end
+        for index in pieces
+        for place, _, _ in _overlaps(_spans(index, stored.shape), stored.chunks)
+    }
+    return sorted(wanted - found.keys())
 
 
 def _spans(index: Index, shape: Sequence[int]) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ which the save has failed.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +59,8 @@ class Search:
         with jax.debug_nans(False), jax.debug_infs(False):  # they may be there: it is what is looked for
             self._flags = [_start(run, leaves) for run in plan.runs]
         self._found: set[int] = set()
+        self._turn = threading.Lock()
+        """A local save and a durable one of the same step look in two threads."""
 
     def look(self, copied: Iterable[tuple[int, list[Part]]]) -> None:
         """Looks at copies: the place of each leaf, and its parts."""
@@ -65,18 +68,20 @@ class Search:
             if place in self._plan.on_host:
                 dtype = numpy_dtype(self._plan.tree.leaves[place].dtype)
                 if not all(_is_finite_on_host(part.view(dtype)) for _, part in parts):
-                    self._found.add(place)
+                    with self._turn:
+                        self._found.add(place)
 
     def marks(self) -> str:
         """What this process has found, for the way to process 0: a bit for each leaf. Waits for the programs."""
-        flags, self._flags = self._flags, []
-        for run, found in zip(self._plan.runs, flags, strict=False):
-            with jax.transfer_guard_device_to_host("allow"):
-                are_finite = np.asarray(found)
-            self._found.update(
-                piece.place for piece, is_finite in zip(run.pieces, are_finite, strict=True) if not is_finite
-            )
-        return f"{sum(1 << place for place in self._found):x}"
+        with self._turn:
+            flags, self._flags = self._flags, []
+            for run, found in zip(self._plan.runs, flags, strict=False):
+                with jax.transfer_guard_device_to_host("allow"):
+                    are_finite = np.asarray(found)
+                self._found.update(
+                    piece.place for piece, is_finite in zip(run.pieces, are_finite, strict=True) if not is_finite
+                )
+            return f"{sum(1 << place for place in self._found):x}"
 
     def verdict(self, marks: Iterable[str]) -> str | None:
         """What all processes have found, in words; None if every leaf is finite."""

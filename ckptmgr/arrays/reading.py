@@ -48,6 +48,10 @@ class Opener:
         self._directory = directory / source.folder
         self._source = source
 
+    @property
+    def exists(self) -> bool:
+        return bool((self._directory / "manifest.ocdbt").exists())
+
     @functools.cached_property
     def found(self) -> extents.Found:
         """Where each value lies in the files of a database on this machine."""
@@ -174,6 +178,20 @@ def read(plan: Plan, openers: Sequence[Opener]) -> list[list[Values]]:
     window.drain(0)
     _fill(jobs, plan.most_bytes)
     return found
+
+
+def missing(wanted: Sequence[Read], openers: Sequence[Opener]) -> dict[int, list[tuple[str, int]]]:
+    """By database what it lacks of what is wanted: keys, and about how large the value of each is."""
+    lacking: dict[int, list[tuple[str, int]]] = {}
+    found = [opener.found if opener.exists else {} for opener in openers]
+    for each in wanted:
+        if each.spec.kind != "str":
+            keys = extents.missing(found[each.source], each.spec, each.pieces)
+            stored = chunks.stored(each.spec)
+            itemsize = 16 if each.spec.kind == "key" else numpy_dtype(stored.dtype).itemsize
+            nbytes = math.prod(stored.chunks) * itemsize
+            lacking.setdefault(each.source, []).extend((key, nbytes) for key in keys)
+    return {source: keys for source, keys in lacking.items() if keys}
 
 
 def _read_small(plan: Plan, source: int, some: small.Plan, opener: Opener, found: list[Any]) -> None:

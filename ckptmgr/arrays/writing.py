@@ -11,10 +11,11 @@ stored inside a node (`max_inline_value_bytes`), so that it is covered too.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +69,12 @@ class Snapshot:
         self.completed_at = 0.0
         """When it was, on the clock of `time.perf_counter`."""
         self._is_abandoned = False
+
+    def twin(self) -> Snapshot:
+        """The same copies for another writer; only once every leaf has been copied."""
+        found = copy.copy(self)
+        found.copied = [(place, [*parts]) for place, parts in self.copied]
+        return found
 
     def start(self) -> None:
         """Starts the copies of the next wave; returns at once."""
@@ -172,6 +179,16 @@ def write(
         if kept.apart:
             database.publish(directory / kept.name, context, check, place and place / kept.name)
     database.publish(directory, context, check, place)
+
+
+def write_values(directory: epath.Path, values: Iterable[tuple[str, bytes]]) -> None:
+    """Makes a database on this machine of keys and values of another one, as they lie there."""
+    transaction = ts.Transaction(atomic=True)
+    spec = {**database.write_spec(directory), "config": _CONFIG}
+    store = ts.KvStore.open(spec).result().with_transaction(transaction)
+    for key, data in values:
+        store[key] = data
+    transaction.commit_async().result()
 
 
 def write_wave(directory: epath.Path, snapshot: Snapshot, compression: str | None, context: Any) -> None:

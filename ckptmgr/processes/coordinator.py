@@ -125,3 +125,14 @@ def connected() -> Coordinator | None:
     """The coordinator of the job that this process is in; None if it is in none."""
     count, client = jax.process_count(), distributed.global_state.client
     return Coordinator(client, jax.process_index(), count) if count > 1 and client is not None else None
+
+
+def host() -> str | None:
+    """The host of the coordinator, as the processes of the job were told; None without a job."""
+    told: str | None = distributed.global_state.coordinator_address
+    return told.rpartition(":")[0].strip("[]") if told else None
+
+
+def is_here() -> bool:
+    """Whether the coordinator is in this process."""
+    return distributed.global_state.service is not None

@@ -90,6 +90,12 @@ class Plan:
         self.matched.append(each)
         self.databases.append(source)
 
+    def missing(self, directory: epath.Path) -> dict[str, list[tuple[str, int]]]:
+        """By item the keys that its database lacks there, as it is of the parts of some processes alone."""
+        openers = [arrays.Opener(directory, source) for source in self.databases]
+        found = arrays.missing(self.wanted, openers)
+        return {self.databases[source].folder.strip("/"): keys for source, keys in found.items()}
+
     @functools.cached_property
     def groups(self) -> list[Group]:
         return self.group(range(len(self.wanted)))

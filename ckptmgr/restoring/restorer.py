@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -30,10 +31,12 @@ from ckptmgr.restoring.planning import Plan, Planner
 from ckptmgr.results import Checkpoint
 from ckptmgr.run import journal
 from ckptmgr.run import values as saved
-from ckptmgr.run.catalog import Catalog
+from ckptmgr.run.catalog import Catalog, open_catalog
 from ckptmgr.run.history import History
 from ckptmgr.run.manifest_cache import Stamp
 from ckptmgr.run.mirror import Mirror
+from ckptmgr.run.nearby import Gathering, Nearby
+from ckptmgr.run.tier import Complete
 from ckptmgr.specs import StructureDiff
 from ckptmgr.trees import placement as layouts
 from ckptmgr.trees.layouts import HOST
@@ -57,11 +60,15 @@ class Restorer:
         journal: journal.Journal,
         timeout_s: float,
         max_host_bytes: int | None = None,
+        nearby: Nearby | None = None,
     ) -> None:
         self._home, self._history, self._mirror = home, history, mirror
         self._of_run, self._journal, self._timeout_s = job, journal, timeout_s
         self._job = job
         self._planner = Planner(max_host_bytes)
+        self._nearby = nearby
+        self._local: Mapping[int, Complete] = {}
+        """The steps that the machines of the job hold, as of the last look."""
 
     def among(self, request: Request) -> Restorer:
         """The same, agreeing with the processes that have to restore the same step.
@@ -94,11 +101,12 @@ class Restorer:
 
     def has_steps(self) -> bool:
         """Whether there is anything to restore, as process 0 sees it."""
-        return self._job.decide(_CHOICE, lambda: bool(self._steps()))
+        self._look_nearby()
+        return self._job.decide(_CHOICE, lambda: bool(self._steps() or self._local))
 
     def best(self, request: Request) -> Checkpoint:
         """The step that the policies rank first, here and in the mirror."""
-        number = self._job.decide(_CHOICE, self._best)
+        number, self._local = self._job.decide(_CHOICE, self._best), {}
         if number is None:
             raise self._home.nothing_good({}, "no checkpoint has the metric that ranks them, or all are NaN")
         return self._restore(number, request)
@@ -109,6 +117,7 @@ class Restorer:
 
     def one(self, step: int, request: Request) -> Checkpoint:
         """This step and no other."""
+        self._look_nearby()
         return self._restore(self._job.decide(_CHOICE, lambda: step), request)
 
     def newest(self, request: Request) -> Checkpoint:
@@ -121,6 +130,7 @@ class Restorer:
         reduced: list[ReducedCheckpointError] = []
         seen: dict[int, Stamp] = {}
         ends = time.monotonic() + min(_PATIENCE_S, self._timeout_s / 2)
+        self._look_nearby()
         while (choice := self._newest_beside(skipped)) is not None:
             candidate, why = choice
             stamp = self._home.stamp(candidate)
@@ -131,7 +141,8 @@ class Restorer:
             except CorruptCheckpointError as problem:
                 _log.warning("step %d is passed over as damaged: %s", candidate, problem)
                 self._journal.record("passed over", candidate, why=str(problem))
-                seen[candidate] = stamp
+                if candidate not in self._local or stamp is not None:
+                    seen[candidate] = stamp
                 skipped[candidate] = str(problem)
             except DistrustedError as problem:
                 _log.warning("step %d is passed over, because it is distrusted: %s", candidate, problem)
@@ -158,7 +169,8 @@ class Restorer:
 
     def _warn_of_lower(self, step: int) -> None:
         """Says it if the step that was saved last is not the newest: somebody went back, and did not say so."""
-        saved = journal.last_saved(self._home.directory) if self._job.leads else None
+        looks = self._job.leads and step not in self._local
+        saved = journal.last_saved(self._home.directory) if looks else None
         if saved is not None and saved < step and self._home.has(saved):
             _log.warning(
                 "step %d is restored, which has the highest number, and step %d was saved after it. If the run is "
@@ -179,7 +191,7 @@ class Restorer:
         """The newest step beside these, and why it is distrusted. One process alone sees that as it reads."""
 
         def choose() -> tuple[int, str | None] | None:
-            step = max(self._steps() - set(skipped), default=None)
+            step = max((self._steps() | self._local.keys()) - set(skipped), default=None)
             return None if step is None else (step, self._why_distrusted(step) if self._job.count > 1 else None)
 
         return self._job.decide(_CHOICE, choose)
@@ -189,6 +201,22 @@ class Restorer:
             with contextlib.suppress(CheckpointError):  # it is not here, or damaged, which the restore finds
                 return catalog.why_distrusted(step)
         return None
+
+    def _look_nearby(self) -> None:
+        """Looks which steps the machines of the job hold."""
+        if self._nearby is not None:
+            found = self._nearby.look(self._counts)
+            self._local = {each.group.step: each for each in found}
+
+    def _counts(self, found: Complete) -> bool:
+        """Whether a local step is of the branch that the run is on, as far as the newest durable steps tell."""
+        with contextlib.suppress(CheckpointError):
+            steps, step = self._home.steps(), found.group.step
+            if step in steps and self._home.manifest(step).time != found.time:
+                return False  # the durable one is of another save
+            below = max((each for each in steps if each < step), default=None)
+            return below is None or self._home.manifest(below).time <= found.time
+        return True
 
     def _steps(self) -> set[int]:
         """The steps here and in the mirror; one that cannot be reached is missed if there is nothing here."""
@@ -202,6 +230,13 @@ class Restorer:
 
         `skipped`: newer steps that were passed over, and why; None if the caller has asked for this step.
         """
+        if step in self._local:
+            try:
+                return self._from_nearby(self._local[step], request, skipped)
+            except CorruptCheckpointError as problem:
+                if not self._job.decide(_CHOICE, lambda: step in self._steps()):
+                    raise
+                _log.warning("step %d is not taken from %s: %s", step, self._nearby, problem)
         stamp = self._home.stamp(step)
         try:
             return self._together(self._home, step, request, skipped)
@@ -218,6 +253,21 @@ class Restorer:
     def _together(self, home: Catalog, step: int, request: Request, skipped: Skipped | None) -> Checkpoint:
         call = Call(f"the restore from step {step}")
         return self._job.together(call, lambda: self._whole(home, step, request, skipped))
+
+    def _from_nearby(self, found: Complete, request: Request, skipped: Skipped | None) -> Checkpoint:
+        """Restores a step from the parts on the machines of the job."""
+        nearby, step = self._nearby, found.group.step
+        assert nearby is not None
+        with contextlib.ExitStack() as closing:
+
+            def gather() -> Gathering:
+                with _had(step):
+                    return closing.enter_context(contextlib.closing(nearby.gather(found)))
+
+            gathering = self._job.together(Call(f"the parts of step {step}"), gather)
+            home = open_catalog(gathering.run)
+            call = Call(f"the restore of step {step}")
+            return self._job.together(call, lambda: self._read(home, step, request, skipped, gathering))
 
     # ------------------------------------------------------------ reading it
 
@@ -261,7 +311,9 @@ class Restorer:
         if why is not None:
             _log.warning("step %d is restored as it was asked for, but it is distrusted: %s", manifest.step, why)
 
-    def _read(self, home: Catalog, step: int, request: Request, skipped: Skipped | None) -> Checkpoint:
+    def _read(
+        self, home: Catalog, step: int, request: Request, skipped: Skipped | None, parts: Gathering | None = None
+    ) -> Checkpoint:
         directory, call = home.path(step), Call(f"the reading from step {step}")
         others = self._others(call, step) if request.broadcast else None
 
@@ -271,6 +323,9 @@ class Restorer:
                 self._check_trust(home, manifest, is_asked_for=skipped is None)
             templates = request.templates(manifest)
             plan = self._planner.plan(manifest, templates, request, is_local=paths.is_local(directory))
+            if parts is not None:
+                with _had(step):
+                    _get_parts(parts, manifest, plan)
             items, share = {*templates, manifests.STEP, manifests.METRICS}, (self._job.index, self._job.count)
             recorded.check_files(manifest, directory, items, share=share)
             trees = reading.Trees(plan.trees, plan.structures, step, directory, others)
@@ -290,19 +345,43 @@ class Restorer:
             values[manifests.OPT_STATE] = _with_new_state(request, values)
         _warn_of_partial(step, passed)
         absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
-        _log.info("step %d restored from %s", step, directory)
-        self._journal.record("restored", step, source=str(directory))
+        source = str(home.directory) if parts is None else parts.source
+        _log.info("step %d restored from %s", step, source)
+        self._journal.record("restored", step, source=source)
         return Checkpoint(
             step=step,
             params=values.pop(manifests.PARAMS, None),
             opt_state=values.pop(manifests.OPT_STATE, None),
             extras=absent | {name: extras.handed_over(templates[name], value) for name, value in values.items()},
             metrics=manifest.metrics,
-            info=self._history.glance(manifest),
+            info=dataclasses.replace(self._history.glance(manifest), source=source),
             skipped=skipped or {},
             missing=tuple(leaf.path for leaf in passed.missing),
             unused=tuple(leaf.path for leaf in passed.unexpected),
         )
+
+
+@contextlib.contextmanager
+def _had(step: int) -> Iterator[None]:
+    """What goes wrong with the parts of a local step is damage of it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as problem:  # a machine that is gone since, or a file
+        why = f"local step {step}: a part cannot be had: {problem}"
+        raise CorruptCheckpointError(why, step=step) from problem
+
+
+def _get_parts(parts: Gathering, manifest: manifests.Manifest, plan: Plan) -> None:
+    """Gets the parts of a local step that this process needs."""
+    for name, source in plan.sources.items():
+        item = manifest.items[name]
+        if item.processes > 1:  # each process had its own
+            parts.need(name, range(item.processes) if source is None else [source])
+        elif item.file and not (parts.folder / name / item.file).exists():
+            parts.need(name, [0])
+    parts.complete(lambda: plan.trees.missing(parts.folder))
 
 
 def _is_reduced(home: Catalog, step: int) -> bool:

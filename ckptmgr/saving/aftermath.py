@@ -17,7 +17,7 @@ from ckptmgr.format import names, paths
 from ckptmgr.options import Options
 from ckptmgr.processes.job import Job
 from ckptmgr.results import CheckpointInfo, Save
-from ckptmgr.run import branches, retention, rewinding, trust
+from ckptmgr.run import branches, identity, retention, rewinding, trust
 from ckptmgr.run.catalog import Catalog, open_catalog
 from ckptmgr.run.history import History
 from ckptmgr.run.journal import Journal, last_saved
@@ -27,17 +27,21 @@ from ckptmgr.run.mirror import Mirror
 _log = logging.getLogger("ckptmgr")
 
 
-def check_mirror(mirror: epath.Path | None, home: epath.Path) -> None:
-    """Raises ValueError for a mirror that cannot be used, before anything is written."""
-    if mirror is not None and _real(mirror) == _real(home):
-        raise ValueError(f"mirror={str(mirror)!r} is the run itself; choose another directory")
-    if mirror is not None and not paths.is_local(home):
-        raise ValueError(f"mirror={str(mirror)!r}: a run in a bucket ({home}) cannot have a mirror")
-    inside = _real(mirror).removeprefix(f"{_real(home)}/").split("/")[0] if mirror is not None else ""
+def check_beside(options: Options, home: epath.Path) -> None:
+    """Raises ValueError for a mirror or a local directory that cannot be used, before anything is written."""
+    if options.mirror is not None and not paths.is_local(home):
+        raise ValueError(f"mirror={str(options.mirror)!r}: a run in a bucket ({home}) cannot have a mirror")
+    for name, place in (("mirror", options.mirror), ("local", options.local)):
+        if place is not None:
+            _check_outside(f"{name}={str(place)!r}", place, home)
+
+
+def _check_outside(option: str, place: epath.Path, home: epath.Path) -> None:
+    if _real(place) == _real(home):
+        raise ValueError(f"{option} is the run itself; choose another directory")
+    inside = _real(place).removeprefix(f"{_real(home)}/").split("/")[0]
     if inside == names.OURS or names.STEP.fullmatch(inside):
-        raise ValueError(
-            f"mirror={str(mirror)!r} is in a step or in .ckptmgr/ of the run; choose another directory"
-        )
+        raise ValueError(f"{option} is in a step or in .ckptmgr/ of the run; choose another directory")
 
 
 def _real(directory: epath.Path) -> str:
@@ -208,6 +212,7 @@ class Aftermath:
 
     def _rewind(self, plan: branches.Plan, step: int) -> list[int]:
         former = max(self._home.steps(), default=None)
+        identity.cut(self._home.directory, self._journal.wall)
         self._home.rewind(plan)
         _log.info(
             "the run goes on from step %d: %d steps are set aside, %d come back",

@@ -88,6 +88,13 @@ class Copied:
         ends = time.monotonic() + timeout_s
         return all(wait_for(each.complete, ends - time.monotonic()) for each in self.snapshots.values())
 
+    def twin(self) -> Copied | None:
+        """The same for another writer; None if not everything is copied yet (under `max_host_bytes`)."""
+        if any(each.has_more() for each in self.snapshots.values()):
+            return None
+        twins = {name: snapshot.twin() for name, snapshot in self.snapshots.items()}
+        return dataclasses.replace(self, contents={**self.contents, **twins}, own=set())
+
     def release(self) -> None:
         """Drops all references to leaves, also to those that a failed save has not copied."""
         for snapshot in self.snapshots.values():

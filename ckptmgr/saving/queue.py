@@ -31,13 +31,14 @@ class Act(NamedTuple):
 class Pending:
     """The saves of one manager. All managers of a run in this process share one thread that writes.
 
-    `timeout_s` bounds every wait for a save. `job` tells which processes are missing.
+    `timeout_s` bounds every wait for a save. `job` tells which processes are missing. `how` they are saved is said
+    in messages.
     """
 
-    def __init__(self, timeout_s: float, job: Job, shared: Shared) -> None:
+    def __init__(self, timeout_s: float, job: Job, shared: Shared, how: str = "") -> None:
         self._timeout_s = timeout_s
         self.job = job
-        self._shared = shared
+        self._shared, self._how = shared, how
         self._background = shared.background
         self._saves: list[Save] = []
 
@@ -73,7 +74,7 @@ class Pending:
             try:
                 save.info = act.commit()
             except BaseException as problem:
-                _end(save, problem)
+                self._end(save, problem)
                 if save.failure is not None:
                     act.failed(save.failure)
             else:
@@ -81,7 +82,7 @@ class Pending:
                 act.then(save.info)
 
         def ended(problem: BaseException | None) -> None:
-            _end(save, problem)
+            self._end(save, problem)
             act.let_go()
 
         return save, Task(f"the save of step {step}", finish, self._timeout_s, save, ended)
@@ -135,13 +136,12 @@ class Pending:
                     save.was_raised = True
                     raise save.failure
 
-
-def _end(save: Save, problem: BaseException | None) -> None:
-    """Ends a save: it is durable or failed, whatever has interrupted it. May be called twice."""
-    if save.info is None and save.failure is None:
-        why = "its thread was interrupted" if problem is None else str(problem) or repr(problem)
-        failure = SaveError(f"step {save.step} could not be saved: {why}", step=save.step)
-        failure.__cause__ = problem
-        save.failure = failure
-        _log.error("%s", failure)  # there may be no next call that raises it
-    save.over.set()
+    def _end(self, save: Save, problem: BaseException | None) -> None:
+        """Ends a save: it is durable or failed, whatever has interrupted it. May be called twice."""
+        if save.info is None and save.failure is None:
+            why = "its thread was interrupted" if problem is None else str(problem) or repr(problem)
+            failure = SaveError(f"step {save.step} could not be saved{self._how}: {why}", step=save.step)
+            failure.__cause__ = problem
+            save.failure = failure
+            _log.error("%s", failure)  # there may be no next call that raises it
+        save.over.set()

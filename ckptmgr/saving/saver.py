@@ -31,6 +31,7 @@ from ckptmgr.run.lock import Shared, Writer
 from ckptmgr.saving import copying, items, reuse
 from ckptmgr.saving.aftermath import Aftermath
 from ckptmgr.saving.committing import Committer
+from ckptmgr.saving.local_saves import LocalSaver
 from ckptmgr.saving.measuring import Meter
 from ckptmgr.saving.queue import Act, Pending
 
@@ -51,11 +52,12 @@ class Saver:
         writer: Writer | None,
         pending: Pending,
         aftermath: Aftermath,
+        local: LocalSaver | None = None,
     ) -> None:
         self._options, self._clock = options, clock
         self._catalog, self._history = catalog, history
         self._job, self._shared, self._writer = job, shared, writer
-        self._pending, self._aftermath = pending, aftermath
+        self._pending, self._aftermath, self._local = pending, aftermath, local
         self._committer = Committer(
             catalog, compression=options.compression, job=pending.job, shared=shared,
             refuses_nonfinite=options.nonfinite == "refuse",
@@ -97,7 +99,7 @@ class Saver:
             known = self._job.decide(Call("the first look at a run"), self._newest_and_taken)
             self._shared.newest, taken = known or (None, [])
             self._shared.taken = frozenset(taken)
-        if self._job.leads and not self._needs_no_time():
+        if self._job.leads and not policies.need_no_time(self._options.save_every):
             self._last_save()
 
     def _newest_and_taken(self) -> tuple[int, list[int]] | None:
@@ -108,13 +110,10 @@ class Saver:
             return None
         return max([*steps, self._pending.step or 0]), sorted(self._catalog.taken().difference(steps))
 
-    def _needs_no_time(self) -> bool:
-        return all(isinstance(each, policies.every_steps | policies.at_steps) for each in self._options.save_every)
-
     def should_save(self, step: int) -> bool:
-        """Whether a call would save now: by `save_every`, or because the run is to stop."""
+        """Whether a call would save durably now: by `save_every`, or because the run is to stop."""
         self._meter.called(step)
-        if self._needs_no_time():
+        if policies.need_no_time(self._options.save_every):
             due = self._is_due(step, None)
         else:  # clocks differ
             call = Call("the decision about a save", step)
@@ -137,6 +136,8 @@ class Saver:
         """After a rewind the policies of `save_every` look at the steps that are listed now."""
         self._last, self._is_empty = None, False
         self._shared.newest = None
+        if self._local is not None:
+            self._local.after_rewind()
 
     def _refuse(self, step: int, force: bool, on_exists: str) -> str | None:
         """Why this step is not saved; None if it is."""
@@ -205,33 +206,79 @@ class Saver:
         with self.turn(step):
             self.require_open(step)
             refusal = self._refuse(step, force, on_exists)
+            is_local = self._local is not None and self._local.is_due(step)
+            if refusal and is_local:
+                return self._save_locally(step, called, params, opt_state, extras, metrics)
             if refusal:
                 return SaveResult(step, refusal)
             is_new = self._is_new(step)
             self._shared.newest = max(step, self._shared.newest or 0)  # also if it fails here alone
-            with self._telling(step):
-                if params is None and opt_state is None:
-                    raise ValueError("save needs params, or an opt_state that holds them")
+            with self._telling(step, is_local):
                 self._prepare(step, is_new)
-                composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
-                self._meter.wait_for_values(params, opt_state)
+                composed = self._compose(step, params, opt_state, extras, metrics)
                 self._pending.wait()
                 self.require_open(step)  # a callback may have closed the manager meanwhile
                 copied = self._copier.copy(step, self._clock.wall(), composed)
                 replaces = self._make_room(step, is_new) or on_exists == "replace"
+            if is_local:
+                self._start_beside(step, copied, called)
             reason = "forced" if force else "preempted" if self.preemption.reached else "due"
             result = self._hand_over(copied, reason, called, replaces=replaces)
             self._meter.saved(step, began)
             return result
 
+    def _compose(self, step: int, params: Any, opt_state: Any, extras: Any, metrics: Any) -> copying.Composed:
+        if params is None and opt_state is None:
+            raise ValueError("save needs params, or an opt_state that holds them")
+        composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
+        self._meter.wait_for_values(params, opt_state)
+        return composed
+
+    def _save_locally(self, step: int, called: float, *state: Any) -> SaveResult:
+        """Saves a step that is not saved durably on the machines of the job alone."""
+        assert self._local is not None
+        try:
+            composed = self._compose(step, *state)
+            self._local.wait()
+            copied = self._copier.copy(step, self._clock.wall(), composed)
+        except Exception as problem:
+            self._local.fail(step, problem)
+            raise
+        try:
+            save = self._local.start(copied, called)
+            if not copied.wait(save.wait_for, self._options.timeout_s):
+                self._local.wait(0)  # raises CheckpointTimeoutError
+        except BaseException:
+            copied.abandon()
+            raise
+        if not self._goes_on:
+            self._local.wait()
+        return SaveResult(step, "due by local_every", save)
+
+    def _start_beside(self, step: int, copied: copying.Copied, called: float) -> None:
+        """Starts the local save of a step that is saved durably too, whatever becomes of it."""
+        twin = copied.twin()
+        if self._local is not None and twin is not None:
+            try:
+                self._local.start(twin, called)
+            except CheckpointError as problem:
+                _log.warning("step %d is not saved locally: %s", step, problem)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether a save goes on after the call."""
+        return self._options.asynchronous and background.CAN_OUTLIVE_MAIN
+
     @contextlib.contextmanager
-    def _telling(self, step: int) -> Iterator[None]:
+    def _telling(self, step: int, is_local: bool) -> Iterator[None]:
         """What fails inside, in this process, fails in all: no other waits for what does not come."""
         try:
             yield
         except Exception as problem:
             if self._job.count > 1:
                 self._pending.fail(step, problem)
+            if self._local is not None and is_local:
+                self._local.fail(step, problem)
             raise
 
     def _prepare(self, step: int, is_new: bool) -> None:
@@ -292,6 +339,6 @@ class Saver:
             copied.abandon()
             self._last = before
             raise
-        if not (self._options.asynchronous and background.CAN_OUTLIVE_MAIN):
+        if not self._goes_on:
             self._pending.wait()
         return SaveResult(step, reason, save)
