@@ -220,10 +220,11 @@ class Saver:
                 self.require_open(step)  # a callback may have closed the manager meanwhile
                 copied = self._copier.copy(step, self._clock.wall(), composed)
                 replaces = self._make_room(step, is_new) or on_exists == "replace"
-            if is_local:
-                self._start_beside(step, copied, called)
+            twin = copied.twin() if is_local else None  # while nobody writes: a writer lets go of its copies
             reason = "forced" if force else "preempted" if self.preemption.reached else "due"
             result = self._hand_over(copied, reason, called, replaces=replaces)
+            if twin is not None:
+                self._start_beside(step, twin, called)
             self._meter.saved(step, began)
             return result
 
@@ -255,14 +256,13 @@ class Saver:
             self._local.wait()
         return SaveResult(step, "due by local_every", save)
 
-    def _start_beside(self, step: int, copied: copying.Copied, called: float) -> None:
-        """Starts the local save of a step that is saved durably too, whatever becomes of it."""
-        twin = copied.twin()
-        if self._local is not None and twin is not None:
-            try:
-                self._local.start(twin, called)
-            except CheckpointError as problem:
-                _log.warning("step %d is not saved locally: %s", step, problem)
+    def _start_beside(self, step: int, twin: copying.Copied, called: float) -> None:
+        """Starts the local save of a step that is being saved durably, whatever becomes of it."""
+        assert self._local is not None
+        try:
+            self._local.start(twin, called)
+        except CheckpointError as problem:  # the local save before it stands still
+            _log.warning("step %d is not saved locally: %s", step, problem)
 
     @property
     def _goes_on(self) -> bool:

@@ -112,6 +112,8 @@ def test_a_second_writer_on_another_machine_is_refused_once_the_first_renews_its
     assert first.tell("save 2", hears=True) == "saved 2"
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("run", ["s3", "gs"][: counted(1, full=2)], indirect=True)
 def test_a_claim_is_renewed_as_long_as_its_process_lives(run, another):
     first = another()
     time.sleep(2 * LEASE_S + 1)

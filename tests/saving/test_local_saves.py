@@ -281,12 +281,6 @@ def test_what_an_earlier_start_has_left_is_not_mixed_in(four):
     assert {each.resumed for each in machines.run(3, [0, 1, 2, 3])} == {0}
 
 
-def test_old_local_steps_go(four):
-    machines, _ = four
-    machines.run(11, local_keep=1)
-    assert {step for name in range(4) for step, _ in machines.parts(name)} == {10}
-
-
 # ---------------------------------------------------------------- one process
 
 
