@@ -24,7 +24,7 @@ bench: .venv/installed
 
 # The checks that are too long for every change, in full.
 soak: .venv/installed
-	CKPTMGR_SOAK=1 $(BIN)/pytest -m soak -o timeout=1200 -o faulthandler_timeout=1260
+	CKPTMGR_SOAK=1 $(BIN)/pytest -m soak -o timeout=3600 -o faulthandler_timeout=3660
 
 # The core tests with the oldest versions that pyproject.toml allows, in an environment of their own.
 OLDEST := tests/test_manager.py tests/arrays tests/orbax tests/test_resume.py tests/test_reshard.py tests/trees/test_placement.py \
