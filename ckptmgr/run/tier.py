@@ -12,12 +12,12 @@ later. Processes that are given the same directory share it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,6 +26,9 @@ from etils import epath
 from ckptmgr.errors import CheckpointError
 from ckptmgr.format import files, paths, recorded
 from ckptmgr.format import manifest as manifests
+
+if sys.platform != "win32":
+    import fcntl
 
 _log = logging.getLogger("ckptmgr")
 _GROUP = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+")
@@ -114,9 +117,8 @@ class Tier:
         self._make()
         made = self.folder / f".{secrets.token_hex(8)}"
         made.mkdir()
-        descriptor = os.open(made, os.O_RDONLY)
-        self._drafts[made] = descriptor
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._drafts[made] = os.open(made, os.O_RDONLY)
+        fcntl.flock(self._drafts[made], fcntl.LOCK_EX)
         return made
 
     def drop(self, draft: epath.Path) -> None:
