@@ -19,7 +19,7 @@ from benchmarks import peers
 from benchmarks.measure import TIMES
 
 # colour, hatching of bars, marker of lines
-_STYLES = {
+STYLES = {
     "ckptmgr": ("#D55E00", "", "o"),
     "before": ("#E69F00", "--", "X"),
     "orbax": ("#0072B2", "//", "s"),
@@ -55,7 +55,7 @@ def draw_scale(results: Mapping[str, Any], path: Path) -> list[Path]:
     counts = results["sizes"]
     figure, panels = plt.subplots(2, 2, figsize=(10, 8), layout="constrained", sharex=True)
     for panel, (title, lines) in zip(panels.flat, _scale_panels(results).items(), strict=True):
-        for (name, costs), style in zip(lines.items(), _STYLES.values(), strict=False):
+        for (name, costs), style in zip(lines.items(), STYLES.values(), strict=False):
             panel.plot(counts, costs, marker=style[2], color=style[0], markeredgecolor="black", label=name)
         panel.set(xscale="log", yscale="log", ylabel="seconds")
         panel.set_xticks(counts, [f"{count:,}" for count in counts])
@@ -91,9 +91,7 @@ def _month_lines(found: Mapping[str, Any]) -> list[tuple[str, list[Any], tuple[s
     rest = {words.partition(":")[0]: [each] for words, each in found.items() if not words.startswith("every ")}
     return [
         (words, points, style)
-        for (words, points), style in zip(
-            {"fixed intervals": fixed, **rest}.items(), _STYLES.values(), strict=True
-        )
+        for (words, points), style in zip({"fixed intervals": fixed, **rest}.items(), STYLES.values(), strict=True)
     ]
 
 
@@ -165,9 +163,9 @@ def _bars(
     panel: Any, workloads: Mapping[str, Any], value: Callable[[Any], Any], with_spread: bool = False
 ) -> None:
     """A group of bars for each workload, one for each peer; whiskers from the least to the most."""
-    names = [name for name in _STYLES if any(name in found["peers"] for found in workloads.values())]
+    names = [name for name in STYLES if any(name in found["peers"] for found in workloads.values())]
     for i, name in enumerate(names):
-        colour, hatch, _ = _STYLES[name]
+        colour, hatch, _ = STYLES[name]
         found = [value(each["peers"][name]) for each in workloads.values()]
         places = [x + (i - (len(names) - 1) / 2) * _BAR for x in range(len(found))]
         heights = [each["median"] for each in found] if with_spread else found
@@ -207,7 +205,7 @@ def _against(axis: str, label: str, remark: str) -> Callable[[Sequence[Mapping[s
         figure, panels = plt.subplots(1, 3, figsize=(11, 4.2), layout="constrained", sharey=True)
         for panel, time in zip(panels, TIMES, strict=True):
             for name in points[0]["peers"]:
-                colour, _, marker = _STYLES[name]
+                colour, _, marker = STYLES[name]
                 found = [point["peers"][name][time] for point in points]
                 places = [point[axis] for point in points]
                 line = {"color": colour, "marker": marker, "label": peers.ALL[name].title}
@@ -228,7 +226,7 @@ def _against(axis: str, label: str, remark: str) -> Callable[[Sequence[Mapping[s
 def _training(found: Mapping[str, Any]) -> Any:
     figure, panel = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for i, (name, speed) in enumerate(found["steps_per_s"].items()):
-        colour, hatch, _ = _STYLES.get(name, ("#999999", "", "o"))
+        colour, hatch, _ = STYLES.get(name, ("#999999", "", "o"))
         spread = [[speed["median"] - speed["min"]], [speed["max"] - speed["median"]]]
         panel.barh(i, speed["median"], xerr=spread, color=colour, hatch=hatch, edgecolor="black", linewidth=0.5)
     words = {"never": "never saves", "control": "never saves, again"}

@@ -36,6 +36,8 @@ from ckptmgr.results import Checkpoint, CheckpointInfo, Damage, SaveResult, Veri
 from ckptmgr.specs import LeafDiff, LeafSpec, Optimizer, PyTree, StructureDiff
 from ckptmgr.trees.layouts import HOST, Layout
 
+__version__ = "0.2.0"
+
 __all__ = [
     "HOST",
     "Checkpoint",

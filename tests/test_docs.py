@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 import typer
 import warm
+import yaml
 
 import ckptmgr
 from ckptmgr.cli.app import app
@@ -29,6 +30,7 @@ from ckptmgr.cli.app import app
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+RECIPES = [DOCS / "recipes.md", DOCS / "models.md"]
 FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INCLUDE = re.compile(r'^--8<-- "([^"]+)"$')
 OUTPUT = doctest.OutputChecker()
@@ -149,7 +151,7 @@ def test_examples_on_the_page_are_files_that_compile():
 # ---------------------------------------------------------------- what is named exists
 
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 PATH = re.compile(r"(?:(?:tests|docs|ckptmgr|benchmarks|\.ci)/[\w./-]*|Makefile|LICENSE|[\w.-]+\.(?:toml|yml))")
 
 
@@ -220,8 +222,9 @@ def test_every_link_leads_somewhere(page):
             assert parts.fragment in anchors(target), f"{name(page)} links to {link}"
 
 
-def test_the_list_of_recipes_is_that_of_its_headings():
-    text = prose((DOCS / "recipes.md").read_text())
+@pytest.mark.parametrize("page", RECIPES, ids=name)
+def test_the_list_of_recipes_is_that_of_its_headings(page):
+    text = prose(page.read_text())
     assert re.findall(r"^- \[(.+)\]\(#", text, re.MULTILINE) == re.findall(r"^## (.+)$", text, re.MULTILINE)
 
 
@@ -247,6 +250,24 @@ def test_every_room_has_its_line_in_the_design_notes():
         name(path) for path in (ROOT / "ckptmgr").iterdir() if path.name[0] != "_" and path.name != "py.typed"
     ]
     assert sorted(lines) == sorted(rooms)
+
+
+WORKFLOW = ROOT / ".github" / "workflows" / "test.yml"
+
+
+def test_the_workflow_runs_the_commands_of_the_readme_on_every_python_that_is_named():
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    classified = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    assert jobs["test"]["strategy"]["matrix"]["python"] == classified
+    assert re.search(r"foreach v,([\d. ]+)", MAKEFILE)[1].split() == classified
+    run = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert [each for each in run if each.startswith("make")] == [
+        "make demo",
+        "make test",
+        "make oldest",
+        "make docs",
+    ]
+    assert all(problem(each) is None for each in run if each.startswith("make"))
 
 
 # ---------------------------------------------------------------- the site

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import warm
 from conftest import counted
 from tensorboardX.proto.event_pb2 import Event
 
+from benchmarks import picture
 from ckptmgr.testing import assert_trees_equal
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
@@ -107,8 +109,8 @@ def test_several_processes_train_as_one_and_go_on(tmp_path):
     assert "done before" in again.stdout
 
 
-def test_the_demo_ends_with_every_comparison_equal():
-    command = [sys.executable, EXAMPLES / "demo.py", "--steps", "120", "--save-every", "10"]
+def test_the_demo_ends_with_every_comparison_equal_and_leaves_what_the_picture_needs(tmp_path):
+    command = [sys.executable, EXAMPLES / "demo.py", "--steps", "120", "--save-every", "10", "--keep", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "half written" in done.stdout
@@ -117,6 +119,10 @@ def test_the_demo_ends_with_every_comparison_equal():
     assert "(1024, 1024) lies as (1024, 256) on each device" in done.stdout
     assert done.stdout.count("13 of 13 equal") == 2
     assert "All equal" in done.stdout
+    lives = picture.lives(picture.losses(tmp_path / "killed"))
+    assert lives[-2][-1][0] >= lives[-1][0][0], "the resumed process repeats steps of the one that was killed"
+    drawn = picture.draw(tmp_path, picture.RESULTS, tmp_path / "picture.png")
+    assert plt.imread(drawn).std() > 0.1  # not one colour
 
 
 FORGOTTEN = {

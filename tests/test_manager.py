@@ -337,7 +337,7 @@ def test_metadata_versions_and_time_are_recorded(tmp_path):
     info = CheckpointManager(tmp_path, read_only=True).info(1)
     assert info.metadata == {"git": "abc", "lr": 0.1}
     assert info.time == 42.0
-    assert info.versions["ckptmgr"] == "0.1.0"
+    assert info.versions["ckptmgr"] == ckptmgr.__version__
     assert info.versions["jax"] == jax.__version__
     assert info.nbytes == 9 * 4 * 3 + 4
     assert [leaf.path for leaf in info.leaves["params"]] == ["['b']", "['w']"]

@@ -1,6 +1,7 @@
 """What is published: the wheel and the sdist, as they are built, and installed where nothing else is."""
 
 import email
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from conftest import SOAK
 from packaging.metadata import Metadata
 from packaging.version import Version
 from test_docs import ROOT, blocks
+
+import ckptmgr
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -48,7 +51,7 @@ def test_the_metadata_is_that_of_the_project(built):
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(file)
     found = Metadata.from_email(text)  # raises what an index would refuse
-    assert (found.name, str(found.version)) == (PROJECT["name"], PROJECT["version"])
+    assert (found.name, str(found.version)) == (PROJECT["name"], ckptmgr.__version__)
     assert str(found.requires_python) == PROJECT["requires-python"]
     assert found.license_expression == PROJECT["license"] == "Apache-2.0"
     assert set(found.provides_extra) == set(PROJECT["optional-dependencies"])
@@ -60,7 +63,7 @@ def test_the_metadata_is_that_of_the_project(built):
 @pytest.mark.xdist_group("packaging")
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = names_in(built[0])
-    assert {name.split("/")[0] for name in names} == {"ckptmgr", f"ckptmgr-{PROJECT['version']}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"ckptmgr", f"ckptmgr-{ckptmgr.__version__}.dist-info"}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ckptmgr").rglob("*.py")}
     assert {name for name in names if name.startswith("ckptmgr/")} == {*sources, "ckptmgr/py.typed"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
@@ -80,9 +83,11 @@ def test_an_index_would_take_both(built):
 
 def test_the_version_and_the_licence_are_said_once():
     citation = (ROOT / "CITATION.cff").read_text()
-    assert f"\nversion: {PROJECT['version']}\n" in citation
+    assert f"\nversion: {ckptmgr.__version__}\n" in citation
     assert f"\nlicense: {PROJECT['license']}\n" in citation
-    assert PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\ncopyright: ckptmgr {ckptmgr.__version__}, " in (ROOT / "mkdocs.yml").read_text()
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == ckptmgr.__version__ == importlib.metadata.version("ckptmgr")
 
 
 def test_the_oldest_versions_are_those_that_are_tested():
