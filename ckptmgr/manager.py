@@ -248,6 +248,7 @@ class CheckpointManager:
         partial: bool | Collection[str] = False,
         rename: Mapping[str, str] | None = None,
         broadcast: bool = False,
+        on_progress: Callable[[int, int], object] | None = None,
     ) -> Checkpoint[Params, OptState]:
         """Restores a step into the structure of the templates; items without a template are not read.
 
@@ -268,6 +269,10 @@ class CheckpointManager:
           rename: {regex of an old path: new path}, as `re.sub` takes them.
           broadcast: one process reads what several hold, and sends it to the others over the network of the
             devices. It helps if the storage is slower than that network. Default: each process reads itself.
+          on_progress: called on this thread with two numbers: the bytes of arrays that this process has read so
+            far, and those that it reads in all, without items that are not asked for. The first number grows from
+            0 to the second, which a restored step ends with. It begins anew with another step if one is passed
+            over. What it raises ends the restore, in all processes of a job.
 
         Without any template all items come back, as nested dicts, lists and tuples.
 
@@ -280,7 +285,7 @@ class CheckpointManager:
         """
         request = self._request(
             params=params, opt_state=opt_state, optimizer=optimizer, extras=extras, layout=layout, cast=cast,
-            partial=partial, rename=rename, broadcast=broadcast,
+            partial=partial, rename=rename, broadcast=broadcast, on_progress=on_progress,
         )  # fmt: skip
         self._settle()
         restorer = self._restorer.among(request)
@@ -303,6 +308,7 @@ class CheckpointManager:
         partial: bool | Collection[str] = False,
         rename: Mapping[str, str] | None = None,
         broadcast: bool = False,
+        on_progress: Callable[[int, int], object] | None = None,
     ) -> Checkpoint[Params, OptState]:
         """Resumes from the newest good step. If nothing is saved yet, returns the values that it was given.
 
@@ -311,7 +317,7 @@ class CheckpointManager:
         """
         request = self._request(
             params=params, opt_state=opt_state, optimizer=optimizer, extras=extras, layout=layout, cast=cast,
-            partial=partial, rename=rename, broadcast=broadcast,
+            partial=partial, rename=rename, broadcast=broadcast, on_progress=on_progress,
         )  # fmt: skip
         step = policies.step_number(step)
         self._settle()

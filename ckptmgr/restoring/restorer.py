@@ -328,7 +328,7 @@ class Restorer:
                     _get_parts(parts, manifest, plan)
             items, share = {*templates, manifests.STEP, manifests.METRICS}, (self._job.index, self._job.count)
             recorded.check_files(manifest, directory, items, share=share)
-            trees = reading.Trees(plan.trees, plan.structures, step, directory, others)
+            trees = reading.Trees(plan.trees, plan.structures, step, directory, others, request.on_progress)
             trees.fetch()
             return manifest, templates, plan, trees
 
@@ -340,6 +340,7 @@ class Restorer:
             with self._job.working() if request.broadcast else contextlib.nullcontext():
                 values = trees.place()
             values |= saved.read_values(manifest, directory, plan.sources)
+            trees.end()
         passed = plan.passed
         if request.optimizer is not None and passed.missing:
             values[manifests.OPT_STATE] = _with_new_state(request, values)
