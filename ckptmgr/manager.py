@@ -114,7 +114,8 @@ class CheckpointManager:
 
     def __repr__(self) -> str:
         state = "open for writing" if self._saver.is_open else "read-only or closed"
-        return fit_line("CheckpointManager", repr(str(self._directory)), state)
+        path = str(self._directory)
+        return fit_line("CheckpointManager", repr(path if len(path) <= 70 else f"...{path[-67:]}"), state)
 
     @property
     def directory(self) -> epath.Path:

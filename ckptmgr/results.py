@@ -123,6 +123,9 @@ class Damage(NamedTuple):
     where: str
     reason: str
 
+    def __repr__(self) -> str:
+        return fit_line("Damage", repr(self.where), repr(self.reason))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyReport:

@@ -37,7 +37,7 @@ def fit_line(kind: str, *parts: str) -> str:
     return text if len(text) <= _LINE else f"{text[: _LINE - 4]}...)"
 
 
-_LINE = 160
+_LINE = 115
 
 
 class LeafSpec(NamedTuple):
@@ -69,6 +69,15 @@ class LeafSpec(NamedTuple):
         if self.kind in PYTHON_KINDS:
             return f"Python {self.kind}"
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+    def __repr__(self) -> str:
+        parts = [f"kind={self.kind!r}"] * (self.kind not in ("jax", *PYTHON_KINDS))
+        parts += [f"{name}={given}" for name in _RARE if (given := getattr(self, name))]
+        return fit_line("LeafSpec", repr(self.path), str(self), *parts)
+
+
+_RARE = ("weak", "partition", "impl", "chunks")
+"""Fields that the repr of a LeafSpec shows if they say something."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,6 +112,10 @@ class LeafDiff:
     """"missing" (from the checkpoint), "unexpected" (by the template), "shape", "dtype", "key" or "text" (one side
     has typed PRNG keys or a str, and the other does not: neither is cast), or "value" (the template has an array,
     and the checkpoint a JSON value or bytes)."""
+
+    def __repr__(self) -> str:
+        sides = [f"saved={_show(self.saved)}", f"template={_show(self.template)}"]
+        return fit_line("LeafDiff", repr(self.path), self.problem, *sides)
 
 
 @dataclasses.dataclass(frozen=True)
