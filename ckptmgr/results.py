@@ -13,6 +13,7 @@ from typing_extensions import TypeVar
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
 from ckptmgr.processes.background import Moment
 from ckptmgr.specs import LeafSpec, fit_line
+from ckptmgr.units import format_bytes
 
 Params = TypeVar("Params", default=Any)
 """The type of a template of the params, and so of the params that are restored into it."""
@@ -31,7 +32,7 @@ def _empty() -> Any:
 _SHORT = reprlib.Repr()
 _SHORT.maxdict = _SHORT.maxtuple = 3
 _SHORT.maxstring = 40
-_SHOWN = ("metrics", "distrusted", "reduced", "pinned", "kept")
+_SHOWN = ("distrusted", "reduced", "pinned", "metrics", "kept")
 """Fields that the repr of a CheckpointInfo shows if they are not empty."""
 
 
@@ -149,7 +150,8 @@ class VerifyReport:
         return fit_line("VerifyReport", *parts)
 
     def __str__(self) -> str:
-        counted = f"step {self.step}: {self.files} files, {self.leaves} leaves, {self.nbytes} bytes of arrays"
+        arrays = f"{self.leaves} leaves, {format_bytes(self.nbytes)} of arrays"
+        counted = f"step {self.step}: {self.files} files, {arrays}"
         if self:
             return f"{counted}: whole" + "".join(f"\n  not checked: {what}" for what in self.unchecked)
         return f"{counted}: damaged" + "".join(f"\n  {where}: {reason}" for where, reason in self.damages)

@@ -41,6 +41,7 @@ from ckptmgr.specs import StructureDiff
 from ckptmgr.trees import placement as layouts
 from ckptmgr.trees.layouts import HOST
 from ckptmgr.trees.structure import abstract
+from ckptmgr.units import format_bytes, format_rate, format_s
 
 _log = logging.getLogger("ckptmgr")
 _PATIENCE_S, _PAUSE_S = 30.0, 0.02  # a network's file system may show a new step late
@@ -314,7 +315,7 @@ class Restorer:
     def _read(
         self, home: Catalog, step: int, request: Request, skipped: Skipped | None, parts: Gathering | None = None
     ) -> Checkpoint:
-        directory, call = home.path(step), Call(f"the reading from step {step}")
+        began, directory, call = time.perf_counter(), home.path(step), Call(f"the reading from step {step}")
         others = self._others(call, step) if request.broadcast else None
 
         def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], Plan, reading.Trees]:
@@ -347,7 +348,7 @@ class Restorer:
         _warn_of_partial(step, passed)
         absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
         source = str(home.directory) if parts is None else parts.source
-        _log.info("step %d restored from %s", step, source)
+        _tell(step, source, trees, time.perf_counter() - began)
         self._journal.record("restored", step, source=source)
         return Checkpoint(
             step=step,
@@ -411,6 +412,15 @@ def first_state(optimizer: Any, params: Any) -> Any:
         return jax.eval_shape(optimizer.init, params)
     with jax.transfer_guard("allow"):  # it makes arrays of numbers, which a training step does not
         return optimizer.init(params)
+
+
+def _tell(step: int, source: str, trees: reading.Trees, seconds: float) -> None:
+    if _log.isEnabledFor(logging.INFO):  # if not, the bytes of thousands of leaves are not counted
+        nbytes = trees.nbytes
+        speed = format_rate(nbytes, seconds)
+        _log.info(
+            "step %d restored from %s: %s in %s (%s)", step, source, format_bytes(nbytes), format_s(seconds), speed
+        )
 
 
 def _warn_of_partial(step: int, passed: StructureDiff) -> None:
