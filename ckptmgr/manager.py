@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any, Literal, Self
 import jax
 from etils import epath
 
-from ckptmgr import assembly, policies
+from ckptmgr import assembly, notebook, policies
 from ckptmgr.errors import SaveError
 from ckptmgr.processes import background
 from ckptmgr.processes.job import Call
@@ -24,6 +25,7 @@ from ckptmgr.run import verifying
 from ckptmgr.specs import Optimizer, PyTree, StructureDiff, fit_line
 from ckptmgr.trees import placement
 from ckptmgr.trees.layouts import Layout
+from ckptmgr.units import format_bytes
 
 
 class CheckpointManager:
@@ -116,6 +118,24 @@ class CheckpointManager:
         state = "open for writing" if self._saver.is_open else "read-only or closed"
         path = str(self._directory)
         return fit_line("CheckpointManager", repr(path if len(path) <= 70 else f"...{path[-67:]}"), state)
+
+    @notebook.safely
+    def _repr_html_(self) -> str:
+        steps = self._catalog.steps()
+        infos = {info.step: info for info in self._history.all()}
+        newest = (self._row(step, infos.get(step)) for step in reversed(steps))
+        state = "open for writing" if self._saver.is_open else "read-only or closed"
+        return notebook.page(
+            f"CheckpointManager: {self._directory}, {state}, {len(steps):,} steps",
+            notebook.table(("step", "saved", "size", "metrics", "why it is kept"), newest, len(steps), "steps"),
+        )
+
+    def _row(self, step: int, info: CheckpointInfo | None) -> tuple[object, ...]:
+        if info is None:
+            return step, "", "", "", self._history.why_unread(step)
+        metrics = ", ".join(f"{name}={value:.6g}" for name, value in itertools.islice(info.metrics.items(), 5))
+        why = f"distrusted: {info.distrusted}" if info.distrusted is not None else ", ".join(info.kept)
+        return step, notebook.when(info.time), format_bytes(info.nbytes), metrics, why
 
     @property
     def directory(self) -> epath.Path:

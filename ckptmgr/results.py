@@ -10,10 +10,12 @@ from typing import Any, Generic, NamedTuple
 import jax
 from typing_extensions import TypeVar
 
+from ckptmgr import notebook
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
+from ckptmgr.format.manifest import leaf_nbytes
 from ckptmgr.processes.background import Moment
 from ckptmgr.specs import LeafSpec, fit_line
-from ckptmgr.units import format_bytes
+from ckptmgr.units import format_bytes, format_s
 
 Params = TypeVar("Params", default=Any)
 """The type of a template of the params, and so of the params that are restored into it."""
@@ -38,6 +40,12 @@ _SHOWN = ("distrusted", "reduced", "pinned", "metrics", "kept")
 
 def _names(names: Iterable[object]) -> str:
     return _SHORT.repr(tuple(names))
+
+
+def _sizes(tree: Any) -> tuple[str, str]:
+    """How many leaves a tree has, and how many bytes its arrays; none is copied or waited for."""
+    leaves = jax.tree.leaves(tree)
+    return f"{len(leaves):,}", format_bytes(sum(getattr(leaf, "nbytes", 0) for leaf in leaves))
 
 
 def _counted(tree: Any) -> str:
@@ -87,6 +95,30 @@ class CheckpointInfo:
         parts += [f"{name}={_SHORT.repr(given)}" for name in _SHOWN if (given := getattr(self, name))]
         return fit_line("CheckpointInfo", *parts)
 
+    @notebook.safely
+    def _repr_html_(self) -> str:
+        facts = {
+            "saved": notebook.when(self.time), "arrays": format_bytes(self.nbytes),
+            "on disk": format_bytes(self.disk_nbytes) if self.disk_nbytes else "",
+            "the caller waited": "" if self.blocked_s is None else format_s(self.blocked_s),
+            "durable after": "" if self.durable_s is None else format_s(self.durable_s),
+            "distrusted": self.distrusted, "reduced": self.reduced, "kept by": ", ".join(self.kept),
+            "pinned": "yes" if self.pinned else "", "source": self.source,
+        }  # fmt: skip
+        return notebook.page(
+            f"CheckpointInfo: step {self.step}",
+            notebook.facts(facts),
+            notebook.table(("item", "leaves", "bytes"), map(self._item, self.items), len(self.items), "items"),
+            notebook.mapping(("metric", "value"), self.metrics, "metrics"),
+            notebook.mapping(("metadata", "value"), self.metadata, "entries"),
+        )
+
+    def _item(self, name: str) -> tuple[str, object, str]:
+        leaves = self.leaves.get(name)
+        if leaves is None:
+            return name, "", f"not read: {self.unread[name]}" if name in self.unread else ""
+        return name, f"{len(leaves):,}", format_bytes(sum(map(leaf_nbytes, leaves)))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint(Generic[_Params, _OptState]):
@@ -116,6 +148,21 @@ class Checkpoint(Generic[_Params, _OptState]):
         parts += [f"{name}={_names(given)}" for name in ("extras", "skipped") if (given := getattr(self, name))]
         parts += [f"{name}={len(paths)}" for name in ("missing", "unused") if (paths := getattr(self, name))]
         return fit_line("Checkpoint", *parts, f"resumed={self.resumed}")
+
+    @notebook.safely
+    def _repr_html_(self) -> str:
+        trees = {"params": self.params, "opt_state": self.opt_state, **self.extras}
+        rows = ((name, *_sizes(tree)) for name, tree in trees.items() if tree is not None)
+        source = self.info.source if self.info is not None else None
+        return notebook.page(
+            f"Checkpoint: step {self.step}, " + ("restored" if self.resumed else "the start of a new run"),
+            notebook.facts({"source": source, "saved": notebook.when(self.info.time) if self.info else ""}),
+            notebook.table(("item", "leaves", "bytes"), rows, len(trees), "items"),
+            notebook.mapping(("metric", "value"), self.metrics, "metrics"),
+            notebook.mapping(("step passed over", "why"), self.skipped, "steps"),
+            notebook.names("leaves that the checkpoint lacks", self.missing),
+            notebook.names("leaves that were not read", self.unused),
+        )
 
 
 class Damage(NamedTuple):
@@ -148,6 +195,16 @@ class VerifyReport:
         parts = [f"step={self.step}", f"damages={_names(where for where, _ in self.damages)}"]
         parts += [f"{name}={getattr(self, name)}" for name in ("files", "leaves", "nbytes")]
         return fit_line("VerifyReport", *parts)
+
+    @notebook.safely
+    def _repr_html_(self) -> str:
+        facts = {"files": self.files, "leaves": self.leaves, "arrays": format_bytes(self.nbytes)}
+        return notebook.page(
+            f"VerifyReport: step {self.step} is {'whole' if self else 'damaged'}",
+            notebook.facts(facts),
+            notebook.table(("damaged", "how"), self.damages, len(self.damages), "damages"),
+            notebook.names("not checked", self.unchecked),
+        )
 
     def __str__(self) -> str:
         arrays = f"{self.leaves} leaves, {format_bytes(self.nbytes)} of arrays"

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from ckptmgr import notebook
+
 PyTree: TypeAlias = Any
 """A tree of arrays and numbers in JAX's sense: nested containers of any registered type.
 Type checkers cannot tell it from other values; the name is for readers."""
@@ -134,6 +136,16 @@ class StructureDiff:
         parts = [f"{problem}={count}" for problem, count in counts.items()]
         first = [f"first={self.leaves[0].path}"] if self.leaves else []
         return fit_line("StructureDiff", *parts, *first)
+
+    @notebook.safely
+    def _repr_html_(self) -> str:
+        leaves = ((each.path, _show(each.saved), _show(each.template), each.problem) for each in self.leaves)
+        nodes = self.containers
+        return notebook.page(
+            f"StructureDiff: {len(self.leaves):,} leaves differ" if self else "StructureDiff: no leaf differs",
+            notebook.table(("leaf", "checkpoint", "template", ""), leaves, len(self.leaves), "leaves"),
+            notebook.table(("node of another type", "checkpoint", "template"), nodes, len(nodes), "nodes"),
+        )
 
     def of(self, problem: str) -> tuple[LeafDiff, ...]:
         """Leaves with this problem."""
