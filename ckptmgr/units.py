@@ -14,9 +14,9 @@ def format_bytes(nbytes: float) -> str:
 
 
 def format_s(seconds: float) -> str:
-    """A time in three digits: milliseconds below one, and whole seconds from a hundred on."""
-    if 0 < abs(seconds) < 0.001:
-        return f"{1000 * seconds:.3f} ms"
+    """A time in three digits: milliseconds below ten of them, and whole seconds from a hundred on."""
+    if 0 < abs(seconds) < 0.01:
+        return f"{1000 * seconds:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
 
 

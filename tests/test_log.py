@@ -79,8 +79,8 @@ def test_bytes(nbytes, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (0.0000123, "0.012 ms"), (0.00123, "0.00123 s"), (1.2345, "1.23 s"), (99.94, "99.9 s"),
-     (3600.4, "3,600 s")],
+    [(0, "0 s"), (0.0000123, "0.0123 ms"), (0.00123, "1.23 ms"), (0.0123, "0.0123 s"), (1.2345, "1.23 s"),
+     (99.94, "99.9 s"), (3600.4, "3,600 s")],
 )  # fmt: skip
 def test_seconds(seconds, text):
     assert format_s(seconds) == text
