@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench soak oldest interrupts clean
+.PHONY: demo test lint docs bench soak test-all oldest interrupts clean
 
 demo: .venv/installed
 	$(BIN)/python docs/examples/demo.py --keep runs/demo
@@ -37,8 +37,16 @@ oldest: .venv-oldest/installed
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -e '.[dev]' -c tests/oldest.txt
 	touch $@
 
-# A thousand interrupts on each of these Pythons, those of pyenv if it is there, in environments of their own.
+# On each of these Pythons, those of pyenv if it is there, in environments of their own with the newest versions that
+# pip finds: all tests, and the wheel in an empty environment; then the core tests with the oldest versions.
 PYTHONS ?= $(foreach v,3.11 3.12 3.13,$(or $(lastword $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python$(v))),python$(v)))
+test-all: lint $(foreach python,$(PYTHONS),.venv-$(notdir $(python))/tested) oldest
+
+.venv-%/tested: .venv-%/ready
+	.venv-$*/bin/pytest
+	CKPTMGR_SOAK=1 .venv-$*/bin/pytest -n 0 -m soak -o timeout=900 tests/test_packaging.py
+
+# A thousand interrupts on each of these Pythons.
 interrupts: $(foreach python,$(PYTHONS),.venv-$(notdir $(python))/interrupted)
 
 .venv-%/interrupted: .venv-%/ready
@@ -47,7 +55,7 @@ interrupts: $(foreach python,$(PYTHONS),.venv-$(notdir $(python))/interrupted)
 .SECONDARY:
 .venv-%/ready: pyproject.toml
 	$(or $(filter %/$*,$(PYTHONS)),$*) -m venv .venv-$*
-	.venv-$*/bin/pip install --quiet --disable-pip-version-check -e .
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev,bench]'
 	touch $@
 
 clean:

@@ -779,6 +779,11 @@ MUTATIONS = [
         'tests/test_odd_files.py::test_anything_in_the_place_of_any_file_or_folder_is_said_and_walked_back_from',
     ),
     Mutation(
+        "13b", "a chunk may be larger than its array",
+        "arrays/reading.py", "if chunk_nbytes > max(_CHUNK_BYTES, 2 * nbytes):", "if False:",
+        "tests/format/test_fuzzing.py::test_a_huge_number_in_a_file_of_stock_orbax_ends_no_process",
+    ),
+    Mutation(
         "13b", "a process without open files passes good steps over",
         'format/paths.py', 'getattr(problem, "errno", None) in _EXHAUSTED',
         'False',

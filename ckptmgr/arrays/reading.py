@@ -256,6 +256,15 @@ def opened(each: Read, opener: Opener) -> Any:
     return _expected(each, opener.open(each.spec.name))
 
 
+def chunk_of(array: Any) -> tuple[Sequence[int], int]:
+    """The shape of the chunks of an opened array, and how many bytes TensorStore holds for one under way."""
+    chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array without axes
+    return chunk, max(math.prod(chunk) * array.dtype.numpy_dtype.itemsize, _CHUNK_COSTS)
+
+
+_CHUNK_COSTS = 4096  # even if it is smaller
+
+
 def drain(each: Read, futures: Sequence[Any]) -> None:
     """Waits for reads whose values are not wanted; raises DamagedArrayError."""
     for future in futures:
@@ -293,20 +302,34 @@ class _Window:
 def _start(each: Read, future: Any, window: _Window) -> list[Values]:
     """Reads the pieces of an opened array, each into memory that JAX can take over as it is."""
     array = _expected(each, future)
-    chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array without axes
     dtype = array.dtype.numpy_dtype
+    chunk, held = chunk_of(array)
     found = []
     for index in each.pieces:
         piece = chunks.at(array, index)
-        buffer = chunks.aligned(piece.shape, dtype)
+        buffer = _memory(each, piece.shape, dtype)
         into = ts.array(buffer)
-        for box in chunks.boxes(index, piece.shape, chunk, window.most // 4 // dtype.itemsize):
+        for box in chunks.boxes(index, piece.shape, chunk, math.prod(chunk) * window.most // 4 // held):
             part = piece.translate_to[0][box] if box else piece
-            nbytes = chunks.taken_from(index, box, chunk) * math.prod(chunk) * dtype.itemsize
+            nbytes = chunks.taken_from(index, box, chunk) * held
             wanted = math.prod(part.shape) * dtype.itemsize
             window.add(nbytes, wanted, each, functools.partial(chunks.at(into, box).write, part))
         found.append(_view(each, buffer))
     return found
+
+
+def _memory(each: Read, shape: Sequence[int], dtype: Any) -> Values:
+    """Memory for a piece; no array is larger than the addresses of a process."""
+    try:
+        if math.prod(shape) * dtype.itemsize >= _ADDRESSES:
+            raise ValueError(f"its shape is {tuple(shape)}, more than a process can address")
+        return chunks.aligned(shape, dtype)
+    except (ValueError, MemoryError) as problem:
+        paths.refuse_exhausted(problem)
+        raise each.damaged(problem) from problem
+
+
+_ADDRESSES = 1 << 47
 
 
 def _expected(each: Read, future: Any) -> Any:
@@ -319,7 +342,23 @@ def _expected(each: Read, future: Any) -> Any:
         raise each.damaged(f"it is stored as {dtype}, not {spec.dtype}")
     if shape != spec.shape:
         raise each.damaged(f"it is stored with shape {shape}, not {spec.shape}")
+    _check_chunks(each, array)
     return array
+
+
+def _check_chunks(each: Read, array: Any) -> None:
+    """Refuses what no writer has made: TensorStore ends the process if it cannot allocate what a file asks for."""
+    chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array without axes
+    nbytes, chunk_nbytes = (math.prod(axes) * array.dtype.numpy_dtype.itemsize for axes in (array.shape, chunk))
+    if chunk_nbytes > max(_CHUNK_BYTES, 2 * nbytes):
+        raise each.damaged(f"its chunks have {chunk_nbytes:,} bytes, and the whole array {nbytes:,}")
+    count = math.prod(-(-size // step) for size, step in zip(array.shape, chunk, strict=True))
+    if count > _CHUNKS:
+        raise each.damaged(f"it has {count:,} chunks")
+
+
+_CHUNK_BYTES = 64 << 20  # as large a chunk is read, however small its array
+_CHUNKS = 1 << 30  # as many chunks TensorStore allows in a file
 
 
 def _cut(each: Read, answer: Any) -> list[Values]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from etils import epath
 
-from ckptmgr.arrays import reading
+from ckptmgr.arrays import chunks, reading
 from ckptmgr.arrays.progress import Progress
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.format import files, paths, recorded
@@ -105,22 +105,14 @@ def _damages(name: str, item: manifests.Item, folder: epath.Path, spec: LeafSpec
             return []
         opener = reading.Opener(folder, reading.Source("", zarr3=item.zarr3, ocdbt=item.ocdbt))
         array = reading.opened(read, opener)
-        chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array without axes
-        chunk_bytes = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
-        for boxes in _batches(_boxes(array.shape, chunk), max(1, _BATCH_BYTES // max(1, chunk_bytes))):
-            reading.drain(read, [array[box].read() for box in boxes])
+        chunk, held = reading.chunk_of(array)
+        box_bytes = max(held, _BATCH_BYTES // 4)
+        boxes = chunks.boxes((), array.shape, chunk, math.prod(chunk) * box_bytes // held)
+        for batch in _batches(boxes, max(1, _BATCH_BYTES // box_bytes)):
+            reading.drain(read, [array[box].read() for box in batch])
     except reading.DamagedArrayError as problem:
         return [Damage(problem.leaf, str(problem))]
     return []
-
-
-def _boxes(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """The slices of an array that are its chunks."""
-    axes = [
-        [slice(at, min(at + step, size)) for at in range(0, size, step)]
-        for size, step in zip(shape, chunk, strict=True)
-    ]
-    return itertools.product(*axes)
 
 
 def _batches(boxes: Iterator[tuple[slice, ...]], size: int) -> Iterator[list[tuple[slice, ...]]]:

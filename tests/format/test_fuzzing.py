@@ -3,6 +3,10 @@
 import contextlib
 import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -120,3 +124,16 @@ def test_files_of_stock_orbax_that_say_anything(theirs, data):
         content = json.dumps(draw_body(data, body)).encode()
     with holding(path, content):
         check(theirs)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("form", sorted(STOCK, key="v0_zarr2_no_ocdbt".__ne__)[: counted(1, full=len(STOCK))])
+def test_a_huge_number_in_a_file_of_stock_orbax_ends_no_process(form, tmp_path):
+    script = Path(__file__).with_name("huge_numbers.py")
+    done = subprocess.run(
+        [sys.executable, script, form, tmp_path], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (said,) = done.stdout.splitlines()
+    assert int(said.removeprefix("tried ")) > 20
