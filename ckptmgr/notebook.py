@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 MOST_ROWS = 20
 _LONGEST = 200
+_SHORT = 30
+_WHOLE = " style='white-space: nowrap'"  # a time or a size in two lines is hard to read
 _Self = TypeVar("_Self")
 
 
@@ -80,4 +82,4 @@ def names(title: str, found: Collection[object]) -> str:
 
 
 def _cells(row: Iterable[object]) -> str:
-    return "".join(f"<td>{text(cell)}</td>" for cell in row)
+    return "".join(f"<td{_WHOLE if len(str(cell)) <= _SHORT else ''}>{text(cell)}</td>" for cell in row)

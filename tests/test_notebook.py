@@ -29,7 +29,11 @@ class Parsed(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         assert tag in ("div", "strong", "table", "thead", "tbody", "tr", "th", "td", "p")
-        assert {name for name, _ in attributes} <= {"scope"}  # no colour, no size
+        assert set(attributes) <= {
+            ("scope", "row"),
+            ("scope", "col"),
+            ("style", "white-space: nowrap"),
+        }  # no colour
         self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
