@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ckptmgr.costs import Costs, Saving
 from ckptmgr.policies import Record
+from ckptmgr.units import format_s
 
 _NOTABLE = 1.25
 """An interval that changes by this factor is worth a line in the log."""
@@ -58,7 +59,7 @@ class Choice:
 
     def __str__(self) -> str:
         times = (self.interval_s, self.cost_s, self.blocked_s, self.slowed_s, self.step_s)
-        interval, cost, blocked, slowed, step = map(spell_s, times)
+        interval, cost, blocked, slowed, step = map(format_s, times)
         return (
             f"overhead({self.share:g}) saves about every {interval}, because a save costs {cost}: the caller "
             f"waits {blocked}, and the steps beside it are slower by {slowed}. A step takes {step}"
@@ -129,6 +130,4 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def spell_s(seconds: float) -> str:
-    """A time for people: three digits, and whole seconds from a hundred on."""
-    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+spell_s = format_s  # as ckptmgr.cli.report calls it

@@ -48,7 +48,7 @@ class Cost:
     after_s: float = 0.0
 
     def __repr__(self) -> str:
-        return fit_line("Cost", *(f"{name}={value:.6g}" for name, value in dataclasses.asdict(self).items()))
+        return fit_line("Cost", *(f"{name}={value:.3g}" for name, value in dataclasses.asdict(self).items()))
 
 
 @dataclass(frozen=True, kw_only=True)

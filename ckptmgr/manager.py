@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any, Literal, Self
 import jax
 from etils import epath
 
-from ckptmgr import assembly, policies
+from ckptmgr import assembly, notebook, policies
 from ckptmgr.errors import SaveError
 from ckptmgr.processes import background
 from ckptmgr.processes.job import Call
@@ -24,6 +25,7 @@ from ckptmgr.run import verifying
 from ckptmgr.specs import Optimizer, PyTree, StructureDiff, fit_line
 from ckptmgr.trees import placement
 from ckptmgr.trees.layouts import Layout
+from ckptmgr.units import format_bytes
 
 
 class CheckpointManager:
@@ -114,7 +116,26 @@ class CheckpointManager:
 
     def __repr__(self) -> str:
         state = "open for writing" if self._saver.is_open else "read-only or closed"
-        return fit_line("CheckpointManager", repr(str(self._directory)), state)
+        path = str(self._directory)
+        return fit_line("CheckpointManager", repr(path if len(path) <= 70 else f"...{path[-67:]}"), state)
+
+    @notebook.safely
+    def _repr_html_(self) -> str:
+        steps = self._catalog.steps()
+        infos = {info.step: info for info in self._history.all()}
+        newest = (self._row(step, infos.get(step)) for step in reversed(steps))
+        state = "open for writing" if self._saver.is_open else "read-only or closed"
+        return notebook.page(
+            f"CheckpointManager: {self._directory}, {state}, {len(steps):,} steps",
+            notebook.table(("step", "saved", "size", "metrics", "why it is kept"), newest, len(steps), "steps"),
+        )
+
+    def _row(self, step: int, info: CheckpointInfo | None) -> tuple[object, ...]:
+        if info is None:
+            return step, "", "", "", self._history.why_unread(step)
+        metrics = ", ".join(f"{name}={value:.6g}" for name, value in itertools.islice(info.metrics.items(), 5))
+        why = f"distrusted: {info.distrusted}" if info.distrusted is not None else ", ".join(info.kept)
+        return step, notebook.when(info.time), format_bytes(info.nbytes), metrics, why
 
     @property
     def directory(self) -> epath.Path:
@@ -248,6 +269,7 @@ class CheckpointManager:
         partial: bool | Collection[str] = False,
         rename: Mapping[str, str] | None = None,
         broadcast: bool = False,
+        on_progress: Callable[[int, int], object] | None = None,
     ) -> Checkpoint[Params, OptState]:
         """Restores a step into the structure of the templates; items without a template are not read.
 
@@ -268,6 +290,10 @@ class CheckpointManager:
           rename: {regex of an old path: new path}, as `re.sub` takes them.
           broadcast: one process reads what several hold, and sends it to the others over the network of the
             devices. It helps if the storage is slower than that network. Default: each process reads itself.
+          on_progress: called on this thread with two numbers: the bytes of arrays that this process has read so
+            far, and those that it reads in all, without items that are not asked for. The first number grows from
+            0 to the second, which a restored step ends with. It begins anew with another step if one is passed
+            over. What it raises ends the restore, in all processes of a job.
 
         Without any template all items come back, as nested dicts, lists and tuples.
 
@@ -280,7 +306,7 @@ class CheckpointManager:
         """
         request = self._request(
             params=params, opt_state=opt_state, optimizer=optimizer, extras=extras, layout=layout, cast=cast,
-            partial=partial, rename=rename, broadcast=broadcast,
+            partial=partial, rename=rename, broadcast=broadcast, on_progress=on_progress,
         )  # fmt: skip
         self._settle()
         restorer = self._restorer.among(request)
@@ -303,6 +329,7 @@ class CheckpointManager:
         partial: bool | Collection[str] = False,
         rename: Mapping[str, str] | None = None,
         broadcast: bool = False,
+        on_progress: Callable[[int, int], object] | None = None,
     ) -> Checkpoint[Params, OptState]:
         """Resumes from the newest good step. If nothing is saved yet, returns the values that it was given.
 
@@ -311,7 +338,7 @@ class CheckpointManager:
         """
         request = self._request(
             params=params, opt_state=opt_state, optimizer=optimizer, extras=extras, layout=layout, cast=cast,
-            partial=partial, rename=rename, broadcast=broadcast,
+            partial=partial, rename=rename, broadcast=broadcast, on_progress=on_progress,
         )  # fmt: skip
         step = policies.step_number(step)
         self._settle()

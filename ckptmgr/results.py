@@ -10,9 +10,12 @@ from typing import Any, Generic, NamedTuple
 import jax
 from typing_extensions import TypeVar
 
+from ckptmgr import notebook
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
+from ckptmgr.format.manifest import leaf_nbytes
 from ckptmgr.processes.background import Moment
 from ckptmgr.specs import LeafSpec, fit_line
+from ckptmgr.units import format_bytes, format_s
 
 Params = TypeVar("Params", default=Any)
 """The type of a template of the params, and so of the params that are restored into it."""
@@ -31,12 +34,18 @@ def _empty() -> Any:
 _SHORT = reprlib.Repr()
 _SHORT.maxdict = _SHORT.maxtuple = 3
 _SHORT.maxstring = 40
-_SHOWN = ("metrics", "distrusted", "reduced", "pinned", "kept")
+_SHOWN = ("distrusted", "reduced", "pinned", "metrics", "kept")
 """Fields that the repr of a CheckpointInfo shows if they are not empty."""
 
 
 def _names(names: Iterable[object]) -> str:
     return _SHORT.repr(tuple(names))
+
+
+def _sizes(tree: Any) -> tuple[str, str]:
+    """How many leaves a tree has, and how many bytes its arrays; none is copied or waited for."""
+    leaves = jax.tree.leaves(tree)
+    return f"{len(leaves):,}", format_bytes(sum(getattr(leaf, "nbytes", 0) for leaf in leaves))
 
 
 def _counted(tree: Any) -> str:
@@ -86,6 +95,30 @@ class CheckpointInfo:
         parts += [f"{name}={_SHORT.repr(given)}" for name in _SHOWN if (given := getattr(self, name))]
         return fit_line("CheckpointInfo", *parts)
 
+    @notebook.safely
+    def _repr_html_(self) -> str:
+        facts = {
+            "saved": notebook.when(self.time), "arrays": format_bytes(self.nbytes),
+            "on disk": format_bytes(self.disk_nbytes) if self.disk_nbytes else "",
+            "the caller waited": "" if self.blocked_s is None else format_s(self.blocked_s),
+            "durable after": "" if self.durable_s is None else format_s(self.durable_s),
+            "distrusted": self.distrusted, "reduced": self.reduced, "kept by": ", ".join(self.kept),
+            "pinned": "yes" if self.pinned else "", "source": self.source,
+        }  # fmt: skip
+        return notebook.page(
+            f"CheckpointInfo: step {self.step}",
+            notebook.facts(facts),
+            notebook.table(("item", "leaves", "bytes"), map(self._item, self.items), len(self.items), "items"),
+            notebook.mapping(("metric", "value"), self.metrics, "metrics"),
+            notebook.mapping(("metadata", "value"), self.metadata, "entries"),
+        )
+
+    def _item(self, name: str) -> tuple[str, object, str]:
+        leaves = self.leaves.get(name)
+        if leaves is None:
+            return name, "", f"not read: {self.unread[name]}" if name in self.unread else ""
+        return name, f"{len(leaves):,}", format_bytes(sum(map(leaf_nbytes, leaves)))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint(Generic[_Params, _OptState]):
@@ -116,12 +149,30 @@ class Checkpoint(Generic[_Params, _OptState]):
         parts += [f"{name}={len(paths)}" for name in ("missing", "unused") if (paths := getattr(self, name))]
         return fit_line("Checkpoint", *parts, f"resumed={self.resumed}")
 
+    @notebook.safely
+    def _repr_html_(self) -> str:
+        trees = {"params": self.params, "opt_state": self.opt_state, **self.extras}
+        rows = ((name, *_sizes(tree)) for name, tree in trees.items() if tree is not None)
+        source = self.info.source if self.info is not None else None
+        return notebook.page(
+            f"Checkpoint: step {self.step}, " + ("restored" if self.resumed else "the start of a new run"),
+            notebook.facts({"source": source, "saved": notebook.when(self.info.time) if self.info else ""}),
+            notebook.table(("item", "leaves", "bytes"), rows, len(trees), "items"),
+            notebook.mapping(("metric", "value"), self.metrics, "metrics"),
+            notebook.mapping(("step passed over", "why"), self.skipped, "steps"),
+            notebook.names("leaves that the checkpoint lacks", self.missing),
+            notebook.names("leaves that were not read", self.unused),
+        )
+
 
 class Damage(NamedTuple):
     """A damaged file or leaf of a checkpoint."""
 
     where: str
     reason: str
+
+    def __repr__(self) -> str:
+        return fit_line("Damage", repr(self.where), repr(self.reason))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,8 +196,19 @@ class VerifyReport:
         parts += [f"{name}={getattr(self, name)}" for name in ("files", "leaves", "nbytes")]
         return fit_line("VerifyReport", *parts)
 
+    @notebook.safely
+    def _repr_html_(self) -> str:
+        facts = {"files": self.files, "leaves": self.leaves, "arrays": format_bytes(self.nbytes)}
+        return notebook.page(
+            f"VerifyReport: step {self.step} is {'whole' if self else 'damaged'}",
+            notebook.facts(facts),
+            notebook.table(("damaged", "how"), self.damages, len(self.damages), "damages"),
+            notebook.names("not checked", self.unchecked),
+        )
+
     def __str__(self) -> str:
-        counted = f"step {self.step}: {self.files} files, {self.leaves} leaves, {self.nbytes} bytes of arrays"
+        arrays = f"{self.leaves} leaves, {format_bytes(self.nbytes)} of arrays"
+        counted = f"step {self.step}: {self.files} files, {arrays}"
         if self:
             return f"{counted}: whole" + "".join(f"\n  not checked: {what}" for what in self.unchecked)
         return f"{counted}: damaged" + "".join(f"\n  {where}: {reason}" for where, reason in self.damages)

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from ckptmgr import notebook
+
 PyTree: TypeAlias = Any
 """A tree of arrays and numbers in JAX's sense: nested containers of any registered type.
 Type checkers cannot tell it from other values; the name is for readers."""
@@ -37,7 +39,7 @@ def fit_line(kind: str, *parts: str) -> str:
     return text if len(text) <= _LINE else f"{text[: _LINE - 4]}...)"
 
 
-_LINE = 160
+_LINE = 115
 
 
 class LeafSpec(NamedTuple):
@@ -69,6 +71,15 @@ class LeafSpec(NamedTuple):
         if self.kind in PYTHON_KINDS:
             return f"Python {self.kind}"
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+    def __repr__(self) -> str:
+        parts = [f"kind={self.kind!r}"] * (self.kind not in ("jax", *PYTHON_KINDS))
+        parts += [f"{name}={given}" for name in _RARE if (given := getattr(self, name))]
+        return fit_line("LeafSpec", repr(self.path), str(self), *parts)
+
+
+_RARE = ("weak", "partition", "impl", "chunks")
+"""Fields that the repr of a LeafSpec shows if they say something."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,6 +115,10 @@ class LeafDiff:
     has typed PRNG keys or a str, and the other does not: neither is cast), or "value" (the template has an array,
     and the checkpoint a JSON value or bytes)."""
 
+    def __repr__(self) -> str:
+        sides = [f"saved={_show(self.saved)}", f"template={_show(self.template)}"]
+        return fit_line("LeafDiff", repr(self.path), self.problem, *sides)
+
 
 @dataclasses.dataclass(frozen=True)
 class StructureDiff:
@@ -121,6 +136,16 @@ class StructureDiff:
         parts = [f"{problem}={count}" for problem, count in counts.items()]
         first = [f"first={self.leaves[0].path}"] if self.leaves else []
         return fit_line("StructureDiff", *parts, *first)
+
+    @notebook.safely
+    def _repr_html_(self) -> str:
+        leaves = ((each.path, _show(each.saved), _show(each.template), each.problem) for each in self.leaves)
+        nodes = self.containers
+        return notebook.page(
+            f"StructureDiff: {len(self.leaves):,} leaves differ" if self else "StructureDiff: no leaf differs",
+            notebook.table(("leaf", "checkpoint", "template", ""), leaves, len(self.leaves), "leaves"),
+            notebook.table(("node of another type", "checkpoint", "template"), nodes, len(nodes), "nodes"),
+        )
 
     def of(self, problem: str) -> tuple[LeafDiff, ...]:
         """Leaves with this problem."""

@@ -462,7 +462,10 @@ def shared(directory, _, axes, broadcast):
     before = read_bytes()
     bound = 1 << 20 if broadcast == "bounded" else None
     manager = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S, max_host_bytes=bound)
-    found = manager.restore(params=template, layout=layout, broadcast=broadcast != "False")
+    told = []
+    how = {"params": template, "layout": layout, "broadcast": broadcast != "False"}
+    found = manager.restore(on_progress=lambda *at: told.append(at), **how)
+    check_progress(told, found.params, shares=broadcast != "False")
     for name, value in values.items():
         assert found.params[name].sharding == layout[name], name
         for shard in found.params[name].addressable_shards:
@@ -472,7 +475,34 @@ def shared(directory, _, axes, broadcast):
     assert found.params["keys"].sharding == layout["keys"]
     for shard in jax.random.key_data(found.params["keys"]).addressable_shards:
         assert np.array_equal(np.asarray(shard.data), jax.random.key_data(keys(found.step))[shard.index])
-    say("restored", found.step, "skipped", *found.skipped, "read", read_bytes() - before)
+    said = "restored", found.step, "skipped", *found.skipped, "read", read_bytes() - before
+    check_that_what_progress_raises_ends_all(manager, found.step, how)
+    say(*said)
+
+
+def check_progress(told, params, shares):
+    """Without broadcast each process reads what its devices hold of each array; with it some read less."""
+    pieces = [
+        {str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}
+        for leaf in jax.tree.leaves(params)
+    ]
+    held, total = sum(sum(each.values()) for each in pieces), told[-1][1]
+    last = max(n for n, (done, _) in enumerate(told) if done == 0)  # if it has walked back, it began anew
+    assert told[last:] == sorted(told[last:])
+    assert told[-1] == (total, total)
+    keys_nbytes = 4 * 8  # each process reads the words of all keys
+    assert (0 < total <= held + keys_nbytes) if shares else (held <= total <= held + keys_nbytes), (total, held)
+
+
+def check_that_what_progress_raises_ends_all(manager, step, how):
+    """The progress bar of process 1 fails in the middle: no process restores the step, and none hangs."""
+
+    def fail(done, total):
+        if jax.process_index() == 1 and done:
+            raise OSError("the terminal is gone")
+
+    with pytest.raises((OSError, ckptmgr.CheckpointError), match="the terminal is gone"):
+        manager.restore(step, on_progress=fail, **how)
 
 
 NEW_UTS = 0x04000000  # CLONE_NEWUTS

@@ -877,7 +877,8 @@ MUTATIONS = [
     ),
     Mutation(
         "15b", "a local step counts although the durable one is of another save",
-        "restoring/restorer.py", "if step in steps and self._home.manifest(step).time != found.time:", "if False:",
+        "restoring/local_steps.py",
+        "if step in steps and self._home.manifest(step).time != found.time:", "if False:",
         "tests/run/test_tier.py::test_of_two_saves_of_a_step_the_durable_one_counts",
     ),
     Mutation(
@@ -898,7 +899,7 @@ MUTATIONS = [
     ),
     Mutation(
         "15b", "a local step counts although a lower durable one was saved later",
-        "restoring/restorer.py", "return below is None or self._home.manifest(below).time <= found.time",
+        "restoring/local_steps.py", "return below is None or self._home.manifest(below).time <= found.time",
         "return True",
         "tests/run/test_tier.py::test_a_durable_step_that_was_saved_later_counts_although_it_is_lower",
     ),

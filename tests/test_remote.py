@@ -60,6 +60,10 @@ def test_saved_restored_kept_pinned_deleted_and_verified(run):
         assert saved(manager) == (4, [])
         with pytest.raises(ckptmgr.CheckpointNotFoundError, match="no step 3"):
             manager.restore(3)
+        told = []
+        manager.restore(on_progress=lambda *at: told.append(at))
+        leaf_nbytes = trainer.state(4)["w0"].nbytes
+        assert told == [(n * leaf_nbytes, trainer.LEAVES * leaf_nbytes) for n in range(trainer.LEAVES + 1)]
 
 
 def test_damage_is_found_walked_back_from_and_set_aside(run):

@@ -52,6 +52,9 @@ def restores(manager: CheckpointManager, model: Model, state: Moments, either: M
     manager.restore(optimizer="adam")  # wrong
     manager.restore_or(params=model, patial=True)  # wrong
     manager.restore(cast="yes", rename="old")  # wrong
+    manager.restore(params=model, on_progress=lambda done, total: print(done / total))
+    manager.restore_or(params=model, on_progress=print)
+    manager.restore(on_progress=3)  # wrong
 
 
 def returns(manager: CheckpointManager, model: Model) -> Checkpoint:

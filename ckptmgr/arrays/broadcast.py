@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ckptmgr.arrays import chunks, reading, to_devices
 from ckptmgr.arrays.chunks import Index, Values
+from ckptmgr.arrays.progress import Meter
 from ckptmgr.trees.layouts import Target
 from ckptmgr.trees.structure import numpy_dtype
 
@@ -103,12 +104,17 @@ class Shared:
         held = [self._nbytes(place) * self._copies[place].times for place in leaves]
         return [[leaves[n] for n in run] for run in chunks.runs(held, self._most_bytes)] if leaves else []
 
-    def read(self, places: Sequence[int], openers: Sequence[reading.Opener]) -> None:
+    def nbytes_read_here(self) -> int:
+        """Bytes of what this process reads for all."""
+        own = ((place, list(self._pieces_read_here(place).values())) for place in self._copies)
+        return sum(self._wanted[place]._replace(pieces=pieces).nbytes for place, pieces in own)
+
+    def read(self, places: Sequence[int], openers: Sequence[reading.Opener], meter: Meter | None) -> None:
         """Reads what this process reads of these leaves for all; raises DamagedArrayError."""
         pieces = {place: self._pieces_read_here(place) for place in places}
         wanted = [self._wanted[place]._replace(pieces=list(own.values())) for place, own in pieces.items()]
         plan = reading.Plan(wanted, self._sources, is_local=self._is_local, most_bytes=self._most_bytes)
-        for (place, own), values in zip(pieces.items(), reading.read(plan, openers), strict=True):
+        for (place, own), values in zip(pieces.items(), reading.read(plan, openers, meter), strict=True):
             self._read[place] = dict(zip(own, values, strict=True))
 
     def _pieces_read_here(self, place: int) -> dict[Spelled, Index]:

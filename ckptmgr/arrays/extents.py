@@ -135,16 +135,16 @@ def plan(
     directory: epath.Path, found: Found, prefix: str, stored: Stored, pieces: Sequence[Index]
 ) -> tuple[list[Values], list[Job]]:
     """Memory for the pieces of an array, and the chunks that fill it; raises KeyError for one that is missing."""
-    spans = [_spans(index, stored.shape) for index in pieces]
-    memory = [chunks.aligned([last - first for first, last in span], numpy_dtype(stored.dtype)) for span in spans]
+    wanted = [spans(index, stored.shape) for index in pieces]
+    memory = [chunks.aligned([last - first for first, last in span], numpy_dtype(stored.dtype)) for span in wanted]
     takes: dict[tuple[int, ...], list[tuple[Values, Index]]] = {}
-    for values, span in zip(memory, spans, strict=True):
+    for values, span in zip(memory, wanted, strict=True):
         for place, own, part in _overlaps(span, stored.chunks):
             takes.setdefault(place, []).append((values[own], part))
     jobs = []
-    for place, wanted in takes.items():
+    for place, into in takes.items():
         key = prefix + "/".join(["c", *map(str, place)])
-        jobs.append(Job(directory, found[key], stored, wanted))
+        jobs.append(Job(directory, found[key], stored, into))
     return memory, jobs
 
 
@@ -163,12 +163,13 @@ def missing(found: Found, spec: LeafSpec, pieces: Sequence[Index]) -> list[str]:
     wanted = {f"{prefix}zarr.json"} | {
         prefix + "/".join(["c", *map(str, place)]) + end
         for index in pieces
-        for place, _, _ in _overlaps(_spans(index, stored.shape), stored.chunks)
+        for place, _, _ in _overlaps(spans(index, stored.shape), stored.chunks)
     }
     return sorted(wanted - found.keys())
 
 
-def _spans(index: Index, shape: Sequence[int]) -> list[tuple[int, int]]:
+def spans(index: Index, shape: Sequence[int]) -> list[tuple[int, int]]:
+    """The first place and the one after the last, for each axis of a piece."""
     if not index:
         return [(0, size) for size in shape]
     return [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]

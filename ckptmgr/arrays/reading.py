@@ -15,7 +15,8 @@ from etils import epath
 
 from ckptmgr.arrays import chunks, database, extents, small
 from ckptmgr.arrays.chunks import BYTES_ALONE, Index, Values
-from ckptmgr.format import paths
+from ckptmgr.arrays.progress import Meter
+from ckptmgr.format import manifest, paths
 from ckptmgr.specs import LeafSpec
 from ckptmgr.trees.structure import numpy_dtype
 
@@ -116,6 +117,15 @@ class Read(NamedTuple):
         first_line = str(reason).partition("\n")[0]
         return DamagedArrayError(self.item, self.spec.path, _SPEC.split(first_line)[0])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values that are wanted."""
+        whole, shape = manifest.leaf_nbytes(self.spec), self.spec.shape
+        if not whole or tuple(self.pieces) == ((),):
+            return whole
+        spans = [extents.spans(piece, shape) for piece in self.pieces]
+        return whole // math.prod(shape) * sum(math.prod(last - first for first, last in span) for span in spans)
+
 
 class Plan:
     """How leaves are read: the same for each step of a structure. `is_local` if the files are on this machine.
@@ -154,14 +164,19 @@ def way(spec: LeafSpec, source: Source, *, is_local: bool) -> str:
     return "files" if is_local and stored.is_raw() else "array"
 
 
-def read(plan: Plan, openers: Sequence[Opener]) -> list[list[Values]]:
-    """The pieces of every wanted leaf, as numpy arrays; all asked for at once. Each source has its opener."""
+def read(plan: Plan, openers: Sequence[Opener], meter: Meter | None = None) -> list[list[Values]]:
+    """The pieces of every wanted leaf, as numpy arrays; all asked for at once. Each source has its opener.
+
+    `meter` is told of what has been read, on this thread.
+    """
     wanted = plan.wanted
     found: list[Any] = [None] * len(wanted)
     asked = [(n, openers[wanted[n].source].chunk(wanted[n].spec)) for n in plan.chunks]
     opened = [(n, openers[wanted[n].source].open(wanted[n].spec.name)) for n in plan.arrays]
     for source, some in plan.small_plans.items():
         _read_small(plan, source, some, openers[source], found)
+        if meter is not None:
+            meter.add(sum(wanted[n].nbytes for n in plan.small[source]))
     jobs = []
     for n in plan.files:
         direct = _plan(wanted[n], openers[wanted[n].source])
@@ -170,13 +185,16 @@ def read(plan: Plan, openers: Sequence[Opener]) -> list[list[Values]]:
         else:
             found[n] = [_view(wanted[n], values) for values in direct[0]]
             jobs += [(wanted[n], job) for job in direct[1]]
-    window = _Window(_AHEAD_BYTES if plan.most_bytes is None else min(_AHEAD_BYTES, plan.most_bytes // _HELD))
+    most_ahead = _AHEAD_BYTES if plan.most_bytes is None else min(_AHEAD_BYTES, plan.most_bytes // _HELD)
+    window = _Window(most_ahead, meter)
     for n, future in asked:
         found[n] = _cut(wanted[n], _result(wanted[n], future))
+        if meter is not None:
+            meter.add(wanted[n].nbytes)
     for n, future in opened:
         found[n] = _start(wanted[n], future, window)
     window.drain(0)
-    _fill(jobs, plan.most_bytes)
+    _fill(jobs, plan.most_bytes, meter)
     return found
 
 
@@ -220,15 +238,17 @@ def _plan(each: Read, opener: Opener) -> tuple[list[Values], list[extents.Job]] 
         raise each.damaged(problem) from problem
 
 
-def _fill(jobs: Sequence[tuple[Read, extents.Job]], most_bytes: int | None) -> None:
+def _fill(jobs: Sequence[tuple[Read, extents.Job]], most_bytes: int | None, meter: Meter | None) -> None:
     """Reads these chunks into their places; raises DamagedArrayError."""
     done = extents.read([job for _, job in jobs], most_bytes)
-    for each, _ in jobs:
+    for each, job in jobs:
         try:
             next(done)
         except (ValueError, OSError, MemoryError) as problem:
             paths.refuse_exhausted(problem)
             raise each.damaged(problem) from problem
+        if meter is not None:
+            meter.add(sum(into.nbytes for into, _ in job.takes))
 
 
 def opened(each: Read, opener: Opener) -> Any:
@@ -257,22 +277,26 @@ _HELD = 3  # how often TensorStore may hold a chunk: as it lies on disk, without
 class _Window:
     """Bounds what TensorStore reads ahead: it holds each chunk until it is copied to its place."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, meter: Meter | None) -> None:
         self.most = most
-        self._under_way: collections.deque[tuple[int, Read, Any]] = collections.deque()
+        self._meter = meter
+        self._under_way: collections.deque[tuple[int, int, Read, Any]] = collections.deque()
         self._nbytes = 0
 
-    def add(self, nbytes: int, each: Read, start: Callable[[], Any]) -> None:
+    def add(self, nbytes: int, wanted: int, each: Read, start: Callable[[], Any]) -> None:
+        """Starts to read chunks of so many bytes, of which so many are wanted."""
         self.drain(max(0, self.most - nbytes))
-        self._under_way.append((nbytes, each, start()))
+        self._under_way.append((nbytes, wanted, each, start()))
         self._nbytes += nbytes
 
     def drain(self, most: int) -> None:
         """Waits until at most so many bytes are under way; raises DamagedArrayError."""
         while self._nbytes > most:
-            nbytes, each, future = self._under_way.popleft()
+            nbytes, wanted, each, future = self._under_way.popleft()
             self._nbytes -= nbytes
             _result(each, future)
+            if self._meter is not None:
+                self._meter.add(wanted)
 
 
 def _start(each: Read, future: Any, window: _Window) -> list[Values]:
@@ -288,7 +312,8 @@ def _start(each: Read, future: Any, window: _Window) -> list[Values]:
         for box in chunks.boxes(index, piece.shape, chunk, math.prod(chunk) * window.most // 4 // held):
             part = piece.translate_to[0][box] if box else piece
             nbytes = chunks.taken_from(index, box, chunk) * held
-            window.add(nbytes, each, functools.partial(chunks.at(into, box).write, part))
+            wanted = math.prod(part.shape) * dtype.itemsize
+            window.add(nbytes, wanted, each, functools.partial(chunks.at(into, box).write, part))
         found.append(_view(each, buffer))
     return found
 

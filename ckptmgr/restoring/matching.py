@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ckptmgr.arrays.progress import Progress
 from ckptmgr.errors import ReducedCheckpointError, UnsupportedLeafError
 from ckptmgr.format.manifest import METRICS, OPT_STATE, PARAMS, RESERVED, STEP, Item, Manifest
 from ckptmgr.restoring import extras
@@ -68,6 +69,7 @@ class Request:
     partial: bool | Collection[str] = False
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     broadcast: bool = False
+    on_progress: Progress | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.extras, Mapping):
@@ -82,6 +84,8 @@ class Request:
                 raise ValueError(f"extras cannot have {name!r}: give it as {name}=")
         for option in ("cast", "partial"):
             _check_choice(option, getattr(self, option))
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise TypeError(f"on_progress takes a callable of two numbers, not {self.on_progress!r:.60}")
         if self.rename and not self.has_template():
             raise ValueError(
                 "rename gives leaves the paths of a template: give params=, opt_state= or extras= too"

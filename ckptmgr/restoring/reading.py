@@ -14,6 +14,7 @@ from etils import epath
 
 from ckptmgr.arrays import broadcast, chunks, to_devices
 from ckptmgr.arrays import reading as arrays
+from ckptmgr.arrays.progress import Meter, Progress
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.format import manifest as manifests
 from ckptmgr.restoring import matching
@@ -90,6 +91,11 @@ class Plan:
         self.matched.append(each)
         self.databases.append(source)
 
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of all that is wanted."""
+        return sum(each.nbytes for each in self.wanted)
+
     def missing(self, directory: epath.Path) -> dict[str, list[tuple[str, int]]]:
         """By item the keys that its database lacks there, as it is of the parts of some processes alone."""
         openers = [arrays.Opener(directory, source) for source in self.databases]
@@ -165,10 +171,18 @@ class Trees:
     With `others` what several processes hold is read once, and sent. `fetch` reads this process's part; all must
     have done so before `place` is called in any. Under `max_host_bytes` it is only the first part, and `fetch` is
     called in all processes for each of the others.
+
+    `on_progress` is called on the thread that calls these methods.
     """
 
     def __init__(
-        self, plan: Plan, structures: Mapping[str, Any], step: int, directory: epath.Path, others: Others | None
+        self,
+        plan: Plan,
+        structures: Mapping[str, Any],
+        step: int,
+        directory: epath.Path,
+        others: Others | None,
+        on_progress: Progress | None = None,
     ) -> None:
         self._plan, self._structures, self._step, self._directory = plan, structures, step, directory
         self._openers = [arrays.Opener(directory, source) for source in plan.databases]
@@ -176,12 +190,27 @@ class Trees:
         self._shared = _shared(plan, others.run) if others is not None else None
         self._ahead = self._shared.cut() if self._shared is not None else []
         """The leaves that are to be sent, those of each `fetch`."""
+        self._meter = Meter(on_progress, self.nbytes) if on_progress is not None else None
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of what this process reads."""
+        if self._shared is None:
+            return self._plan.nbytes
+        sent = set(self._shared.leaves)
+        own = sum(each.nbytes for n, each in enumerate(self._plan.wanted) if n not in sent)
+        return own + self._shared.nbytes_read_here()
+
+    def end(self) -> None:
+        """To be called once the step is restored."""
+        if self._meter is not None:
+            self._meter.end()
 
     def fetch(self) -> None:
         """Reads what is to be sent next to other processes."""
         if self._shared is not None and self._ahead:
             with self._damages():
-                self._shared.read(self._ahead[0], self._openers)
+                self._shared.read(self._ahead[0], self._openers, self._meter)
 
     def place(self) -> dict[str, Any]:
         """The trees by the names of their items, read in few batches."""
@@ -241,7 +270,7 @@ class Trees:
 
     def _read(self, group: Group, reading: arrays.Plan) -> list[list[chunks.Values]]:
         """The values of these leaves."""
-        found = arrays.read(reading, self._openers)
+        found = arrays.read(reading, self._openers, self._meter)
         for n in group.texts:  # in ascending order, so that each finds its place
             found.insert(n, self._text(group.wanted[n]))
         return found

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from ckptmgr.format import paths, recorded
 from ckptmgr.processes import job
 from ckptmgr.processes.job import Call, Job
 from ckptmgr.restoring import extras, reading
+from ckptmgr.restoring.local_steps import LocalSteps, get_parts
 from ckptmgr.restoring.matching import Request, nothing_whole
 from ckptmgr.restoring.planning import Plan, Planner
 from ckptmgr.results import Checkpoint
@@ -36,11 +37,11 @@ from ckptmgr.run.history import History
 from ckptmgr.run.manifest_cache import Stamp
 from ckptmgr.run.mirror import Mirror
 from ckptmgr.run.nearby import Gathering, Nearby
-from ckptmgr.run.tier import Complete
 from ckptmgr.specs import StructureDiff
 from ckptmgr.trees import placement as layouts
 from ckptmgr.trees.layouts import HOST
 from ckptmgr.trees.structure import abstract
+from ckptmgr.units import format_bytes, format_rate, format_s
 
 _log = logging.getLogger("ckptmgr")
 _PATIENCE_S, _PAUSE_S = 30.0, 0.02  # a network's file system may show a new step late
@@ -66,9 +67,7 @@ class Restorer:
         self._of_run, self._journal, self._timeout_s = job, journal, timeout_s
         self._job = job
         self._planner = Planner(max_host_bytes)
-        self._nearby = nearby
-        self._local: Mapping[int, Complete] = {}
-        """The steps that the machines of the job hold, as of the last look."""
+        self._local = LocalSteps(nearby, home)
 
     def among(self, request: Request) -> Restorer:
         """The same, agreeing with the processes that have to restore the same step.
@@ -101,12 +100,13 @@ class Restorer:
 
     def has_steps(self) -> bool:
         """Whether there is anything to restore, as process 0 sees it."""
-        self._look_nearby()
-        return self._job.decide(_CHOICE, lambda: bool(self._steps() or self._local))
+        self._local.look()
+        return self._job.decide(_CHOICE, lambda: bool(self._steps() or self._local.steps))
 
     def best(self, request: Request) -> Checkpoint:
         """The step that the policies rank first, here and in the mirror."""
-        number, self._local = self._job.decide(_CHOICE, self._best), {}
+        number = self._job.decide(_CHOICE, self._best)
+        self._local.forget()
         if number is None:
             raise self._home.nothing_good({}, "no checkpoint has the metric that ranks them, or all are NaN")
         return self._restore(number, request)
@@ -117,7 +117,7 @@ class Restorer:
 
     def one(self, step: int, request: Request) -> Checkpoint:
         """This step and no other."""
-        self._look_nearby()
+        self._local.look()
         return self._restore(self._job.decide(_CHOICE, lambda: step), request)
 
     def newest(self, request: Request) -> Checkpoint:
@@ -130,7 +130,7 @@ class Restorer:
         reduced: list[ReducedCheckpointError] = []
         seen: dict[int, Stamp] = {}
         ends = time.monotonic() + min(_PATIENCE_S, self._timeout_s / 2)
-        self._look_nearby()
+        self._local.look()
         while (choice := self._newest_beside(skipped)) is not None:
             candidate, why = choice
             stamp = self._home.stamp(candidate)
@@ -141,7 +141,7 @@ class Restorer:
             except CorruptCheckpointError as problem:
                 _log.warning("step %d is passed over as damaged: %s", candidate, problem)
                 self._journal.record("passed over", candidate, why=str(problem))
-                if candidate not in self._local or stamp is not None:
+                if candidate not in self._local.steps or stamp is not None:
                     seen[candidate] = stamp
                 skipped[candidate] = str(problem)
             except DistrustedError as problem:
@@ -169,7 +169,7 @@ class Restorer:
 
     def _warn_of_lower(self, step: int) -> None:
         """Says it if the step that was saved last is not the newest: somebody went back, and did not say so."""
-        looks = self._job.leads and step not in self._local
+        looks = self._job.leads and step not in self._local.steps
         saved = journal.last_saved(self._home.directory) if looks else None
         if saved is not None and saved < step and self._home.has(saved):
             _log.warning(
@@ -191,7 +191,7 @@ class Restorer:
         """The newest step beside these, and why it is distrusted. One process alone sees that as it reads."""
 
         def choose() -> tuple[int, str | None] | None:
-            step = max((self._steps() | self._local.keys()) - set(skipped), default=None)
+            step = max((self._steps() | set(self._local.steps)) - set(skipped), default=None)
             return None if step is None else (step, self._why_distrusted(step) if self._job.count > 1 else None)
 
         return self._job.decide(_CHOICE, choose)
@@ -201,22 +201,6 @@ class Restorer:
             with contextlib.suppress(CheckpointError):  # it is not here, or damaged, which the restore finds
                 return catalog.why_distrusted(step)
         return None
-
-    def _look_nearby(self) -> None:
-        """Looks which steps the machines of the job hold."""
-        if self._nearby is not None:
-            found = self._nearby.look(self._counts)
-            self._local = {each.group.step: each for each in found}
-
-    def _counts(self, found: Complete) -> bool:
-        """Whether a local step is of the branch that the run is on, as far as the newest durable steps tell."""
-        with contextlib.suppress(CheckpointError):
-            steps, step = self._home.steps(), found.group.step
-            if step in steps and self._home.manifest(step).time != found.time:
-                return False  # the durable one is of another save
-            below = max((each for each in steps if each < step), default=None)
-            return below is None or self._home.manifest(below).time <= found.time
-        return True
 
     def _steps(self) -> set[int]:
         """The steps here and in the mirror; one that cannot be reached is missed if there is nothing here."""
@@ -230,13 +214,13 @@ class Restorer:
 
         `skipped`: newer steps that were passed over, and why; None if the caller has asked for this step.
         """
-        if step in self._local:
+        if step in self._local.steps:
             try:
-                return self._from_nearby(self._local[step], request, skipped)
+                return self._from_local(step, request, skipped)
             except CorruptCheckpointError as problem:
                 if not self._job.decide(_CHOICE, lambda: step in self._steps()):
                     raise
-                _log.warning("step %d is not taken from %s: %s", step, self._nearby, problem)
+                _log.warning("step %d is not taken from %s: %s", step, self._local, problem)
         stamp = self._home.stamp(step)
         try:
             return self._together(self._home, step, request, skipped)
@@ -254,20 +238,11 @@ class Restorer:
         call = Call(f"the restore from step {step}")
         return self._job.together(call, lambda: self._whole(home, step, request, skipped))
 
-    def _from_nearby(self, found: Complete, request: Request, skipped: Skipped | None) -> Checkpoint:
+    def _from_local(self, step: int, request: Request, skipped: Skipped | None) -> Checkpoint:
         """Restores a step from the parts on the machines of the job."""
-        nearby, step = self._nearby, found.group.step
-        assert nearby is not None
-        with contextlib.ExitStack() as closing:
-
-            def gather() -> Gathering:
-                with _had(step):
-                    return closing.enter_context(contextlib.closing(nearby.gather(found)))
-
-            gathering = self._job.together(Call(f"the parts of step {step}"), gather)
-            home = open_catalog(gathering.run)
-            call = Call(f"the restore of step {step}")
-            return self._job.together(call, lambda: self._read(home, step, request, skipped, gathering))
+        with self._local.gathered(step, self._job) as parts:
+            home, call = open_catalog(parts.run), Call(f"the restore of step {step}")
+            return self._job.together(call, lambda: self._read(home, step, request, skipped, parts))
 
     # ------------------------------------------------------------ reading it
 
@@ -314,7 +289,7 @@ class Restorer:
     def _read(
         self, home: Catalog, step: int, request: Request, skipped: Skipped | None, parts: Gathering | None = None
     ) -> Checkpoint:
-        directory, call = home.path(step), Call(f"the reading from step {step}")
+        began, directory, call = time.perf_counter(), home.path(step), Call(f"the reading from step {step}")
         others = self._others(call, step) if request.broadcast else None
 
         def open_trees() -> tuple[manifests.Manifest, Mapping[str, Any], Plan, reading.Trees]:
@@ -324,11 +299,10 @@ class Restorer:
             templates = request.templates(manifest)
             plan = self._planner.plan(manifest, templates, request, is_local=paths.is_local(directory))
             if parts is not None:
-                with _had(step):
-                    _get_parts(parts, manifest, plan)
+                get_parts(parts, manifest, plan)
             items, share = {*templates, manifests.STEP, manifests.METRICS}, (self._job.index, self._job.count)
             recorded.check_files(manifest, directory, items, share=share)
-            trees = reading.Trees(plan.trees, plan.structures, step, directory, others)
+            trees = reading.Trees(plan.trees, plan.structures, step, directory, others, request.on_progress)
             trees.fetch()
             return manifest, templates, plan, trees
 
@@ -340,13 +314,14 @@ class Restorer:
             with self._job.working() if request.broadcast else contextlib.nullcontext():
                 values = trees.place()
             values |= saved.read_values(manifest, directory, plan.sources)
+            trees.end()
         passed = plan.passed
         if request.optimizer is not None and passed.missing:
             values[manifests.OPT_STATE] = _with_new_state(request, values)
         _warn_of_partial(step, passed)
         absent = {name: template for name, template in templates.items() if name not in values}  # partial=True
         source = str(home.directory) if parts is None else parts.source
-        _log.info("step %d restored from %s", step, source)
+        _tell(step, source, trees, time.perf_counter() - began)
         self._journal.record("restored", step, source=source)
         return Checkpoint(
             step=step,
@@ -359,29 +334,6 @@ class Restorer:
             missing=tuple(leaf.path for leaf in passed.missing),
             unused=tuple(leaf.path for leaf in passed.unexpected),
         )
-
-
-@contextlib.contextmanager
-def _had(step: int) -> Iterator[None]:
-    """What goes wrong with the parts of a local step is damage of it."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (OSError, ValueError) as problem:  # a machine that is gone since, or a file
-        why = f"local step {step}: a part cannot be had: {problem}"
-        raise CorruptCheckpointError(why, step=step) from problem
-
-
-def _get_parts(parts: Gathering, manifest: manifests.Manifest, plan: Plan) -> None:
-    """Gets the parts of a local step that this process needs."""
-    for name, source in plan.sources.items():
-        item = manifest.items[name]
-        if item.processes > 1:  # each process had its own
-            parts.need(name, range(item.processes) if source is None else [source])
-        elif item.file and not (parts.folder / name / item.file).exists():
-            parts.need(name, [0])
-    parts.complete(lambda: plan.trees.missing(parts.folder))
 
 
 def _is_reduced(home: Catalog, step: int) -> bool:
@@ -410,6 +362,15 @@ def first_state(optimizer: Any, params: Any) -> Any:
         return jax.eval_shape(optimizer.init, params)
     with jax.transfer_guard("allow"):  # it makes arrays of numbers, which a training step does not
         return optimizer.init(params)
+
+
+def _tell(step: int, source: str, trees: reading.Trees, seconds: float) -> None:
+    if _log.isEnabledFor(logging.INFO):  # if not, the bytes of thousands of leaves are not counted
+        nbytes = trees.nbytes
+        speed = format_rate(nbytes, seconds)
+        _log.info(
+            "step %d restored from %s: %s in %s (%s)", step, source, format_bytes(nbytes), format_s(seconds), speed
+        )
 
 
 def _warn_of_partial(step: int, passed: StructureDiff) -> None:

@@ -37,6 +37,7 @@ from ckptmgr.run.manifest_cache import ManifestCache, Stamp
 from ckptmgr.run.moving import Mover
 
 _log = logging.getLogger("ckptmgr")
+ASKED_FOR = "asked for"
 
 
 def open_directory(path: epath.Path) -> Directory:
@@ -350,17 +351,17 @@ class Catalog:
 
     # ------------------------------------------------------------ a step that leaves the listing
 
-    def delete(self, step: int) -> None:
-        """Takes a step out of the listing in one move, then removes its files."""
+    def delete(self, step: int, why: str = ASKED_FOR) -> None:
+        """Takes a step out of the listing in one move, then removes its files; the log says why."""
         self.require(step)
-        self.remove(self.hide(step))
+        self.remove(self.hide(step, why))
 
-    def hide(self, step: int) -> epath.Path:
+    def hide(self, step: int, why: str = ASKED_FOR) -> epath.Path:
         """Takes a step out of the listing in one move; returns the folder that is then to be removed."""
         self.forget(step)
         with _refusing(step, "deleted"):
             hidden = self._storage.hide(self._name(step))
-        _log.info("step %d deleted", step)
+        _log.info("step %d deleted from %s: %s", step, self.directory, why)
         return hidden
 
     def remove(self, *leftovers: epath.Path) -> None:
@@ -375,7 +376,7 @@ class Catalog:
         with _refusing(step, "reduced to its params"):
             gone = self._storage.reduce(self._name(step), manifest, was)
         self.forget(step)
-        _log.info("step %d %s", step, manifest.reduced)
+        _log.info("step %d in %s %s", step, self.directory, manifest.reduced)
         return gone
 
     def set_aside(self, step: int) -> epath.Path:

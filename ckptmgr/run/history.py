@@ -98,6 +98,14 @@ class History:
         alone = self.glance(self._catalog.manifest(step))
         return next((info for info in self.all() if info.step == step), alone)
 
+    def why_unread(self, step: int) -> str:
+        """Why nothing is known of a listed step; "" if something is."""
+        try:
+            self._catalog.manifest(step)
+        except (CorruptCheckpointError, CheckpointNotFoundError, NewerFormatError) as problem:
+            return str(problem)
+        return ""
+
     # ------------------------------------------------------------ what may be deleted
 
     def decide_deletions(self) -> Decision:

@@ -246,7 +246,7 @@ class Mirror:
         self.catalog.check_free(step)
         if self.catalog.has(step):
             _log.warning("step %d in %s is from another save, and is replaced", step, self.catalog.directory)
-            self.catalog.delete(step)
+            self.catalog.delete(step, "it is from another save")
         draft = self.catalog.begin(step)
         name = manifests.NAME if (source / manifests.NAME).exists() else names.STEP_METADATA
         if _has_links(draft):

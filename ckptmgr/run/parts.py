@@ -23,6 +23,7 @@ from ckptmgr.format import files, names
 from ckptmgr.format import manifest as manifests
 from ckptmgr.processes.job import Call, Job
 from ckptmgr.run import transfer
+from ckptmgr.units import format_bytes
 
 _log = logging.getLogger("ckptmgr")
 
@@ -55,7 +56,7 @@ class Parts:
             nbytes = self._put_own(step, source, draft)
         finally:
             self._wait(step)
-        _log.info("step %d: process %d has copied %d bytes", step, self._job.index, nbytes)
+        _log.info("step %d: process %d has copied %s", step, self._job.index, format_bytes(nbytes))
 
     def _wait(self, step: int) -> None:
         try:
@@ -78,7 +79,7 @@ class Parts:
                 if place is not None:
                     nbytes = self._try(step, source, self._away / place)
                     self._job.collect(_copied(step), None)
-                    _log.info("step %d: process %d has copied %d bytes", step, self._job.index, nbytes)
+                    _log.info("step %d: process %d has copied %s", step, self._job.index, format_bytes(nbytes))
         except Exception as problem:  # of the job
             _log.warning("step %d: process 0 copies it without process %d: %s", step, self._job.index, problem)
 

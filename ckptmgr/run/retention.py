@@ -15,6 +15,7 @@ from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.history import Decision, History
 
 _log = logging.getLogger("ckptmgr")
+UNWANTED = "no policy keeps it"
 
 
 def retain(
@@ -61,8 +62,8 @@ def retain(
 def _delete(catalog: Catalog, step: int) -> list[epath.Path]:
     """Deletes a step. In a bucket returns its folder, which is removed with those of the others."""
     if not catalog.can_replace:
-        return [catalog.hide(step)]
-    catalog.delete(step)
+        return [catalog.hide(step, UNWANTED)]
+    catalog.delete(step, UNWANTED)
     return []
 
 

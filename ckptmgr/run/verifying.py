@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from etils import epath
 
 from ckptmgr.arrays import chunks, reading
+from ckptmgr.arrays.progress import Progress
 from ckptmgr.errors import CorruptCheckpointError
 from ckptmgr.format import files, paths, recorded
 from ckptmgr.format import manifest as manifests
@@ -17,7 +18,6 @@ from ckptmgr.run import values
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.specs import LeafSpec
 
-Progress = Callable[[int, int], object]
 _BATCH_BYTES = 256 << 20  # held in memory at a time
 
 

@@ -18,11 +18,12 @@ from ckptmgr.options import Options
 from ckptmgr.processes.job import Job
 from ckptmgr.results import CheckpointInfo, Save
 from ckptmgr.run import branches, identity, retention, rewinding, trust
-from ckptmgr.run.catalog import Catalog, open_catalog
+from ckptmgr.run.catalog import ASKED_FOR, Catalog, open_catalog
 from ckptmgr.run.history import History
 from ckptmgr.run.journal import Journal, last_saved
 from ckptmgr.run.lock import Shared, Writer
 from ckptmgr.run.mirror import Mirror
+from ckptmgr.units import format_bytes, format_rate, format_s
 
 _log = logging.getLogger("ckptmgr")
 
@@ -155,7 +156,7 @@ class Aftermath:
             self._shared.hold()
             with self._shared.retaining:
                 self._home.delete(step)
-            self._journal.record("deleted", step, why="asked for")
+            self._journal.record("deleted", step, why=ASKED_FOR)
 
     def mark(self, step: int, mark: Callable[[int], None]) -> None:
         """Pins or unpins a step, or writes whether it is trusted."""
@@ -245,10 +246,11 @@ class Aftermath:
             self.mirror.wait(timeout_s)
 
     def _tell(self, info: CheckpointInfo, shared: int) -> None:
-        also = f" and {shared} shared with the step before" if self._options.reuse_unchanged else ""
+        nbytes, durable_s, blocked_s = info.disk_nbytes - shared, info.durable_s or 0.0, info.blocked_s or 0.0
+        also = f" and {format_bytes(shared)} shared with the step before" if self._options.reuse_unchanged else ""
         _log.info(
-            "step %d saved: %d bytes written%s, durable after %.3f s, the caller waited %.3f s",
-            info.step, info.disk_nbytes - shared, also, info.durable_s, info.blocked_s,
+            "step %d saved: %s written%s, durable after %s (%s), the caller waited %s", info.step,
+            format_bytes(nbytes), also, format_s(durable_s), format_rate(nbytes, durable_s), format_s(blocked_s),
         )  # fmt: skip
         self._journal.record(
             "saved", info.step, nbytes=info.nbytes, disk_nbytes=info.disk_nbytes, metrics=info.metrics,
@@ -276,7 +278,7 @@ class Aftermath:
                 self._home,
                 self._history,
                 is_spared=self._is_spared,
-                deleted=lambda step: self._journal.record("deleted", step, why="no policy keeps it"),
+                deleted=lambda step: self._journal.record("deleted", step, why=retention.UNWANTED),
                 reduced=lambda step, by: self._journal.record("reduced", step, why=f"only {by} keeps it"),
                 now=self._journal.wall,
             )

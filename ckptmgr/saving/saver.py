@@ -296,7 +296,7 @@ class Saver:
             _log.warning("step %d is distrusted, and is replaced", step)
             replaces = self._catalog.can_replace
             if not replaces:  # a bucket cannot: the number is free once the step is deleted
-                self._catalog.delete(step)
+                self._catalog.delete(step, "it is distrusted, and is replaced")
         self._catalog.forget(step)
         return replaces
 

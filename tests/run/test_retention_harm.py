@@ -137,7 +137,7 @@ def test_a_decision_is_looked_at_again_before_each_deletion(tmp_path, what, when
         monkeypatch.setattr(history.History, "decide_deletions", lambda self: (decide(self), act())[0])
         expected = at_once
     else:
-        monkeypatch.setattr(Catalog, "delete", lambda self, step: (act(), delete(self, step)))
+        monkeypatch.setattr(Catalog, "delete", lambda self, *given: (act(), delete(self, *given)))
         expected = [step for step in at_once if step != 1]  # its deletion had begun
     manager = saved(tmp_path, 4, keep=1)
     assert acted

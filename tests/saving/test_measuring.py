@@ -16,8 +16,8 @@ import pytest
 
 import ckptmgr
 from ckptmgr import CheckpointManager
-from ckptmgr.cadence import spell_s
 from ckptmgr.saving import copying, queue
+from ckptmgr.units import format_s
 
 SLOW_S = 1.0
 PARAMS = {"w": np.ones((64, 64), np.float32)}
@@ -211,7 +211,7 @@ def test_what_overhead_chooses_is_said_in_the_log_and_in_the_journal_and_only_wh
         assert event["share"] == 0.1
         assert event["interval_s"] == pytest.approx((event["blocked_s"] + event["slowed_s"]) / 0.1)
         assert (
-            f"step {event['step']}: overhead(0.1) saves about every {spell_s(event['interval_s'])}" in caplog.text
+            f"step {event['step']}: overhead(0.1) saves about every {format_s(event['interval_s'])}" in caplog.text
         )
     assert caplog.text.count("overhead(0.1) saves about") == len(said) < 6
 
