@@ -91,7 +91,7 @@ def _blocked(panel: Any, workloads: dict[str, Any]) -> None:
         panel.bar_label(bars, words, fontsize=7)
     panel.set_xticks(range(len(WORKLOADS)), WORKLOADS.values())
     panel.set(yscale="log", ylabel="milliseconds")
-    panel.set_title("training stands still for, in each save", loc="left")
+    panel.set_title("how long each save blocks training (logarithmic)", loc="left")
     panel.legend(frameon=False, loc="upper left")
     panel.margins(y=0.2)
 
