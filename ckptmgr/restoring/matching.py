@@ -6,10 +6,11 @@ that names every leaf that differs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -359,4 +360,27 @@ def _state_template(manifest: Manifest, optimizer: Any, params: Any) -> Any:
     if params is None:
         tree = manifest.items[PARAMS].tree if PARAMS in manifest.items else TreeSpec((), None)
         params = structure.rebuild(tree.outline, list(map(structure.abstract, tree.leaves)))
-    return jax.eval_shape(optimizer.init, params)
+    return abstract_state(optimizer, params)
+
+
+def abstract_state(optimizer: Any, params: Any) -> Any:
+    with _described():
+        return jax.eval_shape(optimizer.init, params)
+
+
+def new_state(optimizer: Any, params: Any) -> Any:
+    with _described(), jax.transfer_guard("allow"):  # it makes arrays of numbers, which a training step does not
+        return optimizer.init(params)
+
+
+@contextlib.contextmanager
+def _described() -> Iterator[None]:
+    """What an optimizer raises that was made for other params, a mask with other names for example."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as problem:
+        why = " ".join(str(problem).split())[:200]
+        raise ValueError(
+            f"optimizer.init fails for these params: {why}. If the state that was saved is of other params than "
+            "these, give its template as opt_state=, in the place of optimizer="
+        ) from problem

@@ -25,7 +25,7 @@ from ckptmgr.format import manifest as manifests
 from ckptmgr.format import paths, recorded
 from ckptmgr.processes import job
 from ckptmgr.processes.job import Call, Job
-from ckptmgr.restoring import extras, reading
+from ckptmgr.restoring import extras, matching, reading
 from ckptmgr.restoring.local_steps import LocalSteps, get_parts
 from ckptmgr.restoring.matching import Request, nothing_whole
 from ckptmgr.restoring.planning import Plan, Planner
@@ -359,9 +359,8 @@ def first_state(optimizer: Any, params: Any) -> Any:
     if params is None:
         raise ValueError("optimizer needs params to start its state from, and there are none: give params= too")
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        return jax.eval_shape(optimizer.init, params)
-    with jax.transfer_guard("allow"):  # it makes arrays of numbers, which a training step does not
-        return optimizer.init(params)
+        return matching.abstract_state(optimizer, params)
+    return matching.new_state(optimizer, params)
 
 
 def _tell(step: int, source: str, trees: reading.Trees, seconds: float) -> None:

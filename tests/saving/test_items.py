@@ -147,6 +147,21 @@ def test_changing_from_one_optimizer_to_another_is_refused_by_name(tmp_path):
         assert_trees_equal(back.opt_state, optax.adam(1e-3).init(PARAMS))
 
 
+def test_an_optimizer_that_was_made_for_other_params_is_refused_with_what_to_do(tmp_path):
+    both = {"base": jnp.ones(3), "adapter": jnp.ones(2)}
+    optimizer = optax.masked(optax.adam(1e-3), {"base": False, "adapter": True})
+    adapter = {"adapter": both["adapter"]}
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(ValueError, match=r"optimizer\.init fails for these params: .* opt_state="):
+            manager.restore_or(params=adapter, optimizer=optimizer)  # at the start
+        manager.save(1, adapter, optimizer.init(both))
+        for how in ({"params": adapter}, {}):
+            with pytest.raises(ValueError, match=r"optimizer\.init fails for these params: .* opt_state="):
+                manager.restore(optimizer=optimizer, **how)
+        back = manager.restore(params=adapter, opt_state=optimizer.init(both))
+    assert_trees_equal(back.opt_state, optimizer.init(both))
+
+
 class Everything:
     """Answers every name, as mocks, dicts with attributes and `nnx.Rngs` do."""
 
