@@ -72,7 +72,7 @@ def _refuse_inside_of_steps(path: pathlib.Path) -> None:
     inside = pathlib.Path(os.path.realpath(path))
     for folder in inside.parents:
         name = inside.relative_to(folder).parts[0]
-        if (name == names.OURS or names.number(name) is not None) and places.is_run(str(folder)):
+        if (name == names.OURS or names.STEP.fullmatch(name)) and places.is_run(str(folder)):
             raise ValueError(f"{path} is inside of the run {folder}, among its steps; name another place")
 
 

@@ -276,7 +276,8 @@ def _stand_in(leaf: LeafSpec) -> Any:
         return getattr(builtins, leaf.kind)()
     if leaf.kind in ("key", "jax"):
         return structure.abstract(leaf)
-    return np.broadcast_to(np.zeros((), structure.numpy_dtype(leaf.dtype)), leaf.shape)
+    zero = np.zeros((), structure.numpy_dtype(leaf.dtype))
+    return zero[()] if leaf.kind == "scalar" else np.broadcast_to(zero, leaf.shape)
 
 
 def _values(manager: CheckpointManager, step: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _INTERRUPTED, _PIPE_CLOSED = 130, 141
 _OWN_WORDS: dict[type[Exception], Callable[[Any], str | None]] = {
     SaveError: lambda problem: (
         problem.holder
-        and f"the run is being written to by {problem.holder}, and a run has one writer. What changes the run must "
+        and f"the run is being written to by {problem.holder}, and a run has one writer. What changes a run must "
         "wait until that process ends; what only looks at it need not"
     ),
     CheckpointExistsError: lambda problem: (

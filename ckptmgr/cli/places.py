@@ -157,9 +157,9 @@ def printable(name: str, longest: int = 60) -> str:
 
 def no_directory(directory: str) -> CheckpointNotFoundError:
     """The error for a directory that is not there, with one that is."""
-    folder, name = os.path.split(directory.rstrip("/"))
-    entries = os.scandir(folder or ".") if os.path.isdir(folder or ".") else []
-    close = difflib.get_close_matches(name, [entry.name for entry in entries if entry.is_dir()], 1, 0.5)
+    folder, name = os.path.split(os.path.abspath(os.path.expanduser(directory)))
+    entries = [each.name for each in os.scandir(folder) if each.is_dir()] if os.path.isdir(folder) else []
+    close = difflib.get_close_matches(name, entries, 1, 0.5)
     said = f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
     return CheckpointNotFoundError(f"there is no directory {directory}{said}", directory=directory)
 

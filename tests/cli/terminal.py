@@ -6,6 +6,7 @@ done = terminal.piped("ls", run)                    without a terminal: done.cod
 done = terminal.piped("ls", run, is_closed=True)    whoever should read has gone
 """
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -49,7 +50,9 @@ def _ask(words, env, cwd, **case):
 
 @functools.cache
 def _server():
-    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(lambda: (server.stdin.close(), server.wait(), server.stdout.close()))
+    return server
 
 
 # ---------------------------------------------------------------- the process that forks
@@ -137,8 +140,6 @@ def _become(case, *files):
 
 def _ended(code):
     """Runs what Python runs at its end."""
-    import atexit
-
     atexit._run_exitfuncs()
     return code
 
