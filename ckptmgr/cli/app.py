@@ -14,7 +14,7 @@ import sys
 from ckptmgr.cli import changing, converting, looking, messages
 from ckptmgr.cli.base import app
 
-__all__ = ["app", "run"]
+__all__ = ["app", "outcome", "run"]
 
 _ORDER = [each.__name__ for each in (looking, changing, converting)]
 app.registered_commands.sort(key=lambda each: _ORDER.index(getattr(each.callback, "__module__", "")))
@@ -23,5 +23,9 @@ app.registered_commands.sort(key=lambda each: _ORDER.index(getattr(each.callback
 def run() -> None:
     """Runs the command line. An error is printed as one line, or as JSON with --json."""
     messages.log_to_stderr()
-    words = sys.argv[1:]
-    sys.exit(messages.ended(lambda: app(words, prog_name="ckptmgr", standalone_mode=False), words))
+    sys.exit(outcome(sys.argv[1:]))
+
+
+def outcome(words: list[str]) -> int:
+    """Runs one command line; its exit code."""
+    return messages.ended(lambda: app(words, prog_name="ckptmgr", standalone_mode=False), words)

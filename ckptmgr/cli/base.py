@@ -96,8 +96,9 @@ def say(what: RenderableType) -> None:
     """Prints a result. Brackets in it are no markup."""
     columns = width()
     console = _Console(
-        highlight=False, markup=False, emoji=False, width=columns or 1_000_000, soft_wrap=columns is None
-    )
+        width=columns or 1_000_000, height=25,  # without a height a dumb terminal has 80 columns
+        highlight=False, markup=False, emoji=False, soft_wrap=columns is None,
+    )  # fmt: skip
     console.print(what)
     _flush()
 

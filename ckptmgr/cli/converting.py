@@ -160,6 +160,7 @@ def import_(
     """Saves files of other formats as a checkpoint. No code of a pickle is run."""
     if state is None and params is None and opt_state is None:
         return _adopt(run, dry_run, as_json)
+    steps = _steps_of(run)
     with working("reading"):
         found = interop.incoming(
             state, params=params, opt_state=opt_state, step=step, allow=allow or (), skip=skip or ()
@@ -167,7 +168,7 @@ def import_(
     if found.params is None and found.opt_state is None:
         raise ValueError(f"{state} has neither params nor an opt_state")
     told = {"run": run, "step": found.step, "items": found.items, "metrics": sorted(found.metrics)}
-    is_there = found.step in _steps_of(run)
+    is_there = found.step in steps
     if is_there:
         _may_replace(run, found.step, told, yes=yes or dry_run, as_json=as_json)
     if dry_run:
@@ -178,12 +179,18 @@ def import_(
         how: dict[str, Any] = {"extras": found.extras, "metrics": found.metrics}
         how["on_exists"] = "replace" if is_there else "error"
         manager.save(found.step, found.params, found.opt_state, **how).result()
-    show(told, as_json, lambda _: f"step {found.step} saved in {run}: {found}")
+    new = "" if steps else f"; {run} is a new run"
+    show(told, as_json, lambda _: f"step {found.step} saved in {run}: {found}{new}")
 
 
 def _steps_of(run: str) -> list[int]:
-    """The steps of a run that may not be there yet."""
-    return open_catalog(paths.resolve(run)).steps()
+    """The steps of a run that may be new; raises if a run in this place would be a mistake."""
+    steps = open_catalog(paths.resolve(run)).steps()
+    if not steps and paths.is_local(run):
+        _refuse_inside_of_steps(pathlib.Path(paths.resolve(run)))
+        if places.runs_in(run):
+            raise places.no_run(run)
+    return steps
 
 
 def _may_replace(run: str, step: int, told: facts.Facts, *, yes: bool, as_json: bool) -> None:

@@ -37,6 +37,8 @@ _MOST_NAMES = 10
 def reader(run: str) -> CheckpointManager:
     """A read-only manager of a run; raises CheckpointNotFoundError if there is none."""
     manager = CheckpointManager(run, read_only=True)
+    if paths.is_local(run) and manager.directory.is_file():
+        raise places.no_run(run)
     if not manager.steps() and not (manager.directory / names.OURS).exists():
         raise places.no_run(run)
     return manager

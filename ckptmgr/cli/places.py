@@ -97,9 +97,12 @@ def _why_no_run(run: str) -> str:
     path = os.path.expanduser(run)
     if os.path.isfile(path):
         return f"{run} is a file; a run is a directory"
+    folder, name = os.path.split(path.rstrip("/"))
+    if name.isdecimal() and is_run(folder or "."):
+        return f"there is no step {name} in {folder or '.'}" if not os.path.isdir(path) else f"{run} is no run"
     if not os.path.isdir(path):
         return f"there is no run in {run}{_similar(path)}"
-    if runs := _runs_in(path):
+    if runs := runs_in(path):
         return f"{run} is no run itself; it holds the {_counted(runs, 'run')}{_first(path, runs)}"
     if entries := sorted(os.listdir(path)):
         return f"there is no checkpoint in {run}; it holds {_listed(entries)}"
@@ -110,7 +113,7 @@ def _similar(path: str) -> str:
     """The runs that a mistyped path may mean."""
     folder, name = os.path.split(path.rstrip("/"))
     for parent in [folder] if os.path.isdir(folder or ".") else _folders_like(folder):
-        runs = _runs_in(parent)
+        runs = runs_in(parent)
         if close := difflib.get_close_matches(name, runs, 1, 0.5):
             return f"; did you mean {os.path.join(parent, close[0])}?"
         if runs:
@@ -125,7 +128,7 @@ def _folders_like(folder: str) -> list[str]:
     return [os.path.join(above, each) for each in close]
 
 
-def _runs_in(folder: str) -> list[str]:
+def runs_in(folder: str) -> list[str]:
     """The names of the runs in a directory."""
     with contextlib.suppress(OSError):
         entries = sorted(entry.name for entry in os.scandir(folder or ".") if entry.is_dir())
