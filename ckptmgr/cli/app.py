@@ -22,7 +22,6 @@ app.registered_commands.sort(key=lambda each: _ORDER.index(getattr(each.callback
 
 def run() -> None:
     """Runs the command line. An error is printed as one line, or as JSON with --json."""
-    messages.log_to_stderr()
     sys.exit(outcome(sys.argv[1:]))
 
 

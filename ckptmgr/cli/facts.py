@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import builtins
 import contextlib
 import math
@@ -17,6 +16,7 @@ from etils import epath
 
 from ckptmgr import policies as policy
 from ckptmgr.cli import places, report
+from ckptmgr.cli.spelling import in_shell_words
 from ckptmgr.errors import CheckpointNotFoundError, NewerFormatError
 from ckptmgr.format import manifest as manifests
 from ckptmgr.format import names, paths
@@ -58,8 +58,10 @@ def chosen(manager: CheckpointManager, step: int | None) -> int:
 
 def trusted(manager: CheckpointManager) -> list[int]:
     """The steps that are trusted, in order; at least one."""
-    chosen(manager, None)
-    found = [info.step for info in manager.infos() if info.distrusted is None]
+    newest, infos = chosen(manager, None), manager.infos()
+    if not infos:
+        manager.info(newest)  # raises: no step can be read
+    found = [info.step for info in infos if info.distrusted is None]
     if not found:
         raise ValueError(f"no step in {manager.directory} is trusted; say which one is meant: RUN@STEP")
     return found
@@ -71,15 +73,18 @@ def trusted(manager: CheckpointManager) -> list[int]:
 def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = None) -> Facts:
     """Every checkpoint of a run, and why it is kept: by `keep`, or by the policies in the journal."""
     policies = journal.policies(manager.directory) if keep is None else keep
-    spelled = {policy.name_of(each): policy.spell(each) for each in policies or ()}
     infos, unread = report.survey(manager, policies)
     rows: list[Facts] = [
-        {"step": step, "damaged": str(why), "later_format": isinstance(why, NewerFormatError), "kept": None}
+        {
+            "step": step,
+            "damaged": in_shell_words(str(why)),
+            "later_format": isinstance(why, NewerFormatError),
+            "kept": None,
+        }
         for step, why in unread.items()
     ]
     rows += [
-        _row(info) | {"kept": None if policies is None else [spelled.get(why, why) for why in info.kept]}
-        for info in infos
+        _row(info) | {"kept": None if policies is None else list(map(in_shell_words, info.kept))} for info in infos
     ]
     return {
         "run": str(manager.directory),
@@ -116,33 +121,8 @@ def _row(info: CheckpointInfo) -> Facts:
     }
 
 
-def _in_words(reduced: str | None) -> str | None:
-    """What a step says of its reduction, with policies as the command line spells them."""
-    if reduced is None:
-        return None
-    before, _, rest = reduced.partition(" by ")
-    by, _, when = rest.rpartition(" on ")
-    with contextlib.suppress(ValueError, TypeError, SyntaxError, KeyError):
-        found = ast.parse(f"({by},)", mode="eval").body
-        policies = [_policy(each) for each in found.elts] if isinstance(found, ast.Tuple) else []
-        return f"{before} by {', '.join(map(policy.spell, policies))} on {when}"
-    return reduced
-
-
-_POLICIES: Mapping[str, Callable[..., policy.KeepPolicy]] = {
-    each.__name__: each
-    for each in (policy.latest, policy.best, policy.every_steps, policy.every_seconds, policy.params_only)
-}
-
-
-def _policy(node: ast.expr) -> Any:
-    """The policy that a repr of it means."""
-    if not isinstance(node, ast.Call):
-        return ast.literal_eval(node)
-    if not isinstance(node.func, ast.Name):
-        raise ValueError("no policy")
-    named = {str(each.arg): _policy(each.value) for each in node.keywords}
-    return _POLICIES[node.func.id](*map(_policy, node.args), **named)
+def _in_words(said: str | None) -> str | None:
+    return None if said is None else in_shell_words(said)
 
 
 def metrics(manager: CheckpointManager) -> list[str]:

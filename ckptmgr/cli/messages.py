@@ -6,13 +6,14 @@ command line says instead.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from ckptmgr.cli.asking import NotConfirmedError
 from ckptmgr.cli.base import PipeClosedError
+from ckptmgr.cli.spelling import in_shell_words
 from ckptmgr.errors import CheckpointError, CheckpointExistsError, SaveError
 
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException, whichever module has it
@@ -47,7 +49,8 @@ def ended(call: Callable[[], Any], words: list[str]) -> int:
     """Runs a command; its exit code. A failure is printed as one line, or as JSON with --json."""
     as_json = "--json" in words
     try:
-        code = _ended(call, as_json)
+        with _logged():
+            code = _ended(call, as_json)
         sys.stdout.flush()
         return code
     except (PipeClosedError, BrokenPipeError):
@@ -91,7 +94,7 @@ def in_words(problem: Exception) -> str:
     for kind, words in _OWN_WORDS.items():
         if isinstance(problem, kind) and (said := words(problem)):
             return said
-    return str(problem)
+    return in_shell_words(str(problem))
 
 
 def _usage(problem: Any) -> str:
@@ -134,10 +137,15 @@ class _Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        console.print(f"ckptmgr: {record.getMessage()}", soft_wrap=not console.is_terminal)
+        console.print(f"ckptmgr: {in_shell_words(record.getMessage())}", soft_wrap=not console.is_terminal)
 
 
-def log_to_stderr() -> None:
-    """What the library warns of is shown as our own lines."""
-    handler = _Log(logging.WARNING)
-    logging.getLogger("ckptmgr").addHandler(handler)
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    """Shows what the library warns of as lines of our own."""
+    log, handler = logging.getLogger("ckptmgr"), _Log(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)

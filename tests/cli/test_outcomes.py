@@ -3,12 +3,11 @@
 `pytest -s tests/cli/test_outcomes.py` prints the table. A new command needs a row in `ROWS`.
 """
 
-import contextlib
-import io
 import itertools
 import json
 import os
 
+import api_names
 import jax.numpy as jnp
 import pytest
 import terminal
@@ -66,17 +65,10 @@ def words(name, made, run="runs/digits"):
     return [name, *(word.format(**named) for word in ROWS[name])]
 
 
-def here(*line):
-    """A command in this process: its exit code, and what it prints."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = command_line.outcome(list(map(str, line)))
-    return code, out.getvalue(), err.getvalue()
-
-
 def noted(name, situation, code, said):
     TABLE.setdefault(name, {})[situation] = (code, " ".join(said.split()))
     assert "Traceback" not in said, said
+    assert api_names.found_in(said) == [], said
 
 
 def as_json(out):
@@ -95,11 +87,11 @@ def test_every_command_has_a_row():
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_wrong_arguments(name, made):
     if name not in OPTIONAL:
-        code, out, err = here(name)
+        code, out, err = terminal.here(name)
         noted(name, "no arguments", code, err)
         assert (code, out) == (2, "")
         assert f"See ckptmgr {name} --help" in err
-    code, out, _ = here(*words(name, made), "--jsom", "--json")
+    code, out, _ = terminal.here(*words(name, made), "--jsom", "--json")
     found = as_json(out)
     noted(name, "a wrong option", code, found["message"])
     assert (code, found["error"]) == (2, "UsageError")
@@ -117,7 +109,7 @@ def test_wrong_directories(name, made):
         if (name, run) == ("doctor", "runs"):
             continue  # it measures any directory
         makes_it = (name, run) == ("import", "runs/digts")
-        code, out, _ = here(*line, "--json", *["--dry-run"] * makes_it)
+        code, out, _ = terminal.here(*line, "--json", *["--dry-run"] * makes_it)
         found = as_json(out)
         noted(name, f"{run} as RUN", code, found.get("message", "would make the run"))
         assert code == (0 if makes_it else 2), out
@@ -154,14 +146,14 @@ def test_a_closed_pipe(name, made):
 @pytest.mark.parametrize("name", ASKING)
 def test_without_a_terminal_and_without_yes_nothing_is_changed(name, made):
     before = state(made)
-    code, out, err = here(*words(name, made))
+    code, out, err = terminal.here(*words(name, made))
     noted(name, "no terminal, no --yes", code, err)
     assert (code, out) == (2, "")
     assert "this would " in err
     assert "nothing was changed. Add --yes to do it" in err
-    code, out, _ = here(*words(name, made), "--json")
+    code, out, _ = terminal.here(*words(name, made), "--json")
     assert (code, as_json(out)["error"]) == (2, "NotConfirmedError")
-    code, _, _ = here(*words(name, made), "--dry-run")
+    code, _, _ = terminal.here(*words(name, made), "--dry-run")
     assert code == 0
     assert state(made) == before
 
@@ -169,7 +161,7 @@ def test_without_a_terminal_and_without_yes_nothing_is_changed(name, made):
 def test_what_changes_something_has_a_dry_run_and_changes_nothing(made):
     before = state(made)
     for name in (*WRITING, "export", "average"):
-        code, out, err = here(*words(name, made), "--dry-run", "--json")
+        code, out, err = terminal.here(*words(name, made), "--dry-run", "--json")
         assert code == 0, (name, err, out)
         as_json(out)
     assert state(made) == before
