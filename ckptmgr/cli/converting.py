@@ -100,7 +100,7 @@ def average(
     if dry_run:
         return show(found | {"dry_run": True}, as_json, lambda _: f"would write {said} to {output}")
     with working(f"averaging {len(chosen)} steps") as on_progress:
-        tree = averaging.mean(_each(manager, chosen, item, on_progress))
+        tree = averaging.mean(_each(manager, chosen, item, on_progress), item)
     _write(tree, output, found, max_shard_bytes, as_json)
 
 
@@ -123,9 +123,11 @@ def _to_average(manager: CheckpointManager, last: int | None, steps: str | None)
 
 def _each(manager: CheckpointManager, steps: list[int], item: str, on_progress: Any) -> Iterator[tuple[str, Any]]:
     """One step after the other, so that one is held at a time."""
-    for done, step in enumerate(steps, start=1):
+    done, total = 0, sum(facts.nbytes_of(manager, step, item) for step in steps)
+    for step in steps:
         yield f"step {step}", facts.items(manager, step, item)[item]
-        on_progress(done, len(steps))
+        done += facts.nbytes_of(manager, step, item)
+        on_progress(done, total)
 
 
 _IMPORTS = """Examples: ckptmgr import runs/new --params params.pkl --opt-state opt_state.pkl --step 300;
@@ -185,6 +187,8 @@ def import_(
 
 def _steps_of(run: str) -> list[int]:
     """The steps of a run that may be new; raises if a run in this place would be a mistake."""
+    if paths.is_local(run) and os.path.isfile(paths.resolve(run)):
+        raise places.no_run(run)
     steps = open_catalog(paths.resolve(run)).steps()
     if not steps and paths.is_local(run):
         _refuse_inside_of_steps(pathlib.Path(paths.resolve(run)))

@@ -248,6 +248,12 @@ def items(manager: CheckpointManager, step: int, *only: str) -> dict[str, Any]:
     return {name: restored[name] for name in only or known if name in restored}
 
 
+def nbytes_of(manager: CheckpointManager, step: int, item: str) -> int:
+    """The bytes of the arrays of an item."""
+    leaves = manager.info(step).leaves.get(item, ())
+    return sum(manifests.leaf_nbytes(leaf) for leaf in leaves)
+
+
 def _template(item: manifests.Item) -> Any:
     """A tree like that of an item, without its values."""
     return structure.rebuild(item.tree.outline, [_stand_in(leaf) for leaf in item.tree.leaves])

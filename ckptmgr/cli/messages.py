@@ -145,7 +145,9 @@ def _logged() -> Iterator[None]:
     """Shows what the library warns of as lines of our own."""
     log, handler = logging.getLogger("ckptmgr"), _Log(logging.WARNING)
     log.addHandler(handler)
+    before, log.propagate = log.propagate, False
     try:
         yield
     finally:
         log.removeHandler(handler)
+        log.propagate = before

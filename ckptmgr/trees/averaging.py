@@ -15,8 +15,8 @@ _SUMS = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.complex64), np.
 """Dtypes that are added up as they are; smaller floats are added up in float32."""
 
 
-def mean(trees: Iterable[tuple[str, Any]]) -> Any:
-    """The mean of trees on the host, leaf by leaf; each comes with a name for errors.
+def mean(trees: Iterable[tuple[str, Any]], item: str = "") -> Any:
+    """The mean of trees on the host, leaf by leaf. Errors say the name of a tree, and `item` before a path.
 
     Floating point leaves are added up in float32 or wider, and get their dtype back. All other leaves (integers,
     bools, text, PRNG keys) must be equal in all trees. Raises ValueError that names the first leaf that differs.
@@ -24,7 +24,7 @@ def mean(trees: Iterable[tuple[str, Any]]) -> Any:
     average: _Mean | None = None
     for name, tree in trees:
         if average is None:
-            average = _Mean(name, tree)
+            average = _Mean(name, tree, item)
         else:
             average.add(name, tree)
     if average is None:
@@ -35,7 +35,8 @@ def mean(trees: Iterable[tuple[str, Any]]) -> Any:
 class _Mean:
     """The sum so far."""
 
-    def __init__(self, name: str, tree: Any) -> None:
+    def __init__(self, name: str, tree: Any, item: str) -> None:
+        self._item = item
         leaves, self._treedef = jax.tree_util.tree_flatten_with_path(tree)
         self._first, self._count = name, 1
         self._kept = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
@@ -51,16 +52,19 @@ class _Mean:
         for path in [*self._kept, *found]:
             if path not in found or path not in self._kept:
                 there, lacking = (self._first, name) if path in self._kept else (name, self._first)
-                raise ValueError(f"{path} is in {there} and not in {lacking}: only equal structures are averaged")
+                raise ValueError(
+                    f"{self._item}{path} is in {there} and not in {lacking}: only equal structures are averaged"
+                )
         for path, leaf in found.items():
             kept = self._kept[path]
             if isinstance(kept, _Like):
                 if not kept.fits(leaf):
-                    raise ValueError(f"{path} is {kept} in {self._first} and {_Like(leaf)} in {name}")
+                    raise ValueError(f"{self._item}{path} is {kept} in {self._first} and {_Like(leaf)} in {name}")
                 np.add(self._sums[path], np.asarray(leaf), out=self._sums[path], casting="unsafe")
             elif not _equal(kept, leaf):
+                where = f"{self._item}{path}"
                 raise ValueError(
-                    f"{path} is no floating point number, and it differs between {self._first} and {name}"
+                    f"{where} is no floating point number, and differs between {self._first} and {name}"
                 )
         self._count += 1
 

@@ -31,13 +31,13 @@ OPTIMIZER = optax.adam(1e-2)
 PARAMS = optimizers.PARAMS
 
 
-def run(*words):
+def typed(*words):
     done = terminal.piped(*words)
     return done.code, done.out, done.err
 
 
 def ok(*words):
-    code, out, err = run(*words)
+    code, out, err = typed(*words)
     assert code == 0, out + err
     assert "" not in err.splitlines()  # which a bar would leave that nobody has seen
     return out
@@ -108,16 +108,16 @@ def test_show(runs):
 
 
 def test_diff(runs):
-    code, out, _ = run("diff", f"{runs}/good@1", f"{runs}/good/3", "--values")
+    code, out, _ = typed("diff", f"{runs}/good@1", f"{runs}/good/3", "--values")
     assert code == 1
     assert "params['head']['w']" in out
-    code, out, _ = run("diff", f"{runs}/good@1", f"{runs}/good@3", "--values", "--json")
+    code, out, _ = typed("diff", f"{runs}/good@1", f"{runs}/good@3", "--values", "--json")
     values = {row["path"]: row["largest_change"] for row in json.loads(out)["values"]}
     assert values == {"params['dense']['w']": 2.0, "params['head']['w']": 4.0}
     assert answer("diff", f"{runs}/good@1", f"{runs}/good@3")["equal"]  # in structure
     with ckptmgr.CheckpointManager(runs / "other") as manager:
         manager.save(1, {"dense": {"w": jnp.ones(3)}, "more": np.ones(2)})
-    code, out, _ = run("diff", runs / "good", runs / "other")
+    code, out, _ = typed("diff", runs / "good", runs / "other")
     assert code == 1
     assert "! params['dense']['w']  float32[4,3] in the first, float32[3] in the second" in out
     assert "+ params['more']  only in the second" in out
@@ -185,9 +185,9 @@ def test_a_number_after_a_run_is_its_step_unless_it_is_a_run(runs, monkeypatch):
 
 def test_verify(runs):
     assert ok("verify", runs / "good", "--all").count("whole") == 3
-    code, out, _ = run("verify", runs / "bad", "--all")
+    code, out, _ = typed("verify", runs / "bad", "--all")
     assert (code, out.count("whole"), out.count("DAMAGED")) == (1, 2, 1)
-    code, out, _ = run("verify", runs / "bad", 2, "--json")
+    code, out, _ = typed("verify", runs / "bad", 2, "--json")
     assert code == 1
     assert json.loads(out)[0]["damages"][0]["where"] == "manifest.json"
 
@@ -205,7 +205,7 @@ def test_pin_unpin_rm_and_keep(runs):
     assert answer("keep", good, "--policy", "best:loss", "--policy", "every_steps:3", "--yes")["deleted"] == [2]
     ok("rm", good, 1, "--yes")
     assert [row["step"] for row in answer("ls", good)["steps"]] == [3]
-    code, _, err = run("rm", good, 3, 7, "--yes", "--force")
+    code, _, err = typed("rm", good, 3, 7, "--yes", "--force")
     assert (code, "there is no step 7" in err) == (2, True)
     assert len(answer("ls", good)["steps"]) == 1  # nothing was deleted
 
@@ -271,7 +271,7 @@ def test_rewind_and_what_gc_says_of_it(runs, monkeypatch):
 
 def test_what_another_process_writes_to_is_not_touched(runs):
     with ckptmgr.CheckpointManager(runs / "good"):
-        code, _, err = run("rm", runs / "good", 1, "--yes")
+        code, _, err = typed("rm", runs / "good", 1, "--yes")
     assert code == 3
     assert f"is being written to by process {os.getpid()}" in err
     assert (runs / "good" / "1").exists()
@@ -284,8 +284,30 @@ def test_export(runs):
     assert_trees_equal(found, jax.tree.map(lambda leaf: np.asarray(leaf * 2), PARAMS))
     ok("export", runs / "good", runs / "stock")
     assert_trees_equal(ckptmgr.interop.read(runs / "stock")["head"], {"w": np.asarray(PARAMS["head"]["w"] * 3)})
-    code, _, err = run("export", runs / "good", runs / "x.npz", "--item", "weights")
+    code, _, err = typed("export", runs / "good", runs / "x.npz", "--item", "weights")
     assert (code, "has no weights; it has params, opt_state" in err) == (2, True)
+
+
+def test_average(tmp_path):
+    run = tmp_path / "run"
+    with ckptmgr.CheckpointManager(run) as manager:
+        for step in (1, 2, 3, 4):
+            params = {"w": jnp.full(5, step, jnp.bfloat16), "shape": (2, 3), "b": jnp.full(2, float(step))}
+            manager.save(step, params, {"count": step})
+        manager.wait()
+        manager.distrust(3, "a test")
+    assert answer("average", run, "--last", 2, "-o", tmp_path / "a.npz")["steps"] == [2, 4]
+    found = ckptmgr.interop.read(tmp_path / "a.npz")
+    assert (found["w"].dtype, found["w"].tolist(), found["b"].tolist()) == (jnp.bfloat16, [3.0] * 5, [3.0] * 2)
+    assert [int(found["shape"][key]) for key in ("0", "1")] == [2, 3]
+    assert "wrote" in ok("average", run, "--steps", "4,1", "-o", tmp_path / "b.safetensors")
+    assert ckptmgr.interop.read(tmp_path / "b.safetensors")["b"].tolist() == [2.5, 2.5]
+    assert "the mean of params of steps 1, 2, 4 to" in ok(
+        "average", run, "--last", 3, "-o", tmp_path / "c.npz", "--dry-run"
+    )
+    assert not (tmp_path / "c.npz").exists()
+    code, _, err = typed("average", run, "--last", 2, "-o", tmp_path / "c.npz", "--item", "opt_state")
+    assert (code, "opt_state['count'] is no floating point number" in err) == (2, True)
 
 
 def trained(steps, params, opt_state):
@@ -353,7 +375,7 @@ def test_every_entry_of_a_file_is_imported_and_said_and_skipped_only_if_asked(tm
 def test_a_pickle_that_would_run_something_is_refused(tmp_path):
     marker = tmp_path / "ran"
     (tmp_path / "params.pkl").write_bytes(b"cposix\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
-    code, _, err = run("import", tmp_path / "run", "--params", tmp_path / "params.pkl", "--step", 1)
+    code, _, err = typed("import", tmp_path / "run", "--params", tmp_path / "params.pkl", "--step", 1)
     assert code == 3
     assert "the pickle uses posix.system" in err
     assert not marker.exists()
@@ -367,18 +389,18 @@ def test_doctor(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".ckptmgr").symlink_to(tmp_path / "elsewhere")  # it writes nowhere else
-    code, out, _ = run("doctor", tmp_path, "--json")
+    code, out, _ = typed("doctor", tmp_path, "--json")
     assert (code, "is a symlink" in json.loads(out)["storage"]["error"]) == (1, True)
 
 
 def test_what_is_not_there_and_what_is_wrong_is_said_in_one_line(tmp_path):
-    code, out, err = run("ls", tmp_path / "nothing")
+    code, out, err = typed("ls", tmp_path / "nothing")
     assert (code, out) == (2, "")
     assert err == f"ckptmgr: there is no run in {tmp_path / 'nothing'}\n"
     assert not (tmp_path / "nothing").exists()
-    code, out, _ = run("ls", tmp_path / "nothing", "--json")
+    code, out, _ = typed("ls", tmp_path / "nothing", "--json")
     assert (code, json.loads(out)["error"]) == (2, "CheckpointNotFoundError")
-    code, _, err = run("keep", tmp_path, "--policy", "newest:3")
+    code, _, err = typed("keep", tmp_path, "--policy", "newest:3")
     assert (code, "unknown policy 'newest:3'; known are latest:N" in err) == (2, True)
 
 
