@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ class _Column:
     is_right: bool = False
     bends: bool = False
     least: int = 0
-    style: str = ""
+    alarms: bool = False
+    """What it says in capitals is shown in red."""
 
     @property
     def natural(self) -> int:
@@ -60,6 +62,8 @@ class _Column:
 
 
 _GAP = 2
+_REASONS = 28
+"""The width up to which reasons are shown rather than another metric."""
 
 
 def _room(columns: Sequence[_Column]) -> int:
@@ -79,7 +83,7 @@ def _table(columns: Sequence[_Column], width: int | None) -> Text:
         for line, cell in zip(lines, (column.name, *column.cells), strict=True):
             shown = _shortened(cell, wide)
             fill = " " * (wide - cell_len(shown))
-            style = "bold" if line is lines[0] else column.style
+            style = "bold" if line is lines[0] else "bold red" if column.alarms and shown[:2].isupper() else ""
             line.append(" " * (_GAP if place else 0) + (fill if column.is_right else ""))
             line.append(shown, style)
             line.append("" if column.is_right or is_last else fill)
@@ -106,35 +110,44 @@ def run(found: Facts, width: int | None = None, metrics: Sequence[str] = ()) -> 
     head = Text.assemble((found["run"], "bold"), f"  keeps {policies}")
     if not found["steps"]:
         return Group(head, Text("no checkpoints yet"), *_left_alone(found))
-    columns, hidden = _columns(found["steps"], width, metrics)
+    ranked = [each.split(":")[-3] for each in found["keep"] or () if re.fullmatch(r"(.*:)?best:.*:.*:.*", each)]
+    columns, hidden = _columns(found["steps"], width, metrics, ranked)
     more = [Text(f"not shown: {', '.join(hidden)} (ls --metric NAME shows one)")] if hidden else []
-    notes = [Text(each, style="bold red") for row in found["steps"] for each in _notes(row)]
-    return Group(head, _table(columns, width), *more, *notes, *_left_alone(found))
+    return Group(head, _table(columns, width), *more, *_notes(found["steps"]), *_left_alone(found))
 
 
-def _columns(rows: Sequence[Facts], width: int | None, wanted: Sequence[str]) -> tuple[list[_Column], list[str]]:
-    """The columns that fit, in the order in which they are shown; and the metrics that do not fit."""
-    known = dict.fromkeys(name for row in reversed(rows) for name in row.get("metrics", ()))
+def _columns(
+    rows: Sequence[Facts], width: int | None, wanted: Sequence[str], ranked: Sequence[str]
+) -> tuple[list[_Column], list[str]]:
+    """The columns that fit, in the order in which they are shown; and the metrics that do not fit.
+
+    Metrics are shown in the order: those by which a policy ranks, then the others.
+    """
+    known = [name for row in reversed(rows) for name in row.get("metrics", ())]
+    known = list(dict.fromkeys([*(name for name in ranked if name in known), *known]))
+    digits = 6 if width is None else 5
     step = _Column("step", [str(row["step"]) for row in rows], is_right=True)
     age_ = _Column("age", [age(row["age_s"]) if "age_s" in row else "" for row in rows], is_right=True)
     size_ = _Column("size", [size(row.get("nbytes")) for row in rows], is_right=True)
     disk = _Column("on disk", [size(row.get("disk_nbytes")) for row in rows], is_right=True)
-    kept = _Column("kept by", list(map(_kept, rows)), bends=True, least=16)
-    note = _Column("note", list(map(_note, rows)), style="bold red")
-    values = {name: _Column(name, [_metric(row, name) for row in rows], is_right=True) for name in known}
-    chosen = [values[name] for name in wanted]
-    others = [] if wanted else list(values.values())
-    order = [step, *chosen, *[note] * any(note.cells), size_, age_, kept, *others, disk]
+    kept = _Column("kept by", list(map(_kept, rows)), bends=True, least=12)
+    note = _Column("note", list(map(_note, rows)), alarms=True)
+    values = {name: _Column(name, [_metric(row, name, digits) for row in rows], is_right=True) for name in known}
+    shown_values = [values[name] for name in wanted or known]
+    order = [step, *[note] * any(note.cells), *shown_values[:1], size_, age_, kept, *shown_values[1:], disk]
     taken: list[_Column] = []
     for column in order:
-        if width is None or column is step or _room([*taken, column]) <= width:
+        is_extra = column is disk and len(taken) < len(order) - 1  # others did not fit
+        if width is None or column is step or (_room([*taken, column]) <= width and not is_extra):
             taken.append(column)
+            if column is kept and width is not None:  # before it is cut, metrics after the first go
+                kept.least = min(_REASONS, kept.least + width - _room(taken))
     shown = [each for each in (step, age_, size_, disk, *values.values(), kept, note) if each in taken]
     return shown, [name for name, column in values.items() if column not in taken and not wanted]
 
 
-def _metric(row: Facts, name: str) -> str:
-    return _number(row["metrics"][name]) if name in row.get("metrics", ()) else ""
+def _metric(row: Facts, name: str, digits: int) -> str:
+    return _number(row["metrics"][name], digits) if name in row.get("metrics", ()) else ""
 
 
 def _kept(row: Facts) -> str:
@@ -179,18 +192,26 @@ def _note(row: Facts) -> str:
     return ", ".join(word for word, holds in words.items() if holds)
 
 
-def _notes(row: Facts) -> list[str]:
-    """The lines below the table: what is the matter with a step."""
-    said = []
-    if row["damaged"]:
-        said.append(f"{'NOT READ' if row['later_format'] else 'DAMAGED'} {row['damaged']}")
-    elif _is_left_out(row):
-        said.append(f"{_NOT_COUNTED}{row['distrusted']}")
-    elif row["distrusted"]:
-        said.append(f"DISTRUSTED {row['distrusted']}")
-    if row.get("reduced"):
-        said.append(row["reduced"])
-    return [f"step {row['step']}: {each}" for each in said]
+def _notes(rows: Sequence[Facts]) -> list[Text]:
+    """The lines below the table: what is the matter with which steps."""
+    said: dict[str, list[int]] = {}
+    for row in rows:
+        if row["damaged"]:
+            why = row["damaged"].removeprefix(f"step {row['step']}: ")
+            said.setdefault(f"{'NOT READ' if row['later_format'] else 'DAMAGED'} {why}", []).append(row["step"])
+        elif _is_left_out(row):
+            said.setdefault(f"{_NOT_COUNTED}{row['distrusted']}", []).append(row["step"])
+        elif row["distrusted"]:
+            said.setdefault(f"DISTRUSTED {row['distrusted']}", []).append(row["step"])
+        if row.get("reduced"):
+            said.setdefault(row["reduced"].rpartition(" on ")[0], []).append(row["step"])
+    return [
+        Text.assemble((why, "bold red" if why[:2].isupper() else ""), _steps(steps)) for why, steps in said.items()
+    ]
+
+
+def _steps(steps: Sequence[int]) -> str:
+    return f" (step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))})"
 
 
 def _is_left_out(row: Facts) -> bool:
@@ -207,8 +228,8 @@ def _left_alone(found: Facts) -> list[Text]:
     return [Text(f"not checkpoints, left alone: {', '.join(told['names'])}{f', and {more} more' if more else ''}")]
 
 
-def _number(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:.6g}"
+def _number(value: Any, digits: int = 6) -> str:
+    return value if isinstance(value, str) else f"{value:.{digits}g}"
 
 
 def plan(found: Facts, width: int | None = None) -> RenderableType:
@@ -251,6 +272,8 @@ def checkpoint(found: Facts, depth: int | None = None) -> RenderableType:
     if found["reduced"]:
         root.add(Text(found["reduced"]))
     for name, rows in items.items():
+        if name in ("step", "metrics"):
+            continue  # every checkpoint has them, and they are said below
         if [leaf["path"] for _, leaf in rows] == [""]:
             root.add(_leaf(name, rows[0][1]))
             shown += 1
@@ -285,11 +308,19 @@ def _parts(path: str) -> list[str]:
 
 
 def _below(rows: _Rows) -> dict[str, _Rows]:
-    """The rows of each node that is next."""
+    """The rows of each node that is next; keys with numbers in them in the order of these."""
     found: dict[str, _Rows] = {}
     for parts, leaf in rows:
         found.setdefault(parts[0], []).append((parts[1:], leaf))
-    return found
+    if not all(name.startswith("['") for name in found):
+        return found
+    return dict(sorted(found.items(), key=lambda each: _natural(each[0])))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key by which block2 comes before block10."""
+    pieces = re.findall(r"\d+|\D+", name)
+    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces]
 
 
 def _depth(rows: _Rows) -> int:

@@ -30,15 +30,20 @@ class _Bar(BarColumn):
         return super().render(task) if task.total else Text("")
 
 
+def progress_on(console: Console) -> Progress:
+    """A bar with what is done, the share, the speed and the time."""
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), _Bar(bar_width=20), _Bytes()
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+
+
 @contextlib.contextmanager
 def working(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yields a function to call with how many bytes are done, and how many there are in all.
 
     Until it is called, the time alone is shown.
     """
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), _Bar(20), _Bytes()
     console = Console(stderr=True, markup=False)
-    progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+    progress = progress_on(console)
     task = progress.add_task(what, total=None)
     timer = threading.Timer(_PATIENCE_S, progress.start)
     timer.daemon = True

@@ -224,7 +224,7 @@ def test_keep_makes_milestones_and_ls_show_and_the_report_say_so(tmp_path):
     assert (found["deleted"], found["reduced"]) == ([15], [10])
     assert not (run / "10" / "opt_state").exists()
     assert "nothing to delete" in ok(*asked)
-    said = "reduced to its params by params-only:every_steps:10 on 20"
+    said = "reduced to its params by params-only:every_steps:10"
     assert [bool(row["reduced"]) for row in answer("ls", run)["steps"]] == [True, False]
     assert said in ok("ls", run)
     assert said in ok("show", run, 10)
