@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 from ckptmgr.cli import tables
@@ -22,7 +23,7 @@ class _Bytes(ProgressColumn):
         if not task.total:
             return Text("")
         share, speed = f"{task.percentage:.0f}%", f", {tables.size(task.speed)}/s" if task.speed else ""
-        return Text(f"{share} of {tables.size(task.total)}{speed}")
+        return Text(f"{share} of {tables.size(task.total)}{speed}", no_wrap=True)
 
 
 class _Bar(BarColumn):
@@ -32,7 +33,8 @@ class _Bar(BarColumn):
 
 def progress_on(console: Console) -> Progress:
     """A bar with what is done, the share, the speed and the time."""
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), _Bar(bar_width=20), _Bytes()
+    bar = _Bar(bar_width=20 if console.width >= 80 else 5)
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), bar, _Bytes(Column(no_wrap=True))
     return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
 
 

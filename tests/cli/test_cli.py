@@ -441,7 +441,9 @@ def test_what_takes_longer_than_a_second_shows_a_bar_on_a_terminal(lasts_s, is_s
         "import sys, time\n"
         "from ckptmgr.cli.working import working\n"
         "with working('verifying') as told:\n"
-        "    told(50, 100)\n"
+        "    told(20_000_000, 100_000_000)\n"
+        "    time.sleep(0.1)\n"
+        "    told(50_000_000, 100_000_000)\n"
         "    time.sleep(float(sys.argv[1]))\n"
     )
     ours, theirs = os.openpty()
@@ -455,4 +457,4 @@ def test_what_takes_longer_than_a_second_shows_a_bar_on_a_terminal(lasts_s, is_s
             said += read
     os.close(ours)
     assert shown.wait() == 0
-    assert (b"verifying" in said, b"50%" in said) == (is_seen, is_seen), said
+    assert (b"verifying" in said, b"50% of 100.0 MB, " in said, b"MB/s" in said) == (is_seen,) * 3, said
