@@ -13,7 +13,8 @@ _POLICIES: Mapping[str, Callable[..., policy.KeepPolicy]] = {
     each.__name__: each
     for each in (policy.latest, policy.best, policy.every_steps, policy.every_seconds, policy.params_only)
 }
-_CALL = re.compile(rf"\b(?:{'|'.join(_POLICIES)})\((?:'[^']*'|[^()']|\((?:'[^']*'|[^()'])*\))*\)")
+_PLAIN = """'[^']*'|"[^"]*"|[^()'"]"""
+_CALL = re.compile(rf"""\b(?:{"|".join(_POLICIES)})\((?:{_PLAIN}|\((?:{_PLAIN})*\))*\)""")
 
 
 def in_shell_words(text: str) -> str:

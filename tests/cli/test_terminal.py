@@ -182,6 +182,13 @@ def test_the_newest_and_pinned_steps_need_force(run):
     assert steps(run) == [2]
 
 
+def test_a_policy_with_a_mistyped_metric_deletes_nothing(run):
+    for option in ("best:los", "params-only:best:los:max"):
+        done = terminal.piped("keep", run, "--policy", option, "--yes")
+        assert (done.code, "the steps have loss; did you mean loss?" in done.err) == (2, True)
+    assert steps(run) == [1, 2, 3]
+
+
 def test_json_at_a_terminal_asks_nothing(run):
     done = terminal.typed("keep", run, "--policy", "latest:1", "--json")
     found = json.loads(done.screen)

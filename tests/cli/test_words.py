@@ -14,7 +14,8 @@ import pytest
 import terminal
 
 import ckptmgr
-from ckptmgr.cli import messages
+from ckptmgr import policies
+from ckptmgr.cli import messages, spelling
 
 PARAMS = {"w": jnp.arange(4.0)}
 STATE = optax.adam(1e-3).init(PARAMS)
@@ -75,7 +76,7 @@ CASES = {
     "diff good": 2, "diff good@1 bad@2": 3, "diff good@1 bad@3 --values": 3, "diff good 1 2 3": 2,
     "diff good@1 milestones@1": 1, "diff good@2 good@3 --values": 0,
     "verify bad --all": 1, "verify later": 3, "verify new": 2,
-    "keep good --policy newest:3": 2, "keep good --policy best:los": 2, "keep good --policy latest:0": 2,
+    "keep good --policy newest:3": 2, "keep good --policy best:los --dry-run": 2, "keep good --policy latest:0": 2,
     "keep good --policy params-only:3": 2, "keep good": 2, "keep good --policy latest:1": 2,
     "keep bad --policy latest:1": 0, "keep later --policy latest:1": 0,
     "keep milestones --policy params-only:every_steps:1 --dry-run": 0,
@@ -146,6 +147,26 @@ def test_the_test_above_sees_a_name_of_the_python_api():
     ):
         assert api_names.found_in(said)
     assert api_names.found_in("ckptmgr export RUN@300 out.npz --yes; keeps latest:3, /tmp/x.ckptmgr/lock") == []
+
+
+POLICIES = [
+    ckptmgr.latest(3), ckptmgr.best("loss [val]", mode="max", n=2), ckptmgr.best("it's (odd)"),
+    ckptmgr.every_steps(10), ckptmgr.every_seconds(90.5), ckptmgr.params_only(ckptmgr.best("a(b)")),
+    ckptmgr.params_only(3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", POLICIES, ids=policies.spell)
+def test_policies_are_spelled_as_in_the_option_wherever_the_library_says_them(kept):
+    said = f"step 3 was reduced by {kept!r} on 2026-01-01, and {kept!r} keeps it"
+    spelled = f"step 3 was reduced by {policies.spell(kept)} on 2026-01-01, and {policies.spell(kept)} keeps it"
+    assert spelling.in_shell_words(said) == spelled
+    assert messages.in_words(ckptmgr.SaveError(said, step=3)) == spelled
+
+
+def test_what_is_no_policy_stays_as_it_is():
+    for said in ("the best (of all) is latest", "latest(", "best(metric)", "latest(n=0)", "every_steps(print())"):
+        assert spelling.in_shell_words(said) == said
 
 
 def test_a_fault_of_our_own_is_said_as_such_and_is_json_too(capsys):
