@@ -10,7 +10,7 @@
     │   └── ReducedCheckpointError                          diff, step, items
     ├── LayoutError               [ValueError]              leaf
     ├── UnsupportedLeafError      [TypeError]               leaf
-    ├── SaveError                 [RuntimeError]            step, and the cause
+    ├── SaveError                 [RuntimeError]            step, holder, and the cause
     ├── CheckpointTimeoutError    [TimeoutError]            waiting_for, missing
     └── UnsafePickleError         [pickle.UnpicklingError]  name
 
@@ -111,11 +111,15 @@ class UnsupportedLeafError(CheckpointError, TypeError):
 
 
 class SaveError(CheckpointError, RuntimeError):
-    """A save was refused or failed; earlier checkpoints do not change. `step` is None if it is about the run."""
+    """A save was refused or failed; earlier checkpoints do not change. `step` is None if it is about the run.
 
-    def __init__(self, message: str, *, step: int | None) -> None:
+    `holder` tells which other process writes into the run, if that is why.
+    """
+
+    def __init__(self, message: str, *, step: int | None, holder: str | None = None) -> None:
         super().__init__(message)
         self.step = step
+        self.holder = holder
 
 
 class CheckpointTimeoutError(CheckpointError, TimeoutError):

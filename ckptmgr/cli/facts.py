@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,96 +15,56 @@ import numpy as np
 from etils import epath
 
 from ckptmgr import policies as policy
-from ckptmgr.cli import report
+from ckptmgr.cli import places, report
+from ckptmgr.cli.spelling import in_shell_words
 from ckptmgr.errors import CheckpointNotFoundError, NewerFormatError
 from ckptmgr.format import manifest as manifests
-from ckptmgr.format import paths
+from ckptmgr.format import names, paths
 from ckptmgr.manager import CheckpointManager
 from ckptmgr.results import CheckpointInfo, VerifyReport
 from ckptmgr.run import journal
 from ckptmgr.run import rewinding as rewinds
 from ckptmgr.run.catalog import open_catalog
 from ckptmgr.run.history import History
-from ckptmgr.specs import LeafSpec, TreeSpec
+from ckptmgr.specs import PYTHON_KINDS, LeafSpec, TreeSpec
 from ckptmgr.trees import structure
 from ckptmgr.trees.layouts import HOST
 
 Facts = dict[str, Any]
-_MOST_NAMES, _LONGEST_NAME = 10, 60
+_MOST_NAMES = 10
 
 
 def reader(run: str) -> CheckpointManager:
     """A read-only manager of a run; raises CheckpointNotFoundError if there is none."""
     manager = CheckpointManager(run, read_only=True)
-    if not manager.steps() and not manager.directory.exists():
-        raise CheckpointNotFoundError(f"there is no run in {manager.directory}", directory=str(manager.directory))
+    if paths.is_local(run) and manager.directory.is_file():
+        raise places.no_run(run)
+    if not manager.steps() and not (manager.directory / names.OURS).exists():
+        raise places.no_run(run)
     return manager
-
-
-def named(text: str, step: int | None = None) -> tuple[str, int | None]:
-    """The run and the step in RUN STEP, RUN@STEP or RUN/STEP. The step is None if only a run is named."""
-    run, found, is_marked = _split(text)
-    if step is None:
-        return run, found
-    if is_marked:
-        raise ValueError(f"{text} names step {found}, and {step} is another step: name one")
-    return text, step
-
-
-def one(text: str, step: int | None) -> tuple[str, int]:
-    """As `named`, for a command that has no default step."""
-    run, found = named(text, step)
-    if found is None:
-        raise ValueError(f"say which step this is: {run.rstrip('/')}@STEP")
-    return run, found
-
-
-def two(words: Sequence[str]) -> list[tuple[str, int | None]]:
-    """As `named`, for two places: a number after a run is a step of it."""
-    found: list[tuple[str, int | None]] = []
-    for word in words:
-        if not found or not word.isdecimal() or _is_run(word):
-            found.append(named(word))
-        elif found[-1][1] is None:
-            found[-1] = (found[-1][0], int(word))
-        else:
-            found.append((found[-1][0], int(word)))
-    if len(found) != 2:
-        raise ValueError(f"two checkpoints can be compared, not {len(found)}: RUN@STEP RUN@STEP")
-    return found
-
-
-def _split(text: str) -> tuple[str, int | None, bool]:
-    """The run and the step in RUN, RUN/STEP or RUN@STEP, and whether it is the last of these."""
-    run, at, step = text.rstrip("/").rpartition("@")
-    if at and "/" not in step and not epath.Path(text).exists():
-        if not step.isdecimal():
-            raise ValueError(f"{text}: {step!r} is not the number of a step; write RUN@STEP, as in {run}@100")
-        return run, int(step), True
-    parent, _, last = text.rstrip("/").rpartition("/")
-    is_step = last.isdecimal() and not _is_run(text)
-    return (parent or ".", int(last), False) if is_step else (text, None, False)
-
-
-def _is_run(directory: str) -> bool:
-    """Whether a directory holds steps, and is not one itself."""
-    with contextlib.suppress(CheckpointNotFoundError):
-        return bool(CheckpointManager(directory, read_only=True).steps())
-    return False
 
 
 def chosen(manager: CheckpointManager, step: int | None) -> int:
     """The given step, or the newest."""
-    number = manager.latest() if step is None else step
-    if number is None:
-        raise CheckpointNotFoundError(f"{manager.directory} has no checkpoint", directory=str(manager.directory))
-    return number
+    steps = manager.steps()
+    if not steps:
+        raise CheckpointNotFoundError(
+            f"there is no checkpoint in {manager.directory} yet", directory=str(manager.directory)
+        )
+    if step is not None and step not in steps:
+        raise places.no_step(step, str(manager.directory), steps)
+    return steps[-1] if step is None else step
 
 
-def newest_trusted(manager: CheckpointManager) -> int:
-    """The newest step that is trusted."""
-    trusted = (info.step for info in manager.infos() if info.distrusted is None)
-    return chosen(manager, max(trusted, default=None))
+def trusted(manager: CheckpointManager) -> list[int]:
+    """The steps that are trusted, in order; at least one."""
+    newest, infos = chosen(manager, None), manager.infos()
+    if not infos:
+        manager.info(newest)  # raises: no step can be read
+    found = [info.step for info in infos if info.distrusted is None]
+    if not found:
+        raise ValueError(f"no step in {manager.directory} is trusted; say which one is meant: RUN@STEP")
+    return found
 
 
 # ---------------------------------------------------------------- a run
@@ -114,10 +75,17 @@ def run(manager: CheckpointManager, keep: Sequence[policy.KeepPolicy] | None = N
     policies = journal.policies(manager.directory) if keep is None else keep
     infos, unread = report.survey(manager, policies)
     rows: list[Facts] = [
-        {"step": step, "damaged": str(why), "later_format": isinstance(why, NewerFormatError), "kept": None}
+        {
+            "step": step,
+            "damaged": in_shell_words(str(why)),
+            "later_format": isinstance(why, NewerFormatError),
+            "kept": None,
+        }
         for step, why in unread.items()
     ]
-    rows += [_row(info) | {"kept": None if policies is None else list(info.kept)} for info in infos]
+    rows += [
+        _row(info) | {"kept": None if policies is None else list(map(in_shell_words, info.kept))} for info in infos
+    ]
     return {
         "run": str(manager.directory),
         "keep": None if policies is None else [policy.spell(each) for each in policies],
@@ -134,13 +102,7 @@ def history(directory: epath.Path, keep: Sequence[policy.KeepPolicy]) -> History
 def left_alone(directory: epath.Path) -> Facts:
     """What is in a run and neither a checkpoint nor ours: the count, and the first names."""
     found = open_catalog(directory).strangers()
-    return {"count": len(found), "names": [_printable(name) for name in found[:_MOST_NAMES]]}
-
-
-def _printable(name: str) -> str:
-    """A name that is safe in a terminal: quoted if it holds control characters or is not text."""
-    shown = name if name.isprintable() else repr(name)
-    return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}..."
+    return {"count": len(found), "names": [places.printable(name) for name in found[:_MOST_NAMES]]}
 
 
 def _row(info: CheckpointInfo) -> Facts:
@@ -153,10 +115,34 @@ def _row(info: CheckpointInfo) -> Facts:
         "metrics": _finite(info.metrics),
         "pinned": info.pinned,
         "distrusted": info.distrusted,
-        "reduced": info.reduced,
+        "reduced": _in_words(info.reduced),
         "damaged": None,
         "later_format": False,
     }
+
+
+def _in_words(said: str | None) -> str | None:
+    return None if said is None else in_shell_words(said)
+
+
+def metrics(manager: CheckpointManager) -> list[str]:
+    """The metrics that the steps of a run have."""
+    return sorted({name for info in manager.infos() for name in info.metrics})
+
+
+def check_metrics(manager: CheckpointManager, policies: Sequence[policy.KeepPolicy]) -> None:
+    """Raises ValueError if a policy ranks by a metric that no step has: it would keep nothing."""
+    inner = [each.policy if isinstance(each, policy.params_only) else each for each in policies]
+    for each in inner:
+        if isinstance(each, policy.best):
+            check_metric(manager, each.metric)
+
+
+def check_metric(manager: CheckpointManager, name: str) -> None:
+    known = metrics(manager)
+    if name not in known:
+        has = f"the steps have {', '.join(known)}" if known else "the steps have no metrics"
+        raise ValueError(f"no step in {manager.directory} has the metric {name}; {has}{places.meant(name, known)}")
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | str]:
@@ -181,7 +167,7 @@ def checkpoint(manager: CheckpointManager, step: int) -> Facts:
         "versions": dict(info.versions),
         "pinned": info.pinned,
         "distrusted": info.distrusted,
-        "reduced": info.reduced,
+        "reduced": _in_words(info.reduced),
         "unread": dict(info.unread),
         "items": {name: [_leaf(leaf) for leaf in info.leaves.get(name, ())] for name in info.items},
     }
@@ -205,7 +191,12 @@ def _axes(axes: Any) -> Any:
 # ---------------------------------------------------------------- two checkpoints
 
 
-def difference(one: tuple[CheckpointManager, int], other: tuple[CheckpointManager, int], values: bool) -> Facts:
+def difference(
+    one: tuple[CheckpointManager, int],
+    other: tuple[CheckpointManager, int],
+    values: bool,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Facts:
     """The differences of two checkpoints: their leaves, and with `values` their values."""
     first, second = _by_path(*one), _by_path(*other)
     shared = [path for path in first if path in second]
@@ -217,7 +208,13 @@ def difference(one: tuple[CheckpointManager, int], other: tuple[CheckpointManage
         "equal_leaves": len(shared) - len(changed),
     }
     if values:
-        found["values"] = _changes(_values(*one), _values(*other), set(shared) - set(changed))
+        sizes = [manager.info(step).nbytes for manager, step in (one, other)]
+        on_progress(0, sum(sizes))
+        values_of_one = _values(*one)
+        on_progress(sizes[0], sum(sizes))
+        values_of_other = _values(*other)
+        on_progress(sum(sizes), sum(sizes))
+        found["values"] = _changes(values_of_one, values_of_other, set(shared) - set(changed))
     found["equal"] = not any(
         found[name] for name in ("only_in_first", "only_in_second", "changed", "values") if name in found
     )
@@ -233,11 +230,48 @@ def _kind(leaf: LeafSpec) -> str:
     return str(leaf)
 
 
+def items(manager: CheckpointManager, step: int, *only: str) -> dict[str, Any]:
+    """These items of a step on the host, in plain containers; without names all of them.
+
+    Raises ValueError if the step lacks one.
+    """
+    manifest = open_catalog(manager.directory).manifest(step)
+    known = [name for name in manifest.items if name not in (manifests.STEP, manifests.METRICS)]
+    for name in only:
+        if name not in known:
+            raise ValueError(f"step {step} has no {name}; it has {', '.join(known)}{places.meant(name, known)}")
+    is_all = not only or any(manifest.items[name].kind != "arrays" for name in only)
+    wanted = {} if is_all else {name: _template(manifest.items[name]) for name in only}
+    trees = {name: wanted.pop(name, None) for name in (manifests.PARAMS, manifests.OPT_STATE)}
+    found = manager.restore(step, layout=HOST, extras=wanted, **trees)
+    restored = {manifests.PARAMS: found.params, manifests.OPT_STATE: found.opt_state, **found.extras}
+    return {name: restored[name] for name in only or known if name in restored}
+
+
+def nbytes_of(manager: CheckpointManager, step: int, item: str) -> int:
+    """The bytes of the arrays of an item."""
+    leaves = manager.info(step).leaves.get(item, ())
+    return sum(manifests.leaf_nbytes(leaf) for leaf in leaves)
+
+
+def _template(item: manifests.Item) -> Any:
+    """A tree like that of an item, without its values."""
+    return structure.rebuild(item.tree.outline, [_stand_in(leaf) for leaf in item.tree.leaves])
+
+
+def _stand_in(leaf: LeafSpec) -> Any:
+    if leaf.kind in PYTHON_KINDS:
+        return getattr(builtins, leaf.kind)()
+    if leaf.kind in ("key", "jax"):
+        return structure.abstract(leaf)
+    zero = np.zeros((), structure.numpy_dtype(leaf.dtype))
+    return zero[()] if leaf.kind == "scalar" else np.broadcast_to(zero, leaf.shape)
+
+
 def _values(manager: CheckpointManager, step: int) -> dict[str, Any]:
     """Every leaf on the host, by its path in the manifest."""
     manifest = open_catalog(manager.directory).manifest(step)
-    found = manager.restore(step, layout=HOST)
-    trees = {"params": found.params, "opt_state": found.opt_state, **found.extras}
+    trees = items(manager, step)
     return {
         f"{name}{item.tree.leaves[place].path}": value
         for name, item in manifest.items.items()

@@ -11,12 +11,12 @@ import pathlib
 from typing import Any
 
 from ckptmgr.interop import npz, safetensors
-from ckptmgr.interop.adopting import adopt
+from ckptmgr.interop.adopting import adopt, without_manifest
 from ckptmgr.interop.importing import Incoming, incoming
 from ckptmgr.interop.reading import read
 from ckptmgr.orbax import one_tree
 
-__all__ = ["Incoming", "adopt", "incoming", "read", "write"]
+__all__ = ["Incoming", "adopt", "check_format", "incoming", "read", "replaced_by", "without_manifest", "write"]
 
 _WRITES = "FILE.safetensors, FILE.npz, or a directory for stock Orbax"
 
@@ -30,10 +30,21 @@ def write(tree: Any, path: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
       max_shard_bytes: the largest safetensors file; a larger tree makes several, with an index.
     """
     path = pathlib.Path(path).expanduser()
+    check_format(path)
     if path.suffix == ".safetensors":
         return safetensors.save(tree, path, max_shard_bytes=max_shard_bytes)
     if path.suffix == ".npz":
         return npz.save(tree, path)
-    if path.suffix:
-        raise ValueError(f"{path} has an unknown format; known are {_WRITES}")
     return one_tree.save(tree, path)
+
+
+def check_format(path: pathlib.Path) -> None:
+    """Raises ValueError if `write` does not know the format that the name of this path gives."""
+    if path.suffix not in ("", ".safetensors", ".npz"):
+        raise ValueError(f"{path} has an unknown format; known are {_WRITES}")
+
+
+def replaced_by(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files that a `write` to this path replaces or removes."""
+    found = {path} if path.exists() or path.is_symlink() else set()
+    return sorted(found | set(safetensors.older(path) if path.suffix == ".safetensors" else ()))

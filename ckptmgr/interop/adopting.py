@@ -24,6 +24,12 @@ def adopt(run: str | os.PathLike[str]) -> list[int]:
     return [step for step in catalog.steps() if _adopt(catalog, step)]
 
 
+def without_manifest(run: str | os.PathLike[str]) -> list[int]:
+    """The steps of a run that `adopt` would give a manifest."""
+    catalog = open_catalog(paths.resolve(run))
+    return [step for step in catalog.steps() if not (catalog.path(step) / manifests.NAME).exists()]
+
+
 def _adopt(catalog: Catalog, step: int) -> bool:
     directory = catalog.path(step)
     if (directory / manifests.NAME).exists():

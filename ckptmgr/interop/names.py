@@ -53,7 +53,8 @@ def host(name: str, leaf: Any) -> np.ndarray[Any, Any]:
     """A leaf as a numpy array in C order, which files have."""
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # type: ignore[attr-defined]
         raise UnsupportedLeafError(
-            f"{name} holds PRNG keys; export jax.random.key_data of them",
+            f"{name or 'the tree'} holds PRNG keys, for which such a file has no dtype; jax.random.key_data makes "
+            "an array of them",
             leaf=name,
         )
     return np.asarray(leaf, order="C")

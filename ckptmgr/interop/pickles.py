@@ -78,7 +78,7 @@ def _refuse(name: str) -> UnsafePickleError:
     shown = name if len(name) <= 200 else f"{name[:200]}..."
     return UnsafePickleError(
         f"the pickle uses {shown}, which is not known to be harmless; no code was run. If you trust the file,"
-        f" allow it by name: allow=[{shown!r}] (ckptmgr import --allow {shown})",
+        f" allow that name: --allow {shown} in `ckptmgr import`, or the argument `allow` in Python",
         name=name,
     )
 

@@ -105,6 +105,11 @@ def _files(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
     ] + shards
 
 
+def older(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files of an older export to FILE.safetensors, which the next one replaces or removes."""
+    return [each for each in _files(path.parent, path.stem) if _is_ours(each)] if path.parent.is_dir() else []
+
+
 def _is_there(path: pathlib.Path) -> bool:
     return path.exists() or path.is_symlink()
 

@@ -24,7 +24,7 @@ BRANCH = "set aside by a rewind; `rewind` to one of these steps brings it back"
 SET_BACK = "the old checkpoint of a step whose new save was interrupted; it becomes the step again"
 INTERRUPTED_SAVE = "a save that was interrupted"
 INTERRUPTED_DELETION = "a deletion that was interrupted"
-INTERRUPTED_REDUCTION = "what params_only has taken out of a step, or was about to"
+INTERRUPTED_REDUCTION = "what a params-only policy has taken out of a step, or was about to"
 STAYS = (KEPT, BRANCH)
 """These are removed only if somebody asks for it."""
 Leftover = tuple[epath.Path, str]

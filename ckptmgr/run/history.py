@@ -140,7 +140,7 @@ class History:
         manifests = {step: found for step in wanted if reducing.to_drop(found := self._catalog.manifest(step))}
         whole = {step: why for step, found in manifests.items() if (why := reducing.why_whole(found))}
         for step, why in whole.items():
-            text = f"params_only leaves steps whole in {self._catalog.directory}: step {step}: {why}"
+            text = f"a params-only policy leaves steps whole in {self._catalog.directory}: step {step}: {why}"
             self._warn_once(text, "params_only")
         return {step: by for step, by in wanted.items() if step in manifests.keys() - whole.keys()}
 

@@ -31,8 +31,8 @@ def refuse(run: str, owner: bytes) -> SaveError:
     return SaveError(
         f"{run} is being written to by {spell(owner)}; a run has one writer. Wait "
         "until it ends, or open the directory with read_only=True",
-        step=None,
-    )
+        step=None, holder=spell(owner),
+    )  # fmt: skip
 
 
 def machine() -> str:

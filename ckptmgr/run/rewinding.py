@@ -34,7 +34,7 @@ def warn_if_reduced(catalogs: Sequence[Catalog], step: int) -> None:
         return
     if found and all(found):
         _log.warning(
-            "the run goes on from step %d, which was %s: restore(params=...) restores it. A restore that asks for "
+            "the run goes on from step %d, which was %s: its params can be restored. A restore that asks for "
             "opt_state or extras takes an older step", step, found[0],
         )  # fmt: skip
 

@@ -57,7 +57,7 @@ def _reaching(mirror: Mirror, step: int) -> Iterator[None]:
     except Exception as problem:  # of every library below
         raise SaveError(
             f"the run does not go back to step {step}, and nothing is changed in its directory: the mirror "
-            f"{mirror.catalog.directory} cannot be used, and restore() would take later steps from it: {problem}",
+            f"{mirror.catalog.directory} cannot be used, and a restore would take later steps from it: {problem}",
             step=step,
         ) from problem
 
@@ -188,7 +188,7 @@ class Aftermath:
             raise
         except Exception as problem:  # of a disk, or of a client
             raise SaveError(
-                f"the rewind to step {step} has failed: {problem}. Call it again when the cause is removed; the "
+                f"the rewind to step {step} has failed: {problem}. Repeat it when the cause is removed; the "
                 "next start finishes it too",
                 step=step,
             ) from problem

@@ -16,13 +16,13 @@ import numpy as np
 import optax
 import optimizers
 import pytest
+import terminal
 import typer.testing
-import warm
 from etils import epath
 from jax.example_libraries import optimizers as example_libraries
 
 import ckptmgr
-from ckptmgr.cli import doctor, facts, tables
+from ckptmgr.cli import doctor, facts, places, tables
 from ckptmgr.cli.app import app
 from ckptmgr.testing import assert_trees_equal
 
@@ -31,13 +31,13 @@ OPTIMIZER = optax.adam(1e-2)
 PARAMS = optimizers.PARAMS
 
 
-def run(*words):
-    done = warm.run([*COMMAND, *words], env=os.environ | {"COLUMNS": "200"})
-    return done.returncode, done.stdout, done.stderr
+def typed(*words):
+    done = terminal.piped(*words)
+    return done.code, done.out, done.err
 
 
 def ok(*words):
-    code, out, err = run(*words)
+    code, out, err = typed(*words)
     assert code == 0, out + err
     assert "" not in err.splitlines()  # which a bar would leave that nobody has seen
     return out
@@ -62,12 +62,12 @@ def runs(tmp_path):
 
 def test_ls(runs):
     out = ok("ls", runs / "good")
-    assert "latest(n=2)" in out
-    assert "loss 0.1" in out
+    assert re.search(r"^ +1 .* 0.1  best loss$", out, re.MULTILINE)
+    assert re.search(r"^ +3 .* nan  latest 2, newest$", out, re.MULTILINE)
     found = answer("ls", runs / "good")
     assert [row["step"] for row in found["steps"]] == [1, 2, 3]
     assert found["keep"] == ["latest:2", "best:loss:min:1"]
-    assert found["steps"][0]["kept"] == ["best(metric='loss', n=1, mode='min')"]
+    assert found["steps"][0]["kept"] == ["best:loss:min:1"]
     assert found["steps"][2]["metrics"] == {"loss": "nan"}
     assert "DAMAGED" in ok("ls", runs / "bad")
 
@@ -108,16 +108,16 @@ def test_show(runs):
 
 
 def test_diff(runs):
-    code, out, _ = run("diff", f"{runs}/good@1", f"{runs}/good/3", "--values")
+    code, out, _ = typed("diff", f"{runs}/good@1", f"{runs}/good/3", "--values")
     assert code == 1
     assert "params['head']['w']" in out
-    code, out, _ = run("diff", f"{runs}/good@1", f"{runs}/good@3", "--values", "--json")
+    code, out, _ = typed("diff", f"{runs}/good@1", f"{runs}/good@3", "--values", "--json")
     values = {row["path"]: row["largest_change"] for row in json.loads(out)["values"]}
     assert values == {"params['dense']['w']": 2.0, "params['head']['w']": 4.0}
     assert answer("diff", f"{runs}/good@1", f"{runs}/good@3")["equal"]  # in structure
     with ckptmgr.CheckpointManager(runs / "other") as manager:
         manager.save(1, {"dense": {"w": jnp.ones(3)}, "more": np.ones(2)})
-    code, out, _ = run("diff", runs / "good", runs / "other")
+    code, out, _ = typed("diff", runs / "good", runs / "other")
     assert code == 1
     assert "! params['dense']['w']  float32[4,3] in the first, float32[3] in the second" in out
     assert "+ params['more']  only in the second" in out
@@ -147,7 +147,7 @@ def test_every_command_takes_a_step_in_each_form(runs, place):
     assert told("distrust", *step, "--why", "a test")["distrusted"] == 2
     assert told("trust", *step)["trusted"] == 2
     assert told("rewind", *step, "--dry-run")["set_aside"] == [3]
-    assert told("rm", *step) == {"run": str(runs / "good"), "steps": [2], "deleted": True}
+    assert told("rm", *step, "--yes") == {"run": str(runs / "good"), "steps": [2], "deleted": True}
 
 
 def test_of_what_names_no_step_it_is_said_what_is_wrong(runs):
@@ -173,21 +173,21 @@ def test_of_what_names_no_step_it_is_said_what_is_wrong(runs):
 
 def test_a_number_after_a_run_is_its_step_unless_it_is_a_run(runs, monkeypatch):
     monkeypatch.chdir(runs)
-    assert facts.two(["good", "1", "3"]) == [("good", 1), ("good", 3)]
-    assert facts.two(["good", "1", "bad", "3"]) == [("good", 1), ("bad", 3)]
-    assert facts.two(["good@1", "3"]) == [("good", 1), ("good", 3)]
+    assert places.two(["good", "1", "3"]) == [("good", 1), ("good", 3)]
+    assert places.two(["good", "1", "bad", "3"]) == [("good", 1), ("bad", 3)]
+    assert places.two(["good@1", "3"]) == [("good", 1), ("good", 3)]
     (runs / "good").rename(runs / "5")
-    assert facts.two(["bad", "5"]) == [("bad", None), ("5", None)]
-    assert facts.two(["5", "1", "bad/3"]) == [("5", 1), ("bad", 3)]
+    assert places.two(["bad", "5"]) == [("bad", None), ("5", None)]
+    assert places.two(["5", "1", "bad/3"]) == [("5", 1), ("bad", 3)]
     monkeypatch.chdir(runs / "bad")
-    assert facts.two(["1", "3"]) == [(".", 1), (".", 3)]
+    assert places.two(["1", "3"]) == [(".", 1), (".", 3)]
 
 
 def test_verify(runs):
     assert ok("verify", runs / "good", "--all").count("whole") == 3
-    code, out, _ = run("verify", runs / "bad", "--all")
+    code, out, _ = typed("verify", runs / "bad", "--all")
     assert (code, out.count("whole"), out.count("DAMAGED")) == (1, 2, 1)
-    code, out, _ = run("verify", runs / "bad", 2, "--json")
+    code, out, _ = typed("verify", runs / "bad", 2, "--json")
     assert code == 1
     assert json.loads(out)[0]["damages"][0]["where"] == "manifest.json"
 
@@ -202,10 +202,10 @@ def test_pin_unpin_rm_and_keep(runs):
     ok("unpin", good, 2)
     assert "would be deleted: 1, 2" in ok("rm", good, 1, 2, "--dry-run")
     assert len(answer("ls", good)["steps"]) == 3
-    assert answer("keep", good, "--policy", "best:loss", "--policy", "every_steps:3")["deleted"] == [2]
-    ok("rm", good, 1)
+    assert answer("keep", good, "--policy", "best:loss", "--policy", "every_steps:3", "--yes")["deleted"] == [2]
+    ok("rm", good, 1, "--yes")
     assert [row["step"] for row in answer("ls", good)["steps"]] == [3]
-    code, _, err = run("rm", good, 3, 7)
+    code, _, err = typed("rm", good, 3, 7, "--yes", "--force")
     assert (code, "there is no step 7" in err) == (2, True)
     assert len(answer("ls", good)["steps"]) == 1  # nothing was deleted
 
@@ -220,18 +220,17 @@ def test_keep_makes_milestones_and_ls_show_and_the_report_say_so(tmp_path):
     assert "would be deleted: 15" in out
     assert "would be reduced to their params: 10" in out
     assert (run / "10" / "opt_state").exists()
-    found = answer(*asked)
+    found = answer(*asked, "--yes")
     assert (found["deleted"], found["reduced"]) == ([15], [10])
     assert not (run / "10" / "opt_state").exists()
     assert "nothing to delete" in ok(*asked)
-    said = "reduced to its params by params_only(every_steps(10)) on 20"
+    said = "reduced to its params by params-only:every_steps:10"
     assert [bool(row["reduced"]) for row in answer("ls", run)["steps"]] == [True, False]
     assert said in ok("ls", run)
     assert said in ok("show", run, 10)
     assert answer("show", run, 10)["reduced"].startswith(said)
     ok("report", run, "-o", tmp_path / "report.html")
-    assert "step 10: on disk, reduced to its params" in (tmp_path / "report.html").read_text()
-    assert said in (tmp_path / "report.html").read_text()
+    assert "reduced to its params" in (tmp_path / "report.html").read_text()
     assert (run / ".ckptmgr" / "journal.jsonl").read_text().count('"event": "reduced", "step": 10') == 1
 
 
@@ -241,7 +240,7 @@ def test_gc(runs):
     (left / "file").write_bytes(b"x" * 1000)
     aside = runs / "good" / ".ckptmgr" / "damaged" / "1-5"
     aside.mkdir(parents=True)
-    assert "--yes would remove 1.0 kB" in ok("gc", runs / "good")
+    assert "would be removed: 1.0 kB" in ok("gc", runs / "good", "--dry-run")
     assert left.exists()
     ok("gc", runs / "good", "--yes")
     assert not left.exists()
@@ -259,12 +258,12 @@ def test_rewind_and_what_gc_says_of_it(runs, monkeypatch):
         "the run would go on from step 1",
         "set aside: 2, 3",
     ]
-    assert json.loads(here("rewind", good, 1, "--json"))["set_aside"] == [2, 3]
+    assert json.loads(here("rewind", good, 1, "--yes", "--json"))["set_aside"] == [2, 3]
     assert ckptmgr.CheckpointManager(good, read_only=True).steps() == [1]
-    assert "the steps are 1, and the steps that were set aside are 2, 3" in here("rewind", good, 4)
+    assert "the steps are 1, and the steps that were set aside are 2, 3" in here("rewind", good, 4, "--yes")
     kept = json.loads(here("gc", good, "--yes", "--json"))["leftovers"]
     assert ["`rewind` to one of these steps brings it back" in each["why"] for each in kept] == [True, True]
-    assert "came back: 2" in here("rewind", good, 2)
+    assert "came back: 2" in here("rewind", good, 2, "--yes")
     (left,) = json.loads(here("gc", good, "--yes", "--abandoned", "--json"))["leftovers"]
     assert (left["path"].rpartition("/")[2], left["goes"], left["nbytes"] > 0) == ("3", True, True)
     assert json.loads(here("gc", good, "--json"))["leftovers"] == []
@@ -272,7 +271,7 @@ def test_rewind_and_what_gc_says_of_it(runs, monkeypatch):
 
 def test_what_another_process_writes_to_is_not_touched(runs):
     with ckptmgr.CheckpointManager(runs / "good"):
-        code, _, err = run("rm", runs / "good", 1)
+        code, _, err = typed("rm", runs / "good", 1, "--yes")
     assert code == 3
     assert f"is being written to by process {os.getpid()}" in err
     assert (runs / "good" / "1").exists()
@@ -285,8 +284,30 @@ def test_export(runs):
     assert_trees_equal(found, jax.tree.map(lambda leaf: np.asarray(leaf * 2), PARAMS))
     ok("export", runs / "good", runs / "stock")
     assert_trees_equal(ckptmgr.interop.read(runs / "stock")["head"], {"w": np.asarray(PARAMS["head"]["w"] * 3)})
-    code, _, err = run("export", runs / "good", runs / "x.npz", "--item", "weights")
+    code, _, err = typed("export", runs / "good", runs / "x.npz", "--item", "weights")
     assert (code, "has no weights; it has params, opt_state" in err) == (2, True)
+
+
+def test_average(tmp_path):
+    run = tmp_path / "run"
+    with ckptmgr.CheckpointManager(run) as manager:
+        for step in (1, 2, 3, 4):
+            params = {"w": jnp.full(5, step, jnp.bfloat16), "shape": (2, 3), "b": jnp.full(2, float(step))}
+            manager.save(step, params, {"count": step})
+        manager.wait()
+        manager.distrust(3, "a test")
+    assert answer("average", run, "--last", 2, "-o", tmp_path / "a.npz")["steps"] == [2, 4]
+    found = ckptmgr.interop.read(tmp_path / "a.npz")
+    assert (found["w"].dtype, found["w"].tolist(), found["b"].tolist()) == (jnp.bfloat16, [3.0] * 5, [3.0] * 2)
+    assert [int(found["shape"][key]) for key in ("0", "1")] == [2, 3]
+    assert "wrote" in ok("average", run, "--steps", "4,1", "-o", tmp_path / "b.safetensors")
+    assert ckptmgr.interop.read(tmp_path / "b.safetensors")["b"].tolist() == [2.5, 2.5]
+    assert "the mean of params of steps 1, 2, 4 to" in ok(
+        "average", run, "--last", 3, "-o", tmp_path / "c.npz", "--dry-run"
+    )
+    assert not (tmp_path / "c.npz").exists()
+    code, _, err = typed("average", run, "--last", 2, "-o", tmp_path / "c.npz", "--item", "opt_state")
+    assert (code, "opt_state['count'] is no floating point number" in err) == (2, True)
 
 
 def trained(steps, params, opt_state):
@@ -354,7 +375,7 @@ def test_every_entry_of_a_file_is_imported_and_said_and_skipped_only_if_asked(tm
 def test_a_pickle_that_would_run_something_is_refused(tmp_path):
     marker = tmp_path / "ran"
     (tmp_path / "params.pkl").write_bytes(b"cposix\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
-    code, _, err = run("import", tmp_path / "run", "--params", tmp_path / "params.pkl", "--step", 1)
+    code, _, err = typed("import", tmp_path / "run", "--params", tmp_path / "params.pkl", "--step", 1)
     assert code == 3
     assert "the pickle uses posix.system" in err
     assert not marker.exists()
@@ -368,18 +389,18 @@ def test_doctor(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".ckptmgr").symlink_to(tmp_path / "elsewhere")  # it writes nowhere else
-    code, out, _ = run("doctor", tmp_path, "--json")
+    code, out, _ = typed("doctor", tmp_path, "--json")
     assert (code, "is a symlink" in json.loads(out)["storage"]["error"]) == (1, True)
 
 
 def test_what_is_not_there_and_what_is_wrong_is_said_in_one_line(tmp_path):
-    code, out, err = run("ls", tmp_path / "nothing")
+    code, out, err = typed("ls", tmp_path / "nothing")
     assert (code, out) == (2, "")
     assert err == f"ckptmgr: there is no run in {tmp_path / 'nothing'}\n"
     assert not (tmp_path / "nothing").exists()
-    code, out, _ = run("ls", tmp_path / "nothing", "--json")
+    code, out, _ = typed("ls", tmp_path / "nothing", "--json")
     assert (code, json.loads(out)["error"]) == (2, "CheckpointNotFoundError")
-    code, _, err = run("keep", tmp_path, "--policy", "newest:3")
+    code, _, err = typed("keep", tmp_path, "--policy", "newest:3")
     assert (code, "unknown policy 'newest:3'; known are latest:N" in err) == (2, True)
 
 
@@ -420,7 +441,9 @@ def test_what_takes_longer_than_a_second_shows_a_bar_on_a_terminal(lasts_s, is_s
         "import sys, time\n"
         "from ckptmgr.cli.working import working\n"
         "with working('verifying') as told:\n"
-        "    told(50, 100)\n"
+        "    told(20_000_000, 100_000_000)\n"
+        "    time.sleep(0.1)\n"
+        "    told(50_000_000, 100_000_000)\n"
         "    time.sleep(float(sys.argv[1]))\n"
     )
     ours, theirs = os.openpty()
@@ -434,4 +457,4 @@ def test_what_takes_longer_than_a_second_shows_a_bar_on_a_terminal(lasts_s, is_s
             said += read
     os.close(ours)
     assert shown.wait() == 0
-    assert (b"verifying" in said, b"50%" in said) == (is_seen, is_seen), said
+    assert (b"verifying" in said, b"50% of 100.0 MB, " in said, b"MB/s" in said) == (is_seen,) * 3, said

@@ -184,7 +184,7 @@ class Mine:
 
 def test_the_caller_may_allow_more_by_name():
     data = pickle.dumps({"at": np.arange(3), "when": Runs(np.arange, 4)})
-    with pytest.raises(UnsafePickleError, match=r"the pickle uses (numpy\.\S*arange).*allow=\['\1'\]"):
+    with pytest.raises(UnsafePickleError, match=r"the pickle uses (numpy\.\S*arange).*--allow \1 "):
         pickles.loads(data)
     assert np.array_equal(pickles.loads(data, allow=["numpy.arange"])["when"], np.arange(4))
 

@@ -370,7 +370,7 @@ def test_a_step_with_params_alone_and_one_of_stock_orbax_are_left_as_they_are(tm
         save(manager, 30)
         assert (manager.steps(), reduced(manager)) == ([10, 20, 30], [])
         assert set(manager.info(10).items) == {"params", "opt_state"}
-    assert caplog.text.count("params_only leaves steps whole") == 1
+    assert caplog.text.count("a params-only policy leaves steps whole") == 1
     assert "step 10: ckptmgr did not write it" in caplog.text
 
 
