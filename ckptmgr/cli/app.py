@@ -374,8 +374,8 @@ def report_(
 ) -> None:
     """Writes one HTML file about a run. Shows what is kept and why, metrics, sizes, times, failures."""
     with working("reporting"):
-        pathlib.Path(output).write_text(report.html(facts.reader(run)))
-    _show({"run": run, "file": output}, as_json, lambda _: f"wrote {output}")
+        output.write_text(report.html(facts.reader(run)), encoding="ascii")
+    _show({"run": run, "file": str(output)}, as_json, lambda _: f"wrote {output}")
 
 
 @app.command(epilog="Example: ckptmgr doctor runs/digits")
