@@ -69,9 +69,9 @@ KINDS = {
     "failed": Kind("a save that failed", TROUBLE, "x", "bad"),
     "passed over": Kind("passed over in a restore", TROUBLE, "triangle-down", "bad"),
     "distrusted": Kind("distrusted", TROUBLE, "line-ew-open", "bad"),
-    "trusted": Kind("trusted again", TROUBLE, "cross-thin-open", "ink"),
-    "restored": Kind("restored, or resumed from", RESTORED, "arrow-down", "ink"),
-    "rewound": Kind("gone back to", RESTORED, "arrow-left", "ink"),
+    "trusted": Kind("trusted again", TROUBLE, "asterisk-open", "ink"),
+    "restored": Kind("restored, or resumed from", RESTORED, "cross", "ink"),
+    "rewound": Kind("gone back to", RESTORED, "triangle-left", "ink"),
 }
 """The events of the journal that are drawn (`_TOLD`), and the states of a step on disk."""
 _TOLD = ("failed", "passed over", "distrusted", "trusted", "restored", "rewound")

@@ -116,7 +116,7 @@
   function path(chart, at) {
     const found = [];
     for (; chart.parents[at] >= 0; at = chart.parents[at]) found.unshift(chart.names[at]);
-    return found.join(".");
+    return found.length ? found.reduce((module, name) => (name.startsWith("[") ? module + name : `${module}.${name}`)) : "";
   }
 
   function mixed(one, other, share) {
@@ -137,7 +137,7 @@
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colours.soft, activecolor: colours.ink },
       dragmode: coarse ? false : "zoom",
     };
-    if (chart.kind === "treemap") return { ...common, margin: { t: 4, l: 4, r: 4, b: 4 } };
+    if (chart.kind === "treemap") return { ...common, margin: { t: 4, l: 4, r: 4, b: 4 }, uniformtext: { minsize: 9, mode: "hide" } };
     return {
       ...common,
       ...axes(chart, colours),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -30,13 +31,19 @@ _MOST_ENTRIES = 40
 
 def html(manager: CheckpointManager) -> str:
     """The report of a run, in ASCII. Raises ImportError if plotly is not installed."""
-    scripts = [_plotly(), _packaged("page.js")]
+    scripts = _scripts()
     run, made = collect(manager), words.when(time.time())
     for most in _POINTS:
         page = _Page(run, made, most).html(scripts)
         if len(page) <= MOST_BYTES:
             break
     return page
+
+
+@functools.cache
+def _scripts() -> Sequence[str]:
+    """The scripts of the page, and plotly.js first."""
+    return [_for_html(_plotly()), _for_html(_packaged("page.js"))]
 
 
 def _plotly() -> str:
@@ -71,11 +78,10 @@ class _Page:
             "Checkpoints on disk": tables.checkpoints(self.run, self.most) or _NOTHING_SAVED,
         }
         body = [self.head(), _tools(), _nav(sections), *(_section(*each) for each in sections.items())]
-        safe = [_for_html(script) for script in scripts]
         page = _PAGE.format(
             title=escape(f"{self.run.name}: checkpoints"), style=_style(), body="\n".join(body),
-            policy=" ".join(map(_digest, safe)), charts=_for_html(_json(self.charts)),
-            scripts="\n".join(f"<script>{script}</script>" for script in safe),
+            policy=" ".join(map(_digest, scripts)), charts=_json(self.charts),
+            scripts="\n".join(f"<script>{script}</script>" for script in scripts),
         )  # fmt: skip
         return page.encode("ascii", "xmlcharrefreplace").decode()
 

@@ -59,7 +59,7 @@ def _tree(info: CheckpointInfo) -> _Node:
 def _add(whole: _Node, item: str, leaf: LeafSpec) -> None:
     nbytes, node = manifests.leaf_nbytes(leaf), whole
     for key in (None, item, *leaf.keys):
-        node = node if key is None else node.children.setdefault(key, _Node(str(key)))
+        node = node if key is None else node.children.setdefault(key, _Node(_name(key)))
         node.nbytes += nbytes
         node.leaves += 1
     node.what = str(leaf)
@@ -79,11 +79,20 @@ def _choose(whole: _Node, most: int) -> None:
 
 def _shortcut(node: _Node) -> _Node:
     """A module that holds one module alone is shown as one with both names."""
-    names = [node.name]
+    name = node.name
     while len(node.children) == 1:
         (node,) = node.children.values()
-        names.append(node.name)
-    return dataclasses.replace(node, name=".".join(names))
+        name = join(name, node.name)
+    return dataclasses.replace(node, name=name)
+
+
+def _name(key: str | int) -> str:
+    return f"[{key}]" if isinstance(key, int) else key
+
+
+def join(module: str, name: str) -> str:
+    """The name of a part with that of its module: `layers[0].w`."""
+    return f"{module}{name}" if name.startswith("[") else f"{module}.{name}"
 
 
 def _largest(children: Iterable[_Node]) -> list[_Node]:

@@ -34,8 +34,12 @@ def folded(what: str, content: str) -> str:
     return f"<details open><summary>{escape(what)}</summary>{content}</details>"
 
 
-def number(value: float | None, digits: int = 6) -> str:
-    return "" if value is None else f"{value:.{digits}g}"
+def number(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 # ---------------------------------------------------------------- of the charts
@@ -104,7 +108,7 @@ def parts(found: Sequence[sizes.Part]) -> str:
 def saving(shown: Sequence[charts.Timed]) -> str:
     rows = (
         row(
-            save.step, words.when(save.time), number(save.durable_s, 4), number(save.blocked_s, 4),
+            save.step, words.when(save.time), seconds(save.durable_s), seconds(save.blocked_s),
             f"{words.size(save.throughput)}/s", "" if save.disk_nbytes is None else words.size(save.disk_nbytes),
         )
         for save in shown
@@ -114,13 +118,13 @@ def saving(shown: Sequence[charts.Timed]) -> str:
 
 
 def intervals(found: Sequence[tuple[int, float, float]]) -> str:
-    rows = (row(step, words.when(time), number(seconds, 4)) for step, time, seconds in found)
+    rows = (row(step, words.when(time), seconds(chosen)) for step, time, chosen in found)
     return table("Intervals that overhead has chosen", ("step", "when", "seconds between two saves"), rows)
 
 
 def at_risk(peaks: Sequence[risk.Peak]) -> str:
     rows = (
-        row(peak.step, words.when(peak.at), number(peak.before_s, 4), peak.steps, number(peak.after_s, 4))
+        row(peak.step, words.when(peak.at), seconds(peak.before_s), peak.steps, seconds(peak.after_s))
         for peak in peaks
     )
     columns = ("step", "durable at", "seconds at risk before", "steps at risk before", "seconds at risk after")
