@@ -21,6 +21,7 @@ import ckptmgr
 from ckptmgr.cli import report
 from ckptmgr.cli.report import changes, charts, page, sizes, words
 from ckptmgr.format import manifest
+from ckptmgr.run import history
 from ckptmgr.specs import LeafSpec
 
 with warnings.catch_warnings():
@@ -432,24 +433,25 @@ def test_a_run_without_checkpoints_and_one_without_a_journal(browser, tmp_path):
     assert complaints(browser) == []
 
 
+def tell(run, events):
+    """Writes events into the journal of a run, a second apart."""
+    with open(run / ".ckptmgr" / "journal.jsonl", "a") as journal:
+        for second, event in enumerate(events):
+            journal.write(json.dumps({"time": 1e9 + second} | event) + "\n")
+
+
 def test_a_long_run_stays_a_small_file(browser, tmp_path):
     """10,000 saves, and failures that say much; the best of a metric is shown although few others are."""
     with ckptmgr.CheckpointManager(tmp_path / "long", keep=[ckptmgr.latest(2), ckptmgr.best("loss")]) as manager:
         manager.save(1, {"w": np.ones(3)}, metrics={"loss": 10.0})
-        manager.wait()
-        for step in range(2, 10_001):
-            loss = -1.0 if step == 4567 else 1 / step
-            facts = {
-                "nbytes": 12,
-                "disk_nbytes": 20,
-                "durable_s": 0.1,
-                "blocked_s": 0.01,
-                "metrics": {"loss": loss},
-            }
-            manager._journal.record("saved", step, **facts, keep=["best:loss:min:1"])
-            manager._journal.record("deleted", step - 1, why="no policy keeps it")
-            if step % 20 == 0:
-                manager._journal.record("failed", step, why="a disk is full " * 1000)
+    events = []
+    for step in range(2, 10_001):
+        loss = -1.0 if step == 4567 else 1 / step
+        facts = {"nbytes": 12, "disk_nbytes": 20, "durable_s": 0.1, "blocked_s": 0.01, "keep": ["best:loss:min:1"]}
+        events.append({"event": "saved", "step": step, "metrics": {"loss": loss}} | facts)
+        events.append({"event": "deleted", "step": step - 1, "why": "no policy keeps it"})
+        events += [{"event": "failed", "step": step, "why": "a disk is full " * 1000}] * (step % 20 == 0)
+    tell(tmp_path / "long", events)
     file = written(tmp_path / "long")
     assert file.stat().st_size < page.MOST_BYTES
     found = drawn(file.read_text())
@@ -465,10 +467,9 @@ def test_a_file_that_would_be_too_large_has_fewer_points(tmp_path):
     names = [f"{'long' * 70}{at}" for at in range(300)]
     with ckptmgr.CheckpointManager(tmp_path) as manager:
         manager.save(1, {name: np.ones(2) for name in names}, metrics=dict.fromkeys(names, 1.0))
-        manager.wait()
-        for step in range(2, 400):
-            manager._journal.record("saved", step, metrics=dict.fromkeys(names, 1 / step))
-            manager._journal.record("failed", step, why="\u6771" * 3000)
+    for step in range(2, 400):
+        saved = {"event": "saved", "step": step, "metrics": dict.fromkeys(names, 1 / step)}
+        tell(tmp_path, [saved, {"event": "failed", "step": step, "why": "\u6771" * 3000}])
     html = made(tmp_path)
     assert len(html) <= page.MOST_BYTES
     assert "Only one of 4 is shown" in html
@@ -575,8 +576,8 @@ def test_it_is_made_while_the_run_is_written_to(tmp_path):
         writer = threading.Thread(target=write)
         writer.start()
         try:
-            pages = [made(tmp_path)]
-            while len(pages) < 5 or (saved_in_all(pages[-1]) < saved_in_all(pages[0]) + 3 and len(pages) < 300):
+            pages, ends = [made(tmp_path)], time.monotonic() + 60
+            while saved_in_all(pages[-1]) < saved_in_all(pages[0]) + 3 and time.monotonic() < ends:
                 pages.append(made(tmp_path))
         finally:
             over.set()
@@ -584,7 +585,29 @@ def test_it_is_made_while_the_run_is_written_to(tmp_path):
     saved = [saved_in_all(html) for html in pages]
     assert saved == sorted(saved)
     assert saved[-1] > saved[0]
-    assert not any("<dt>damaged</dt><dd>1" in html for html in pages)
+    assert not any("<dt>damaged</dt><dd>1" in html or "on disk, distrusted" in html for html in pages)
+
+
+@pytest.mark.parametrize("reader", [history.History, ckptmgr.CheckpointManager])
+def test_a_step_that_is_deleted_while_it_is_read_is_left_out(reader, tmp_path, monkeypatch):
+    with ckptmgr.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"w": np.ones(3)})
+    (tmp_path / "2" / "manifest.json").write_bytes(b"")
+    name = "all" if reader is history.History else "info"
+    read = getattr(reader, name)
+
+    def read_and_delete(self, *step):
+        try:
+            return read(self, *step)
+        finally:
+            shutil.rmtree(tmp_path / "2")
+            shutil.rmtree(tmp_path / "1")
+
+    monkeypatch.setattr(reader, name, read_and_delete)
+    infos, unread = report.survey(ckptmgr.CheckpointManager(tmp_path, read_only=True), None)
+    assert [info.step for info in infos] == [3]
+    assert unread == {}
 
 
 def test_two_reports_of_a_run_differ_in_nothing_but_the_time(eventful):

@@ -70,17 +70,24 @@ def collect(manager: CheckpointManager) -> Run:
 def survey(
     manager: CheckpointManager, keep: Sequence[policies.KeepPolicy] | None
 ) -> tuple[list[CheckpointInfo], dict[int, Unread]]:
-    """The checkpoints on disk with why `keep` keeps each; and the errors of those that cannot be read."""
+    """The checkpoints on disk with why `keep` keeps each; and the errors of those that cannot be read.
+
+    A step that is deleted while it is read may look damaged or incomplete: what is no longer there is left out.
+    """
     infos = history.History(open_catalog(manager.directory), keep or ()).all()
     unread: dict[int, Unread] = {}
-    for step in sorted(set(manager.steps()) - {info.step for info in infos}):
+    here = set(manager.steps())
+    for step in sorted(here - {info.step for info in infos}):
         try:
             manager.info(step)
         except (CorruptCheckpointError, NewerFormatError) as problem:
             unread[step] = problem
         except CheckpointNotFoundError:
             continue  # deleted concurrently
-    return infos, unread
+    here = set(manager.steps()) if unread else here
+    return [info for info in infos if info.step in here], {
+        step: problem for step, problem in unread.items() if step in here
+    }
 
 
 def _sound(event: Mapping[str, Any]) -> dict[str, Any] | None:
