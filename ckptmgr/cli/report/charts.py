@@ -159,6 +159,15 @@ def timeline(shown: Mapping[str, Sequence[Happened]]) -> Chart:
             "traces": traces}  # fmt: skip
 
 
+def resumed(run: Run, most: int) -> Trace:
+    """Where the run was resumed: the newest restores, at most so many."""
+    told = run.of("restored")[-most:]
+    return {
+        "step": [event["step"] for event in told],
+        "time": [_milliseconds(event["time"]) for event in told],
+    }
+
+
 # ---------------------------------------------------------------- metrics
 
 
@@ -184,7 +193,8 @@ class Metric:
         highest = max(drawn, key=lambda save: (self.value(save), save.step))
         if self.mode is not None:
             return {"best": highest if self.mode == "max" else lowest}
-        return {"lowest": lowest, "highest": highest}
+        is_constant = self.value(lowest) == self.value(highest)
+        return {"always": highest} if is_constant else {"lowest": lowest, "highest": highest}
 
     def gaps(self) -> int:
         return sum(not math.isfinite(self.value(save)) for save in self.line)
@@ -214,19 +224,18 @@ def metric(number: int, found: Metric, steps: set[int]) -> Chart:
     def points(some: Iterable[Save]) -> list[tuple[int, float, float]]:
         return [(save.step, save.time, found.value(save)) for save in some]
 
-    name = found.name
     line = [save for save in found.line if save.step in steps]
-    traces = [_trace(name, points(line), symbol="circle", role="data", line="solid")]
+    traces = [_trace(found.name, points(line), symbol="circle", role="data", line="solid")]
     if distrusted := [save for save in line if save.distrusted is not None]:
         traces.append(_trace("distrusted", points(distrusted), symbol="pentagon-open", role="bad", mark=12))
     if found.aside:
         rows, _ = words.thinned(found.aside, len(steps) or 1)
-        traces.append(_trace("set aside by a rewind", points(rows), symbol="diamond-open", role="soft"))
+        traces.append(_trace("set aside by a rewind", points(rows), symbol="diamond-open", role="soft", mark=10))
     for word, save in found.extremes().items():
-        traces.append(
-            _trace(f"{word}: step {save.step}", points([save]), symbol=_EXTREMES[word], role="bad", mark=14)
-        )
-    return {"id": f"metric-{number}", "kind": "line", "title": name, "traces": traces}
+        if symbol := _EXTREMES.get(word):
+            name = f"{word}: step {save.step}"
+            traces.append(_trace(name, points([save]), symbol=symbol, role="second", mark=14))
+    return {"id": f"metric-{number}", "kind": "line", "title": found.name, "traces": traces}
 
 
 # ---------------------------------------------------------------- saving

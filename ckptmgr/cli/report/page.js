@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const root = document.documentElement;
-  const charts = JSON.parse(document.getElementById("charts").textContent);
+  const { charts, resumed } = JSON.parse(document.getElementById("charts").textContent);
   const chosen = { x: "step", y: "linear", theme: "auto" };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const coarse = matchMedia("(pointer: coarse)").matches;
@@ -76,10 +76,23 @@
     if (chart.kind === "marks") {
       Object.assign(y, { type: "category", categoryorder: "array", categoryarray: chart.lanes, range: [-0.5, chart.lanes.length - 0.5], ticks: "", fixedrange: true });
     } else {
-      Object.assign(y, { type: is_logarithmic(chart) ? "log" : "linear", rangemode: chart.unit ? "tozero" : "normal", ticksuffix: chart.unit === "s" ? " s" : chart.unit || "" });
+      Object.assign(y, { type: is_logarithmic(chart) ? "log" : "linear", rangemode: chart.unit ? "tozero" : "normal", range: chart.unit || is_logarithmic(chart) ? undefined : range(chart), ticksuffix: chart.unit === "s" ? " s" : chart.unit || "" });
       if (chart.unit && chart.unit.startsWith("B")) Object.assign(y, { exponentformat: "SI" });
     }
     return { xaxis: x, yaxis: y };
+  }
+
+  function resumptions(colours) {
+    const line = { color: colours.soft, width: 1, dash: "dot" };
+    const xs = resumed[chosen.x].filter(x => x !== null);
+    return xs.map(x => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", layer: "below", line }));
+  }
+
+  // The values of a metric that never changes: plotly.js would show them from -1 to 1.
+  function range(chart) {
+    const found = chart.traces.flatMap(trace => trace.y).filter(y => y !== null);
+    const [least, most] = [Math.min(...found), Math.max(...found)];
+    return least === most && least !== 0 ? [least - Math.abs(least) / 2, least + Math.abs(least) / 2] : undefined;
   }
 
   const is_positive = chart => chart.traces.some(trace => trace.y.some(y => y > 0));
@@ -146,6 +159,7 @@
       hoverdistance: 40,
       showlegend: chart.kind === "marks" || chart.traces.length > 1,
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", itemsizing: "constant" },
+      shapes: chart.kind === "line" ? resumptions(colours) : [],
       uirevision: `${chosen.x} ${chosen.y}`,
     };
   }

@@ -27,6 +27,7 @@ _POINTS = (300, 100, 30, 10)
 """How many points a chart, and rows a table, may have; the first number with which the file is small enough."""
 _MOST_METRICS = 30
 _MOST_ENTRIES = 40
+_MOST_RESUMED = 50
 
 
 def html(manager: CheckpointManager) -> str:
@@ -78,9 +79,10 @@ class _Page:
             "Checkpoints on disk": tables.checkpoints(self.run, self.most) or _NOTHING_SAVED,
         }
         body = [self.head(), _tools(), _nav(sections), *(_section(*each) for each in sections.items())]
+        data = {"charts": self.charts, "resumed": charts.resumed(self.run, _MOST_RESUMED)}
         page = _PAGE.format(
             title=escape(f"{self.run.name}: checkpoints"), style=_style(), body="\n".join(body),
-            policy=" ".join(map(_digest, scripts)), charts=_json(self.charts),
+            policy=" ".join(map(_digest, scripts)), charts=_json(data),
             scripts="\n".join(f"<script>{script}</script>" for script in scripts),
         )  # fmt: skip
         return page.encode("ascii", "xmlcharrefreplace").decode()
@@ -280,7 +282,8 @@ _CHOICES = {
     "Vertical axis": ("y", {"linear": "Linear", "log": "Logarithmic"}),
     "Colours": ("theme", {"auto": "Auto", "light": "Light", "dark": "Dark"}),
 }
-_HINTS = """<p class="live-only hint">Drag in a chart to zoom, double-click to zoom out. Times are in UTC.</p>
+_HINTS = """<p class="live-only hint">Drag in a chart to zoom, double-click to zoom out.
+Dotted vertical lines show where the run was resumed.</p>
 <noscript><p>Without scripts no chart is drawn. Every chart has its data in a table.</p></noscript>"""
 
 

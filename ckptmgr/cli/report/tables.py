@@ -224,8 +224,9 @@ def _unread(step: int, problem: Unread) -> str:
 
 
 def _kept_by(info: CheckpointInfo) -> str:
+    kept = [*info.kept, *(["pinned"] if info.pinned and "pinned" not in info.kept else [])]
     notes = [f"distrusted: {info.distrusted}" if info.distrusted else "", info.reduced or ""]
-    return ", ".join(info.kept) + " (pinned)" * info.pinned + "".join(f" ({each})" for each in notes if each)
+    return ", ".join(kept) + "".join(f" ({each})" for each in notes if each)
 
 
 def note(*sentences: Any) -> str:
