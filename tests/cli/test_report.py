@@ -16,12 +16,13 @@ import numpy as np
 import optimizers
 import pytest
 import warm
+from etils import epath
 
 import ckptmgr
 from ckptmgr.cli import report
 from ckptmgr.cli.report import changes, charts, page, sizes, words
 from ckptmgr.format import manifest
-from ckptmgr.run import history
+from ckptmgr.run import history, journal
 from ckptmgr.specs import LeafSpec
 
 with warnings.catch_warnings():
@@ -288,13 +289,13 @@ def test_it_has_headings_in_order_labels_and_headed_tables(shown):
     assert all(counts["links"])
 
 
-def test_it_shows_where_the_run_was_resumed(shown):
+def test_it_shows_where_the_run_was_resumed(shown, eventful):
     script = "return document.getElementById('metric-0')._fullLayout.shapes.map(each => each.x0)"
     assert shown.execute_script(script) == [80]
     press(shown, "time")
     (resumed,) = shown.execute_script(script)
-    print(repr(resumed))
-    assert 0
+    (told,) = [each for each in journal.read(epath.Path(eventful)) if each["event"] == "restored"]
+    assert resumed[:16] == time.strftime("%Y-%m-%d %H:%M", time.gmtime(told["time"]))
 
 
 def test_marks_differ_by_shape():

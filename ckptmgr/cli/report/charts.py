@@ -55,8 +55,8 @@ class Kind:
     role: str
 
 
-DISK, GONE, TROUBLE, RESTORED = "on disk", "gone", "trouble", "restored"
-LANES = (RESTORED, TROUBLE, GONE, DISK)
+DISK, REMOVED, TROUBLE, RESTORED = "on disk", "removed", "trouble", "restored"
+LANES = (RESTORED, TROUBLE, REMOVED, DISK)
 KINDS = {
     "kept": Kind("on disk", DISK, "circle", "data"),
     "pinned": Kind("on disk, pinned", DISK, "diamond", "data"),
@@ -64,8 +64,8 @@ KINDS = {
     "doubtful": Kind("on disk, distrusted", DISK, "pentagon-open", "bad"),
     "damaged": Kind("on disk, damaged", DISK, "triangle-up", "bad"),
     "later": Kind("on disk, needs a newer ckptmgr", DISK, "square-open", "soft"),
-    "deleted": Kind("saved, then deleted", GONE, "circle-open", "soft"),
-    "aside": Kind("set aside by a rewind", GONE, "diamond-open", "soft"),
+    "deleted": Kind("saved, then deleted", REMOVED, "circle-open", "soft"),
+    "aside": Kind("set aside by a rewind", REMOVED, "diamond-open", "soft"),
     "failed": Kind("a save that failed", TROUBLE, "x", "bad"),
     "passed over": Kind("passed over in a restore", TROUBLE, "triangle-down", "bad"),
     "distrusted": Kind("distrusted", TROUBLE, "line-ew-open", "bad"),

@@ -83,7 +83,7 @@
   }
 
   function resumptions(colours) {
-    const line = { color: colours.soft, width: 1, dash: "dot" };
+    const line = { color: colours.soft, width: 1.5, dash: "dot" };
     const xs = resumed[chosen.x].filter(x => x !== null);
     return xs.map(x => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", layer: "below", line }));
   }
