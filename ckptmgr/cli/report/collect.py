@@ -92,7 +92,7 @@ def survey(
 
 def _sound(event: Mapping[str, Any]) -> dict[str, Any] | None:
     """An event with only such fields as have the right type; None if its time is no time."""
-    if not math.isfinite(event["time"]):
+    if not _is_number(event["time"]):
         return None
     found: dict[str, Any] = {name: event[name] for name in ("event", "step", "time")}
     found |= {name: float(event[name]) for name in _NUMBERS if _is_number(event.get(name))}
