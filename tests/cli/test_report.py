@@ -504,15 +504,31 @@ def test_a_step_of_a_newer_format_needs_a_newer_ckptmgr_and_is_not_damaged(tmp_p
     assert "<td>damaged" not in html
 
 
-def test_steps_that_were_set_aside_or_are_distrusted_are_shown(tmp_path):
-    with ckptmgr.CheckpointManager(tmp_path, keep=ckptmgr.best("loss")) as manager:
+@pytest.fixture(scope="module")
+def rewound(tmp_path_factory):
+    """A run that has gone back to step 2, which is distrusted, and has saved step 3 again."""
+    run = tmp_path_factory.mktemp("rewound")
+    with ckptmgr.CheckpointManager(run, keep=ckptmgr.best("loss")) as manager:
         for step in (1, 2, 3, 4):
             manager.save(step, {"w": np.ones(3)}, metrics={"loss": 10.0 - step}, force=True).result()
             manager.pin(step)
         manager.rewind(2)
         manager.distrust(2, "wrong <data>")
         manager.save(3, {"w": np.ones(3)}, metrics={"loss": 9.5}).result()
-    html = made(tmp_path)
+    return run
+
+
+def test_a_line_goes_from_left_to_right_over_steps_and_over_time(browser, rewound):
+    opened(browser, written(rewound))
+    xs = "return document.getElementById('seconds').data[0].x"
+    assert browser.execute_script(xs) == [1, 2, 3, 3, 4]
+    times = drawn(browser.page_source)["seconds"]["traces"][0]["time"]
+    press(browser, "time")
+    assert browser.execute_script(xs) == sorted(times)
+
+
+def test_steps_that_were_set_aside_or_are_distrusted_are_shown(rewound):
+    html = made(rewound)
     for said in (
         "step 2: gone back to", "step 4: set aside by a rewind: the run went back to step 2",
         "step 2: on disk, distrusted: wrong &lt;data&gt;", "step 2: distrusted: wrong &lt;data&gt;",

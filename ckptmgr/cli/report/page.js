@@ -150,7 +150,7 @@
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colours.soft, activecolor: colours.ink },
       dragmode: coarse ? false : "zoom",
     };
-    if (chart.kind === "treemap") return { ...common, margin: { t: 4, l: 4, r: 4, b: 4 }, uniformtext: { minsize: 9, mode: "hide" } };
+    if (chart.kind === "treemap") return { ...common, margin: { t: 4, l: 4, r: 4, b: 4 }, uirevision: "sizes", uniformtext: { minsize: 9, mode: "hide" } };
     return {
       ...common,
       ...axes(chart, colours),
