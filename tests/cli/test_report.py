@@ -706,9 +706,9 @@ def test_what_changed_stands_in_the_report(tmp_path):
         with ckptmgr.CheckpointManager(tmp_path, metadata={"git": "new" if step == 4 else "old"}) as manager:
             manager.save(step, {"w": np.ones(shape)})
     html = made(tmp_path)
-    assert '<th scope="row">2 to 3 (2 steps)</th><td>1</td><td>nothing: the same' in html
+    assert '<th scope="row">2 to 3 (2 steps)</th><td>1</td><td>nothing</td>' in html
     assert "1 leaf of another shape or dtype (params[&#x27;w&#x27;]: float64[3], now float64[5])" in html
-    assert "1 other entry (git: old, now new)" in html
+    assert "metadata and versions (git: old, now new)" in html
 
 
 def test_sizes_add_up_and_few_of_many_are_shown():

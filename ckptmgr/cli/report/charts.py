@@ -136,7 +136,7 @@ def by_kind(found: Sequence[Happened], most: int) -> tuple[dict[str, list[Happen
     for kind, rows in kinds.items():
         if rows:
             shown[kind], note = words.thinned(rows, most)
-            said += [f"{KINDS[kind].words}: {note}"] if note else []
+            said += [f"Of those {KINDS[kind].words}, {note[0].lower()}{note[1:]}"] if note else []
     return shown, said
 
 

@@ -154,7 +154,7 @@ def changed(found: Sequence[Change], most: int) -> tuple[str, str]:
 def _same(steps: Sequence[Change]) -> str:
     first, last = steps[0], steps[-1]
     which = first.step if len(steps) == 1 else f"{first.step} to {last.step} ({len(steps)} steps)"
-    return row(which, first.before, "nothing: the same leaves, shapes, dtypes, metadata and versions")
+    return row(which, first.before, "nothing")
 
 
 def _differs(change: Change) -> str:
@@ -162,13 +162,12 @@ def _differs(change: Change) -> str:
         ("leaf added", "leaves added"): change.added,
         ("leaf removed", "leaves removed"): change.removed,
         ("leaf of another shape or dtype", "leaves of another shape or dtype"): change.changed,
-        ("other entry", "other entries"): change.around,
     }
-    said = [
-        f"{words.count(len(names), *noun)} ({words.listing(names, 4)})" for noun, names in facts.items() if names
-    ]
-    what = "".join(f"<li>{escape(each, 800)}</li>" for each in said)
-    return f'<tr><th scope="row">{change.step}</th><td>{change.before}</td><td><ul>{what}</ul></td></tr>'
+    found = [(words.count(len(names), *noun), names) for noun, names in facts.items()]
+    found.append(("metadata and versions", change.around))
+    said = [f"{what} ({words.listing(names, 4)})" for what, names in found if names]
+    items = "".join(f"<li>{escape(each, 800)}</li>" for each in said)
+    return f'<tr><th scope="row">{change.step}</th><td>{change.before}</td><td><ul>{items}</ul></td></tr>'
 
 
 def branches(found: Sequence[Branch], most: int) -> str:
