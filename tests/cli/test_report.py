@@ -13,12 +13,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import optimizers
 import pytest
 import warm
 from etils import epath
 
 import ckptmgr
+from ckptmgr import cli
 from ckptmgr.cli import report
 from ckptmgr.cli.report import changes, charts, page, sizes, words
 from ckptmgr.format import manifest
@@ -116,6 +116,15 @@ def shown(browser, eventful_page):
     return opened(browser, eventful_page)
 
 
+@pytest.fixture
+def still(browser, eventful_page):
+    """The same for a test that changes nothing in it: several of them in a row share it."""
+    if browser.current_url != eventful_page.as_uri() or not browser.execute_script("return window.isStill"):
+        opened(browser, eventful_page)
+        browser.execute_script("window.isStill = true")
+    return browser
+
+
 def wait_until(browser, is_so):
     return WebDriverWait(browser, 20, 0.05).until(is_so)
 
@@ -153,8 +162,8 @@ def asked_for(browser):
 # ---------------------------------------------------------------- what it shows
 
 
-def test_it_shows_what_the_run_holds_logs_no_error_and_asks_for_nothing(shown, eventful_page):
-    said = all_text(shown)
+def test_it_shows_what_the_run_holds_logs_no_error_and_asks_for_nothing(still, eventful_page):
+    said = all_text(still)
     for expected in (
         "2 checkpoints", "latest(n=3)", "best(metric='loss'", "pinned", "passed over in a restore",
         "seconds until durable", "bytes saved per second", "seconds at risk before", "12 smaller",
@@ -162,19 +171,19 @@ def test_it_shows_what_the_run_holds_logs_no_error_and_asks_for_nothing(shown, e
         "step 80: restored", "best (lowest)",
     ):  # fmt: skip
         assert expected in said, expected
-    assert shown.title == f"{eventful_page.stem}: checkpoints"  # the name of no leaf and no metric was run
-    assert len(shown.find_elements(By.TAG_NAME, "script")) == 3
-    assert shown.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert shown.find_elements(By.CSS_SELECTOR, "main b, svg a, svg [style*=bold]") == []
-    assert asked_for(shown) == []
-    assert complaints(shown) == []
+    assert still.title == f"{eventful_page.stem}: checkpoints"  # the name of no leaf and no metric was run
+    assert len(still.find_elements(By.TAG_NAME, "script")) == 3
+    assert still.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert still.find_elements(By.CSS_SELECTOR, "main b, svg a, svg [style*=bold]") == []
+    assert asked_for(still) == []
+    assert complaints(still) == []
 
 
-def test_every_chart_is_drawn_with_axes_ticks_and_its_names(shown):
-    found = drawn(shown.page_source)
+def test_every_chart_is_drawn_with_axes_ticks_and_its_names(still):
+    found = drawn(still.page_source)
     assert {"timeline", "metric-0", "sizes", "seconds", "throughput", "on-disk", "risk"} <= found.keys()
     for name, chart in found.items():
-        place = shown.find_element(By.ID, name)
+        place = still.find_element(By.ID, name)
         assert place.find_elements(By.CSS_SELECTOR, "svg.main-svg"), name
         if chart["kind"] == "treemap":
             assert "more" in place.get_attribute("textContent")
@@ -183,19 +192,41 @@ def test_every_chart_is_drawn_with_axes_ticks_and_its_names(shown):
             assert len(place.find_elements(By.CSS_SELECTOR, ".ytick")) > 1, name
             points = sum(y is not None for trace in chart["traces"] for y in trace["y"])
             assert len(place.find_elements(By.CSS_SELECTOR, ".points path")) == points, name
-    assert EVIL[:20] in shown.find_element(By.CSS_SELECTOR, "#metric-1 .legend").get_attribute("textContent")
+    assert EVIL[:20] in still.find_element(By.CSS_SELECTOR, "#metric-1 .legend").get_attribute("textContent")
 
 
-def test_the_best_step_is_marked(shown):
-    (trace,) = [each for each in drawn(shown.page_source)["metric-0"]["traces"] if each["symbol"] == "star"]
+def test_the_best_step_is_marked(still):
+    (trace,) = [each for each in drawn(still.page_source)["metric-0"]["traces"] if each["symbol"] == "star"]
     assert (trace["name"], trace["step"], trace["y"]) == ("best: step 90", [90], [float(f"{1 / 85:.9g}")])
-    legend = shown.find_element(By.CSS_SELECTOR, "#metric-0 .legend").get_attribute("textContent")
+    legend = still.find_element(By.CSS_SELECTOR, "#metric-0 .legend").get_attribute("textContent")
     assert "best: step 90" in legend
 
 
-def test_without_a_policy_the_lowest_and_the_highest_are_marked(shown):
-    names = [trace["name"] for trace in drawn(shown.page_source)["metric-1"]["traces"]]
+def test_without_a_policy_the_lowest_and_the_highest_are_marked(still):
+    names = [trace["name"] for trace in drawn(still.page_source)["metric-1"]["traces"]]
     assert names[1:] == ["lowest: step 10", "highest: step 90"]
+
+
+def test_it_has_headings_in_order_labels_and_headed_tables(still):
+    levels = [int(each.tag_name[1]) for each in still.find_elements(By.CSS_SELECTOR, "h1,h2,h3")]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    assert still.execute_script("return document.documentElement.lang") == "en"
+    counts = still.execute_script("""
+        const all = which => document.querySelectorAll(which).length;
+        return {charts: all('.chart'), labelled: all('.chart[role=img][aria-label]'),
+            ths: all('th'), scoped: all('thead th[scope=col], tbody th[scope=row]'),
+            tables: all('table'), captions: all('caption'),
+            rows: all('tbody tr'), headed: all('tbody tr > th:first-child'),
+            links: [...document.querySelectorAll('nav a')].map(a => !!document.getElementById(a.hash.slice(1)))}
+    """)
+    assert counts["charts"] == counts["labelled"] > 6
+    assert counts["ths"] == counts["scoped"] > 50
+    assert counts["tables"] == counts["captions"]
+    assert counts["rows"] == counts["headed"]
+    assert len(counts["links"]) > 6
+    assert all(counts["links"])
 
 
 def test_without_scripts_every_value_stands_in_a_table(browser, eventful_page):
@@ -266,28 +297,6 @@ def test_it_follows_the_system_into_the_dark_and_back_and_fits_a_phone(shown):
 def chart_width(browser):
     script = "return document.querySelector('#risk svg.main-svg').getBoundingClientRect().width"
     return browser.execute_script(script)
-
-
-def test_it_has_headings_in_order_labels_and_headed_tables(shown):
-    levels = [int(each.tag_name[1]) for each in shown.find_elements(By.CSS_SELECTOR, "h1,h2,h3")]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
-    assert shown.execute_script("return document.documentElement.lang") == "en"
-    counts = shown.execute_script("""
-        const all = which => document.querySelectorAll(which).length;
-        return {charts: all('.chart'), labelled: all('.chart[role=img][aria-label]'),
-            ths: all('th'), scoped: all('thead th[scope=col], tbody th[scope=row]'),
-            tables: all('table'), captions: all('caption'),
-            rows: all('tbody tr'), headed: all('tbody tr > th:first-child'),
-            links: [...document.querySelectorAll('nav a')].map(a => !!document.getElementById(a.hash.slice(1)))}
-    """)
-    assert counts["charts"] == counts["labelled"] > 6
-    assert counts["ths"] == counts["scoped"] > 50
-    assert counts["tables"] == counts["captions"]
-    assert counts["rows"] == counts["headed"]
-    assert len(counts["links"]) > 6
-    assert all(counts["links"])
 
 
 def test_it_shows_where_the_run_was_resumed(shown, eventful):
@@ -565,16 +574,18 @@ def test_an_event_that_says_no_more_than_its_step_is_shown_or_left_out(event, tm
     assert ("step 7" in made(tmp_path)) == (event not in ("saved", "paced", "invented"))
 
 
+VALUES = [None, "text", 1e999, 10**400, -5, [], {"a": [1]}, [None], True]
+FIELDS = ("nbytes", "disk_nbytes", "blocked_s", "durable_s", "interval_s", "why", "source", "metrics", "set_aside",
+          "returned", "keep")  # fmt: skip
+
+
 @pytest.mark.parametrize("event", EVENTS)
-@pytest.mark.parametrize("value", [None, "text", 1e999, 10**400, -5, [], {"a": [1]}, [None], True])
-def test_an_event_with_values_of_other_types_breaks_nothing(event, value, tmp_path):
+def test_an_event_with_values_of_other_types_breaks_nothing(event, tmp_path):
     with ckptmgr.CheckpointManager(tmp_path) as manager:
         manager.save(1, {"w": np.ones(3)}, metrics={"loss": 1.0}).result()
-        fields = ("nbytes", "disk_nbytes", "blocked_s", "durable_s", "interval_s", "why", "source", "metrics",
-                  "set_aside", "returned", "keep")  # fmt: skip
-        manager._journal.record(event, 7, **dict.fromkeys(fields, value))
-        for moment in (1e18, -1e18, float("nan"), 1e300, 10**400):
-            manager._journal.record(event, 8, time=moment)
+    tell(tmp_path, [{"event": event, "step": 7} | dict.fromkeys(FIELDS, value) for value in VALUES])
+    for moment in (1e18, -1e18, float("nan"), 1e300, 10**400):
+        tell(tmp_path, [{"event": event, "step": 8, "time": moment}])
     charts = drawn(made(tmp_path))
     assert charts["metric-0"]["traces"][0]["y"] == [1.0]
     assert {"timeline", "sizes", "seconds"} <= charts.keys()
@@ -748,18 +759,15 @@ def test_words_for_sizes_times_and_long_texts():
 # ---------------------------------------------------------------- the command
 
 
-def command(*arguments, **more):
-    return warm.run(["-c", "from ckptmgr.cli import main; main()", *arguments], env=os.environ | more)
-
-
-def test_the_command_says_what_it_wrote_as_json_too(tmp_path):
+def test_the_command_says_what_it_wrote_as_json_too(tmp_path, monkeypatch, capsys):
     with ckptmgr.CheckpointManager(tmp_path / "run") as manager:
-        manager.save(1, optimizers.PARAMS)
-    done = command("report", tmp_path / "run", "-o", tmp_path / "out.html", "--json")
-    assert (done.returncode, json.loads(done.stdout)) == (
-        0, {"run": str(tmp_path / "run"), "file": str(tmp_path / "out.html")},
-    )  # fmt: skip
-    assert (tmp_path / "out.html").read_text(encoding="ascii").startswith("<!doctype html>")
+        manager.save(1, {"w": np.ones(3)})
+    run, file = str(tmp_path / "run"), str(tmp_path / "out.html")
+    monkeypatch.setattr(sys, "argv", ["ckptmgr", "report", run, "-o", file, "--json"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main()
+    assert json.loads(capsys.readouterr().out) == {"run": run, "file": file}
+    assert Path(file).read_text(encoding="ascii").startswith("<!doctype html>")
 
 
 def test_without_plotly_it_says_what_to_install(tmp_path, monkeypatch):
