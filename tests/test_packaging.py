@@ -64,8 +64,10 @@ def test_the_metadata_is_that_of_the_project(built):
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = names_in(built[0])
     assert {name.split("/")[0] for name in names} == {"ckptmgr", f"ckptmgr-{ckptmgr.__version__}.dist-info"}
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ckptmgr").rglob("*.py")}
-    assert {name for name in names if name.startswith("ckptmgr/")} == {*sources, "ckptmgr/py.typed"}
+    files = [path for path in (ROOT / "ckptmgr").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    sources = {path.relative_to(ROOT).as_posix() for path in files}
+    assert {name for name in names if name.startswith("ckptmgr/")} == sources
+    assert {path.suffix for path in files} == {".py", ".typed", ".css", ".js"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 

@@ -17,6 +17,8 @@ class Peak(NamedTuple):
     """Work at risk just after: the time since this save was begun."""
     steps: int
     """Steps at risk just before."""
+    step: int
+    """The step that was saved."""
 
 
 def peaks(events: Sequence[Mapping[str, Any]]) -> list[Peak]:
@@ -32,7 +34,9 @@ def peaks(events: Sequence[Mapping[str, Any]]) -> list[Peak]:
             took_s = max(0.0, event.get("durable_s") or 0.0)
             if since is not None:
                 before_s = max(took_s, event["time"] - since[0])
-                found.append(Peak(event["time"], before_s, took_s, max(0, event["step"] - since[1])))
+                found.append(
+                    Peak(event["time"], before_s, took_s, max(0, event["step"] - since[1]), event["step"])
+                )
             since = event["time"] - took_s, event["step"]
         elif event["event"] in ("restored", "rewound"):
             since = event["time"], event["step"]

@@ -6,8 +6,8 @@ No restore needs it. After a restart it tells which step was saved last, so that
 which policies. It is kept on a disk only, and events that cannot be written are left out.
 
 Events: saved, failed, deleted, reduced, rewound, distrusted, trusted, paced (`saving/aftermath`); passed over,
-restored (`restoring/restorer`). A new event is also named in `docs/format.md`, and drawn by `cli/report`
-(`_SHAPES`, `_LANES`, `_TOLD`).
+restored (`restoring/restorer`). A new event is also named in `docs/format.md`, and drawn by `cli/report/charts`
+(`KINDS`, `_TOLD`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def saved(step, time, durable_s):
 
 def test_it_grows_from_the_beginning_of_a_save_until_the_next_is_durable():
     events = [saved(10, 100.0, 5.0), saved(20, 200.0, 5.0), saved(40, 400.0, 50.0)]
-    assert risk.peaks(events) == [(200.0, 105.0, 5.0, 10), (400.0, 205.0, 50.0, 20)]
+    assert risk.peaks(events) == [(200.0, 105.0, 5.0, 10, 20), (400.0, 205.0, 50.0, 20, 40)]
 
 
 def test_a_failed_save_lets_it_grow_and_a_resumed_run_begins_anew():
@@ -28,18 +28,18 @@ def test_a_failed_save_lets_it_grow_and_a_resumed_run_begins_anew():
         {"event": "rewound", "step": 10, "time": 10_150.0},
         saved(15, 10_200.0, 1.0),
     ]
-    assert risk.peaks(events) == [(300, 201, 1, 20), (10_100, 100, 1, 10), (10_200, 50, 1, 5)]
+    assert risk.peaks(events) == [(300, 201, 1, 20, 30), (10_100, 100, 1, 10, 40), (10_200, 50, 1, 5, 15)]
 
 
 def test_a_clock_that_goes_back_and_saves_that_say_little_break_nothing():
     events = [saved(10, 100.0, 1.0), saved(20, 50.0, 2.0), {"event": "saved", "step": 5, "time": 60.0}]
-    assert risk.peaks(events) == [(50, 2, 2, 10), (60, 12, 0, 0)]
+    assert risk.peaks(events) == [(50, 2, 2, 10, 20), (60, 12, 0, 0, 5)]
     assert risk.peaks([]) == risk.peaks(events[:1]) == []
 
 
 @pytest.mark.parametrize(("count", "most"), [(0, 3), (1, 3), (3, 3), (4, 3), (1000, 150)])
 def test_of_many_saves_the_highest_peak_is_drawn(count, most):
-    found = [risk.Peak(float(at), float(at * 7919 % 1000), 0.0, 1) for at in range(count)]
+    found = [risk.Peak(float(at), float(at * 7919 % 1000), 0.0, 1, at) for at in range(count)]
     shown = risk.fewer(found, most)
     assert len(shown) <= most
     assert all(one.at < other.at for one, other in itertools.pairwise(shown))
@@ -60,7 +60,8 @@ def test_the_report_of_a_run_says_how_much_was_at_risk(tmp_path):
         "at most 2,000 s (50 steps), before the save of 2001-09-09 02:29:10 UTC; for half of the saves 500 s"
         in page
     )
-    assert page.count("aria-label='seconds of work at risk against steps'") == 1
+    assert page.count('aria-label="seconds of work at risk against steps or time') == 1
+    assert '<th scope="row">70</th><td>2001-09-09 02:29:10 UTC</td><td>2,000</td><td>50</td><td>' in page
 
 
 def test_the_report_shows_the_intervals_that_overhead_has_chosen(tmp_path):
