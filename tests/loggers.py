@@ -1,0 +1,88 @@
+"""Runs an example that logs, to its end or until it is stopped, and prints what its logger has in its files.
+
+    python loggers.py EXAMPLE DIRECTORY [STOP]
+
+STOP is a fault of `faults.py`, or "SIGTERM N": that signal comes just before the save of step N. The last line of
+what is printed is JSON: the rows of each run of the logger, a row being {name: number}.
+"""
+
+import json
+import os
+import runpy
+import signal
+import struct
+import sys
+from pathlib import Path
+
+import faults
+
+import ckptmgr
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+def install(stop):
+    kind, _, step = stop.partition(" ")
+    if kind != "SIGTERM":
+        faults.install(stop)
+        return
+    save = ckptmgr.CheckpointManager.save
+
+    def stopped_save(self, at, *args, **kwargs):
+        if at == int(step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(self, at, *args, **kwargs)
+
+    ckptmgr.CheckpointManager.save = stopped_save
+
+
+def mlflow_local(directory):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
+    for run in client.search_runs([each.experiment_id for each in client.search_experiments()]):
+        yield [{"step": row.step, "loss": row.value} for row in client.get_metric_history(run.info.run_id, "loss")]
+
+
+def wandb_offline(directory):
+    """The runs of the example, and one more that gives W&B the step of a checkpoint after a later step."""
+    import wandb
+
+    beside = Path(directory, f"beside-{os.getpid()}")
+    beside.mkdir()
+    with wandb.init(project="diabetes", dir=beside, mode="offline") as run:
+        run.log({"loss": 1.0}, step=100)
+        run.log({"checkpoint/loss": 2.0}, step=50)
+    for place in (Path(directory), beside):
+        files = sorted(place.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+        yield from (list(rows(file.read_bytes())) for file in files)
+
+
+def rows(data):
+    """The rows of a .wandb file: after seven bytes, a log of LevelDB in blocks of 32 KiB; a record is a protobuf.
+
+    A record lies in pieces, each with a checksum, its length, and a kind: 1 is a whole record, 4 its last piece.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    at, record = 7, b""
+    while len(data) - at >= 7:
+        if 32768 - at % 32768 < 7:  # too little of the block is left for a piece
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            found = Record.FromString(record)
+            record = b""
+            if found.WhichOneof("record_type") == "history":
+                yield {"/".join(each.nested_key): json.loads(each.value_json) for each in found.history.item}
+
+
+if __name__ == "__main__":
+    name, directory, *stop = sys.argv[1:]
+    install(*stop or [""])
+    sys.argv = [str(EXAMPLES / f"{name}.py"), directory]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    print(json.dumps(list(globals()[name](directory))))
