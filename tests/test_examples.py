@@ -165,7 +165,7 @@ def test_prometheus_reads_what_the_last_checkpoint_was_and_what_failed(tmp_path,
 
     monkeypatch.setattr(module, "train_step", looked_at)
     looked_at.step, looked_at.until = 0, {1: 0, 110: 100}
-    module.train(tmp_path, 120, port)
+    module.train(tmp_path / "run", 120, port)
     assert math.isnan(seen[1]["checkpoint_age_seconds"])
     assert (seen[1]["checkpoint_step"], seen[1]["checkpoint_durable_seconds_count"]) == (0, 0)
     assert seen[110]["checkpoint_step"] == 100
@@ -174,13 +174,15 @@ def test_prometheus_reads_what_the_last_checkpoint_was_and_what_failed(tmp_path,
 
     faults.install("fail publish 1", put=monkeypatch.setattr)
     looked_at.step, looked_at.until = 100, {101: 100, 240: 200}
-    module.train(tmp_path, 250, port)
+    stopped = module.train(tmp_path / "run", 250, port)
     assert 0 < seen[110]["checkpoint_age_seconds"] < seen[101]["checkpoint_age_seconds"]
     assert seen[101]["checkpoint_durable_seconds_count"] == seen[101]["checkpoint_failures_total"] == 0
     assert seen[240]["checkpoint_step"] == 200
     assert (seen[240]["checkpoint_durable_seconds_count"], seen[240]["checkpoint_failures_total"]) == (1, 1)
-    files = [path for path in (tmp_path / "200").rglob("*") if path.is_file() and path.name != "manifest.json"]
-    assert seen[240]["checkpoint_disk_bytes"] == sum(path.stat().st_size for path in files)
+    files = [path for path in (tmp_path / "run" / "200").rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in files if path.name != "manifest.json"]
+    assert seen[240]["checkpoint_disk_bytes"] == sum(sizes)
+    assert_trees_equal(stopped, module.train(tmp_path / "straight", 250, port))
 
 
 def scrape(port, step):
