@@ -12,6 +12,7 @@ import runpy
 import signal
 import struct
 import sys
+import time
 from pathlib import Path
 
 import faults
@@ -55,11 +56,22 @@ def wandb_offline(directory):
         run.log({"checkpoint/loss": 2.0}, step=50)
     for place in (Path(directory), beside):
         files = sorted(place.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
-        yield from (list(rows(file.read_bytes())) for file in files)
+        yield from map(rows, files)
 
 
-def rows(data):
-    """The rows of a .wandb file: after seven bytes, a log of LevelDB in blocks of 32 KiB; a record is a protobuf.
+def rows(file):
+    """The rows of a .wandb file, once its process has written it to its end, which `finish` does not wait for."""
+    for _ in range(600):
+        found = list(records(file.read_bytes()))
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            items = [each.history.item for each in found if each.WhichOneof("record_type") == "history"]
+            return [{"/".join(each.nested_key): json.loads(each.value_json) for each in row} for row in items]
+        time.sleep(0.1)
+    raise TimeoutError(f"{file} has no end")
+
+
+def records(data):
+    """The records of a .wandb file: after seven bytes, a log of LevelDB in blocks of 32 KiB; each is a protobuf.
 
     A record lies in pieces, each with a checksum, its length, and a kind: 1 is a whole record, 4 its last piece.
     """
@@ -71,13 +83,13 @@ def rows(data):
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):  # it is still being written
+            return
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
-            found = Record.FromString(record)
+            yield Record.FromString(record)
             record = b""
-            if found.WhichOneof("record_type") == "history":
-                yield {"/".join(each.nested_key): json.loads(each.value_json) for each in found.history.item}
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def events(data):
 def logging(*words):
     """An example that logs, in a process of its own, which sends nothing anywhere."""
     environment = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment |= {"WANDB_X_SERVICE_WAIT": "100", "WANDB_INIT_TIMEOUT": "100"}  # on a busy machine
     return warm.run([Path(__file__).parent / "loggers.py", *words], env=os.environ | environment)
 
 
