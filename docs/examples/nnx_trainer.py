@@ -78,7 +78,7 @@ class Trainer:
         try:
             self.call("on_start")
             while self.step < total_steps:
-                if self.step % 50 == 0:  # the averages are those of the last 50 steps
+                if self.step % 200 == 0:  # what is reported are averages since then
                     self.metrics.reset()
                 train_step(self.model, self.optimizer, self.metrics, next(self.data))
                 self.step += 1
