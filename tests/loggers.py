@@ -1,12 +1,14 @@
-"""Runs an example that logs, to its end or until it is stopped, and prints what its logger has in its files.
+"""Runs an example that logs until it is stopped, then again to its end, and prints what its logger has in files.
 
-    python loggers.py EXAMPLE DIRECTORY [STOP]
+    python loggers.py EXAMPLE DIRECTORY STOP
 
-STOP is a fault of `faults.py`, or "SIGTERM N": that signal comes just before the save of step N. The last line of
-what is printed is JSON: the rows of each run of the logger, a row being {name: number}.
+STOP is a fault of `faults.py`, or "SIGTERM N": that signal comes just before the save of step N. A line of JSON has
+the exit code of the first process. The last line has the rows of each run of the logger, each {name: number}.
 """
 
+import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -20,6 +22,7 @@ import faults
 import ckptmgr
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+LIBRARIES = {"mlflow_local": "mlflow.store.tracking.sqlalchemy_store", "wandb_offline": "wandb"}
 
 
 def install(stop):
@@ -92,9 +95,24 @@ def records(data):
             record = b""
 
 
-if __name__ == "__main__":
-    name, directory, *stop = sys.argv[1:]
-    install(*stop or [""])
+def play(name, directory, stop):
+    install(stop)
     sys.argv = [str(EXAMPLES / f"{name}.py"), directory]
     runpy.run_path(sys.argv[0], run_name="__main__")
-    print(json.dumps(list(globals()[name](directory))))
+    if not stop:
+        print(json.dumps(list(globals()[name](directory))))
+
+
+def main(name, directory, stop):
+    importlib.import_module(LIBRARIES[name])  # once for both processes: it takes longer than the training
+    for each in (stop, ""):
+        process = multiprocessing.get_context("fork").Process(target=play, args=(name, directory, each))
+        process.start()
+        process.join()
+        if each:
+            print(json.dumps(process.exitcode), flush=True)
+    sys.exit(process.exitcode)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

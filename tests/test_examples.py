@@ -6,13 +6,11 @@ import json
 import math
 import os
 import signal
-import sqlite3
 import struct
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import closing
 from pathlib import Path
 
 import faults
@@ -94,11 +92,15 @@ def events(data):
         data = data[16 + length :]
 
 
-def logging(*words):
-    """An example that logs, in a process of its own, which sends nothing anywhere."""
+def logged(example, directory, stop):
+    """How an example that logs ended when it was stopped, what the next start printed, and what the logger has."""
     environment = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     environment |= {"WANDB_X_SERVICE_WAIT": "100", "WANDB_INIT_TIMEOUT": "100"}  # on a busy machine
-    return warm.run([Path(__file__).parent / "loggers.py", *words], env=os.environ | environment)
+    script = Path(__file__).parent / "loggers.py"
+    done = warm.run([script, example, directory, stop], env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    *_, first, said, rows = done.stdout.splitlines()
+    return json.loads(first), said, json.loads(rows)
 
 
 def losses_of(total):
@@ -116,26 +118,15 @@ def test_mlflow_has_each_row_once_although_the_example_was_killed(tmp_path):
     if importlib.util.find_spec("mlflow") is None:
         assert "CI" not in os.environ
         pytest.skip("mlflow is not installed")
-    killed = logging("mlflow_local", tmp_path, "after publish 3")  # step 150 is durable, and nobody was told
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
-        steps = [step for (step,) in database.execute("SELECT step FROM metrics ORDER BY step")]
-    assert steps == list(range(10, 101, 10))
-
-    resumed = logging("mlflow_local", tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed from step 150" in resumed.stdout
-    (rows,) = json.loads(resumed.stdout.splitlines()[-1])
+    ended, said, (rows,) = logged("mlflow_local", tmp_path, "after publish 3")
+    assert ended == -signal.SIGKILL  # step 150 is durable, and nobody was told
+    assert said == "resumed from step 150"
     assert [(row["step"], row["loss"]) for row in rows] == list(losses_of(200).items())
 
 
 def test_wandb_has_each_row_once_in_a_group_of_offline_runs(tmp_path):
-    stopped = logging("wandb_offline", tmp_path, "SIGTERM 120")
-    assert stopped.returncode == 0, stopped.stderr
-    resumed = logging("wandb_offline", tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed from step 120" in resumed.stdout
-    first, second, with_own_step = json.loads(resumed.stdout.splitlines()[-1])
+    ended, said, (first, second, with_own_step) = logged("wandb_offline", tmp_path, "SIGTERM 120")
+    assert (ended, said) == (0, "resumed from step 120")
     losses = losses_of(200)
     assert {row["step"]: row["loss"] for row in first + second if "loss" in row} == losses
     assert [row["step"] for row in first + second if "loss" in row] == list(losses)
