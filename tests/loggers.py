@@ -2,8 +2,8 @@
 
     python loggers.py EXAMPLE DIRECTORY STOP
 
-STOP is a fault of `faults.py`, or "SIGTERM N": that signal comes just before the save of step N. A line of JSON has
-the exit code of the first process. The last line has the rows of each run of the logger, each {name: number}.
+STOP is a fault of `faults.py`, or "SIGTERM N": that signal comes just before the save of step N. A line has the
+exit code of the first process. The last line is JSON: the rows of each run of the logger, each {name: number}.
 """
 
 import importlib
