@@ -1,15 +1,24 @@
 """The examples run as a person runs them, and each goes on bit for bit where it was stopped."""
 
 import importlib
+import importlib.util
+import json
+import math
+import os
+import signal
 import struct
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
+import faults
 import matplotlib.pyplot as plt
 import pytest
 import warm
-from conftest import counted
+from conftest import counted, free_port
+from prometheus_client.parser import text_string_to_metric_families
 from tensorboardX.proto.event_pb2 import Event
 
 from benchmarks import picture
@@ -25,7 +34,7 @@ def on_path(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, "nnx_trainer"])
 def test_a_run_that_stopped_ends_as_one_that_did_not(tmp_path, name):
     train = importlib.import_module(name).train
     train(tmp_path / "stopped", 110)
@@ -83,6 +92,103 @@ def events(data):
         (length,) = struct.unpack("<Q", data[:8])
         yield Event.FromString(data[12 : 12 + length])
         data = data[16 + length :]
+
+
+def logged(example, directory, stop):
+    """How an example that logs ended when it was stopped, what the next start printed, and what the logger has."""
+    environment = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment |= {"WANDB_X_SERVICE_WAIT": "100", "WANDB_INIT_TIMEOUT": "100"}  # on a busy machine
+    script = Path(__file__).parent / "loggers.py"
+    done = warm.run([script, example, directory, stop], env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    *_, first, said, rows = done.stdout.splitlines()
+    return json.loads(first), said, json.loads(rows)
+
+
+def losses_of(total):
+    """The loss of every tenth step: the examples of loggers train the same line."""
+    module = importlib.import_module("tensorboard")
+    params = {"w": module.jnp.zeros(10), "b": module.jnp.zeros(())}
+    state, found = (params, module.OPTIMIZER.init(params)), {}
+    for step in range(1, total + 1):
+        *state, loss = module.train_step(*state)
+        found[step] = float(loss)
+    return {step: loss for step, loss in found.items() if step % 10 == 0}
+
+
+def test_mlflow_has_each_row_once_although_the_example_was_killed(tmp_path):
+    if importlib.util.find_spec("mlflow") is None:
+        assert "CI" not in os.environ
+        pytest.skip("mlflow is not installed")
+    ended, said, (rows,) = logged("mlflow_local", tmp_path, "after publish 3")
+    assert ended == -signal.SIGKILL  # step 150 is durable, and nobody was told
+    assert said == "resumed from step 150"
+    assert [(row["step"], row["loss"]) for row in rows] == list(losses_of(200).items())
+
+
+def test_wandb_has_each_row_once_in_a_group_of_offline_runs(tmp_path):
+    ended, said, (first, second, with_own_step) = logged("wandb_offline", tmp_path, "SIGTERM 120")
+    assert (ended, said) == (0, "resumed from step 120")
+    losses = losses_of(200)
+    assert {row["step"]: row["loss"] for row in first + second if "loss" in row} == losses
+    assert [row["step"] for row in first + second if "loss" in row] == list(losses)
+    assert [checkpoint(row) for row in first if "checkpoint/loss" in row] == [
+        (step, losses[step], True) for step in (50, 100, 120)
+    ]
+    assert [checkpoint(row) for row in second if "checkpoint/loss" in row] == [
+        (step, losses[step], step > 120) for step in (120, 150, 200)
+    ]
+    assert [(row["_step"], "checkpoint/loss" in row) for row in with_own_step] == [(100, False)]  # W&B drops it
+
+
+def checkpoint(row):
+    costs = {row.get(f"checkpoint/{name}", 0) > 0 for name in ("blocked_s", "durable_s")}
+    (has_costs,) = costs
+    return row["step"], row["checkpoint/loss"], has_costs
+
+
+def test_prometheus_reads_what_the_last_checkpoint_was_and_what_failed(tmp_path, monkeypatch):
+    module, port, seen = importlib.import_module("prometheus_metrics"), free_port(), {}
+    train_step = module.train_step
+
+    def looked_at(*state):
+        looked_at.step += 1
+        if looked_at.step in looked_at.until:
+            seen[looked_at.step] = scrape(port, looked_at.until[looked_at.step])
+        return train_step(*state)
+
+    monkeypatch.setattr(module, "train_step", looked_at)
+    looked_at.step, looked_at.until = 0, {1: 0, 110: 100}
+    module.train(tmp_path / "run", 120, port)
+    assert math.isnan(seen[1]["checkpoint_age_seconds"])
+    assert (seen[1]["checkpoint_step"], seen[1]["checkpoint_durable_seconds_count"]) == (0, 0)
+    assert seen[110]["checkpoint_step"] == 100
+    assert seen[110]["checkpoint_durable_seconds_count"] == seen[110]["checkpoint_blocked_seconds_count"] == 2
+    assert seen[110]["checkpoint_durable_seconds_sum"] > seen[110]["checkpoint_blocked_seconds_sum"] > 0
+
+    faults.install("fail publish 1", put=monkeypatch.setattr)
+    looked_at.step, looked_at.until = 100, {101: 100, 240: 200}
+    stopped = module.train(tmp_path / "run", 250, port)
+    assert 0 < seen[110]["checkpoint_age_seconds"] < seen[101]["checkpoint_age_seconds"]
+    assert seen[101]["checkpoint_durable_seconds_count"] == seen[101]["checkpoint_failures_total"] == 0
+    assert seen[240]["checkpoint_step"] == 200
+    assert (seen[240]["checkpoint_durable_seconds_count"], seen[240]["checkpoint_failures_total"]) == (1, 1)
+    files = [path for path in (tmp_path / "run" / "200").rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in files if path.name != "manifest.json"]
+    assert seen[240]["checkpoint_disk_bytes"] == sum(sizes)
+    assert_trees_equal(stopped, module.train(tmp_path / "straight", 250, port))
+
+
+def scrape(port, step):
+    """What Prometheus would read, once this step is durable."""
+    for _ in range(600):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        found = {sample.name: sample.value for family in families for sample in family.samples}
+        if found["checkpoint_step"] == step:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(found)
 
 
 def test_a_run_goes_on_over_other_devices_as_if_nothing_had_happened(tmp_path, capsys):

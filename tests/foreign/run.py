@@ -34,6 +34,7 @@ import flax.training.train_state  # noqa: F401
 import guard
 import haiku  # noqa: F401
 import jax
+import keras  # noqa: F401
 import numpy as np
 import optax.contrib  # noqa: F401
 import penzai.models.simple_mlp

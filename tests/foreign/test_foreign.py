@@ -14,6 +14,7 @@ from conftest import counted
 pytestmark = pytest.mark.xdist_group("foreign")  # one worker: the libraries are imported once, for all programs
 
 HERE = Path(__file__).parent
+EXAMPLES = HERE.parents[1] / "docs" / "examples"
 VARIANTS = {"optax_wrappers": ["lookahead", "schedule_free", "apply_if_finite", "inject_hyperparams"]}
 PROGRAMS = [
     f"{path.stem} {variant}".strip()
@@ -28,6 +29,7 @@ KILLS = ["before publish 4", "after publish 4", "after arrays 9", "before file 4
 def run(tmp_path_factory):
     """Runs a program, and kills it in between: what each of its processes ended with."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    environment["KERAS_BACKEND"] = "jax"
     command = [sys.executable, str(HERE / "run.py"), str(tmp_path_factory.mktemp("foreign"))]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -48,9 +50,9 @@ def run(tmp_path_factory):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("kill", KILLS[: counted(1, full=len(KILLS))])
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", [*PROGRAMS, "keras_callback"])
 def test_a_program_that_was_killed_ends_as_one_that_was_not(run, name, kill):
-    found = run(name, kill)
+    found = run(name, kill, folder=EXAMPLES if name == "keras_callback" else HERE)
     assert 0 < resumed_from(found["resumed"]) < 7
     assert resumed_from(found["again"]) == 7
     straight = found["straight"]["state"]
@@ -80,14 +82,15 @@ FORGOTTEN = {
     "haiku_state": ("**ckpt.extras)", "state=ckpt.extras['state'], key=now.key)"),
     "linen_batchnorm": (", **ckpt.extras)", ")"),
     "nnx_lora": ('nnx.update(rngs, ckpt.extras["rngs"])', "pass"),
+    "keras_callback": ("np.random.set_state(", "dict("),
 }
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", list(FORGOTTEN)[: counted(1, full=3)])
+@pytest.mark.parametrize("name", list(FORGOTTEN)[: counted(1, full=len(FORGOTTEN))])
 def test_what_a_program_forgets_to_put_back_is_noticed(run, name, tmp_path):
     """The comparison can fail."""
-    source = (HERE / f"{name}.py").read_text()
+    source = next(path for path in (HERE / f"{name}.py", EXAMPLES / f"{name}.py") if path.exists()).read_text()
     broken = source.replace(*FORGOTTEN[name])
     assert broken != source
     (tmp_path / f"{name}.py").write_text(broken)
