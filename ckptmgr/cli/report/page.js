@@ -151,13 +151,14 @@
       dragmode: coarse ? false : "zoom",
     };
     if (chart.kind === "treemap") return { ...common, margin: { t: 4, l: 4, r: 4, b: 4 }, uirevision: "sizes", uniformtext: { minsize: 9, mode: "hide" } };
+    const showlegend = chart.kind === "marks" || chart.traces.length > 1;
     return {
       ...common,
       ...axes(chart, colours),
-      margin: { t: 34, l: 56, r: 14, b: 46 },
+      margin: { t: showlegend ? 52 : 30, l: 56, r: 14, b: 46 },
       hovermode: "closest",
       hoverdistance: 40,
-      showlegend: chart.kind === "marks" || chart.traces.length > 1,
+      showlegend,
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", itemsizing: "constant" },
       shapes: chart.kind === "line" ? resumptions(colours) : [],
       uirevision: `${chosen.x} ${chosen.y}`,

@@ -282,7 +282,8 @@ _CHOICES = {
     "Vertical axis": ("y", {"linear": "Linear", "log": "Logarithmic"}),
     "Colours": ("theme", {"auto": "Auto", "light": "Light", "dark": "Dark"}),
 }
-_HINTS = """<p class="live-only hint">Drag in a chart to zoom, double-click to zoom out.
+_HINTS = """<p class="live-only hint"><span class="mouse">Drag in a chart to zoom, double-click to zoom out.</span>
+<span class="touch">Touch a point to see its value; zoom with the buttons of a chart.</span>
 Dotted vertical lines show where the run was resumed.</p>
 <noscript><p>Without scripts no chart is drawn. Every chart has its data in a table.</p></noscript>"""
 
