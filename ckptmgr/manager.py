@@ -22,6 +22,7 @@ from ckptmgr.restoring import matching
 from ckptmgr.restoring import restorer as restoring
 from ckptmgr.results import Checkpoint, CheckpointInfo, OptState, Params, SaveResult, VerifyReport
 from ckptmgr.run import verifying
+from ckptmgr.saving import items
 from ckptmgr.specs import Optimizer, PyTree, StructureDiff, fit_line
 from ckptmgr.trees import placement
 from ckptmgr.trees.layouts import Layout
@@ -345,6 +346,8 @@ class CheckpointManager:
         restorer = self._restorer.among(request)
         if restorer.has_steps():
             return restorer.newest(request)
+        for name in extras or ():
+            items.check_name(name)  # now, and not at the first save
         start: Any = params
         state: Any = restoring.first_state(optimizer, params) if optimizer is not None else opt_state
         return Checkpoint(step=step, params=start, opt_state=state, extras=dict(extras or {}), resumed=False)

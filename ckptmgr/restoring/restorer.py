@@ -171,11 +171,17 @@ class Restorer:
         """Says it if the step that was saved last is not the newest: somebody went back, and did not say so."""
         looks = self._job.leads and step not in self._local.steps
         saved = journal.last_saved(self._home.directory) if looks else None
-        if saved is not None and saved < step and self._home.has(saved):
+        if saved is not None and saved < step and self._home.has(saved) and self._is_older(step, saved):
             _log.warning(
                 "step %d is restored, which has the highest number, and step %d was saved after it. If the run is "
                 "to go on from step %d, call manager.rewind(%d) and restore again", step, saved, saved, saved
             )  # fmt: skip
+
+    def _is_older(self, step: int, other: int) -> bool:
+        """Whether a step was saved before another. A killed process may not have recorded its last."""
+        with contextlib.suppress(CheckpointError):
+            return self._home.manifest(step).time < self._home.manifest(other).time
+        return False
 
     def _refuse_if_listed(self, step: int, ends: float, problem: str) -> None:
         """Raises if process 0 still lists a step that another does not find."""

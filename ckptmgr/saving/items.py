@@ -99,7 +99,7 @@ class Composer:
         return Tree(known.spec, leaves)
 
     def _extra(self, name: str, value: Any) -> Tree | Value:
-        _check_name(name)
+        check_name(name)
         is_own = not is_global(value)
         if is_iterator(value):
             value = value.get_state()
@@ -110,7 +110,8 @@ class Composer:
         return dataclasses.replace(self.tree(name, value), is_own=is_own)
 
 
-def _check_name(name: Any) -> None:
+def check_name(name: Any) -> None:
+    """Raises ValueError if no entry of extras can have this name."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot name an entry of extras: use letters, digits, '_', '.' and '-'")
     if name in RESERVED | _FILES or UNFINISHED in name or name.startswith("ocdbt.process_"):

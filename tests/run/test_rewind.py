@@ -536,7 +536,7 @@ def test_a_rewind_that_failed_in_its_middle_ends_although_its_steps_were_saved_a
     nobody()
     if (tmp_path / "1").stat().st_uid == 0:
         pytest.skip("root may move everything")
-    with pytest.raises(SaveError, match=r"the rewind to step 4 has failed: .*Permission denied.*Call it again"):
+    with pytest.raises(SaveError, match=r"the rewind to step 4 has failed: .*Permission denied.*Repeat it"):
         manager.rewind(4)
     assert (tmp_path / names.REWINDING).exists()
     save(manager, 3, 4, value=8)
@@ -677,6 +677,18 @@ def test_a_save_in_progress_is_waited_for(tmp_path, monkeypatch):
         manager.save(2, trainer.state(2))
         manager.rewind(1)
         assert (manager.steps(), set_aside(tmp_path)) == ([1], [[2]])
+
+
+def test_a_process_that_is_killed_before_it_records_a_save_causes_no_advice_to_rewind(tmp_path, caplog):
+    with CheckpointManager(tmp_path) as manager:
+        save(manager, 50, 90)
+    journal = tmp_path / ".ckptmgr" / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if '"step": 90' not in line and '"step":90' not in line))
+    assert len(journal.read_text()) < sum(map(len, lines))
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.restore_or(params=trainer.state(0)).step == 90
+    assert "rewind" not in caplog.text
 
 
 def test_without_a_rewind_the_save_and_the_next_start_say_what_is_meant(tmp_path, caplog):

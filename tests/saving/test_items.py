@@ -162,6 +162,15 @@ def test_an_optimizer_that_was_made_for_other_params_is_refused_with_what_to_do(
     assert_trees_equal(back.opt_state, optimizer.init(both))
 
 
+@pytest.mark.parametrize("name", ["step", "metrics", "manifest.json", "a/b"])
+def test_a_name_that_no_extra_can_have_is_refused_at_the_start_of_a_run(tmp_path, name):
+    with (
+        CheckpointManager(tmp_path) as manager,
+        pytest.raises(ValueError, match=f"'{name}' cannot name an entry of extras"),
+    ):
+        manager.restore_or(params=PARAMS, extras={name: 1})
+
+
 class Everything:
     """Answers every name, as mocks, dicts with attributes and `nnx.Rngs` do."""
 
