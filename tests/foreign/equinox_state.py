@@ -47,7 +47,8 @@ def train_step(model, state, opt_state, images, labels):
 
 def train(directory, steps):
     make, key = eqx.nn.make_with_state(Net), jax.random.key(0)
-    mesh = jax.make_mesh((8,), ("data",))
+    # Since JAX 0.11 the mean of BatchNorm within vmap does not work on explicit axes, which make_mesh gives.
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     with ckptmgr.CheckpointManager(directory, keep=2) as manager:
         start = manager.latest() or 0

@@ -38,7 +38,7 @@ def train_step(params, opt_state, ema, images, labels):
         params = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, REPLICATED), params)
         hidden = jax.nn.relu(images @ params["hidden"]["w"] + params["hidden"]["b"])
         logits = hidden @ params["out"]["w"] + params["out"]["b"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return optax.softmax_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1])).mean()
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
     updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
