@@ -225,7 +225,7 @@ def _more(found: Sequence[object], most: int) -> list[str]:
 def verified(found: list[Facts]) -> RenderableType:
     lines = []
     for report in found:
-        read = f"{report['files']} files, {report['leaves']} leaves, {size(report['nbytes'])}"
+        read = f"{report['files']} files, {count_leaves(report['leaves'])}, {size(report['nbytes'])}"
         verdict = ("whole", "") if report["whole"] else ("DAMAGED", "bold red")
         lines.append(Text.assemble(f"step {report['step']}: {read}: ", verdict))
         lines += [Text(f"  {each['where']}: {each['reason']}") for each in report["damages"]]
