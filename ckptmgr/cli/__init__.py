@@ -22,4 +22,5 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:  # during the imports
+        print("ckptmgr: interrupted", file=sys.stderr)
         sys.exit(130)

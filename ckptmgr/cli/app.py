@@ -26,5 +26,6 @@ def run() -> None:
 
 
 def outcome(words: list[str]) -> int:
-    """Runs one command line; its exit code."""
-    return messages.ended(lambda: app(words, prog_name="ckptmgr", standalone_mode=False), words)
+    """Runs one command line; its exit code. Without words the help is shown."""
+    code = messages.ended(lambda: app(words or ["--help"], prog_name="ckptmgr", standalone_mode=False), words)
+    return code if words else code or messages.WRONG

@@ -19,7 +19,6 @@ from ckptmgr.manager import CheckpointManager
 app = typer.Typer(
     name="ckptmgr",
     help="Shows, compares, verifies, keeps, imports and exports checkpoints of JAX training.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     epilog="RUN is a directory of checkpoints, also gs:// or s3://. Exit codes: 0 all is well; 1 damage or a "
@@ -113,6 +112,12 @@ def show(found: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> 
     except BrokenPipeError:
         raise PipeClosedError from None
     _flush()
+
+
+def warn(message: str) -> None:
+    """Prints a line beside the result."""
+    console = _Console(stderr=True, highlight=False, markup=False, emoji=False)
+    console.print(f"ckptmgr: {message}", soft_wrap=not console.is_terminal)
 
 
 def _flush() -> None:

@@ -15,6 +15,7 @@ from etils import epath
 
 from ckptmgr import policies as policy
 from ckptmgr.cli import asking, facts, places, tables
+from ckptmgr.cli.amounts import size
 from ckptmgr.cli.base import AsJson, DryRun, Place, Run, Step, Yes, app, fitted, show, writer
 from ckptmgr.cli.working import working
 from ckptmgr.format import paths
@@ -147,7 +148,7 @@ def gc(
     found = {"run": str(directory), "leftovers": rows, "removed": False}
     going, is_shown = [row for row in rows if row["goes"]], False
     if going and not dry_run:
-        would = f"remove {tables.size(sum(row['nbytes'] for row in going))} that are left over in {run}"
+        would = f"remove {size(sum(row['nbytes'] for row in going))} that are left over in {run}"
         is_shown = asking.confirm(would, found, yes=yes, as_json=as_json, render=fitted(tables.leftovers))
         with writer(run), working("removing"):  # raises if another process writes; removes leftovers as it opens
             catalog = open_catalog(directory)

@@ -7,7 +7,6 @@ command line says instead.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import logging
 import os
@@ -17,14 +16,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
-from rich.console import Console
 
+from ckptmgr.cli import places
 from ckptmgr.cli.asking import NotConfirmedError
-from ckptmgr.cli.base import PipeClosedError
+from ckptmgr.cli.base import PipeClosedError, warn
 from ckptmgr.cli.spelling import in_shell_words
 from ckptmgr.errors import CheckpointError, CheckpointExistsError, SaveError
 
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException, whichever module has it
+WRONG, _FAILED = 2, 3
 _INTERRUPTED, _PIPE_CLOSED = 130, 141
 """As a shell counts a process that SIGINT or SIGPIPE has ended."""
 
@@ -39,9 +39,9 @@ _OWN_WORDS: dict[type[Exception], Callable[[Any], str | None]] = {
     ),
 }
 _CODES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], int], ...] = (
-    ((UsageProblem, NotConfirmedError, FileNotFoundError), 2),
-    ((CheckpointError, OSError), 3),
-    ((ValueError, TypeError, ImportError), 2),
+    ((UsageProblem, NotConfirmedError, FileNotFoundError), WRONG),
+    ((CheckpointError, OSError), _FAILED),
+    ((ValueError, TypeError, ImportError), WRONG),
 )
 
 
@@ -58,7 +58,7 @@ def ended(call: Callable[[], Any], words: list[str]) -> int:
         return _PIPE_CLOSED
     except OSError as problem:  # a full disk
         _close_stdout()
-        return _failed(type(problem).__name__, str(problem), False, 3)
+        return _failed(type(problem).__name__, str(problem), False, _FAILED)
 
 
 def _ended(call: Callable[[], Any], as_json: bool) -> int:
@@ -75,14 +75,11 @@ def _ended(call: Callable[[], Any], as_json: bool) -> int:
 
 def _fail(problem: Exception, as_json: bool) -> int:
     is_usage = isinstance(problem, UsageProblem)
-    if type(problem).__name__ == "NoArgsIsHelpError" and not as_json:
-        print(str(problem), file=sys.stderr)
-        return 2
     code = next((code for kinds, code in _CODES if isinstance(problem, kinds)), None)
     if code is None:
         traceback.print_exc()
         said = f"unexpected {type(problem).__name__}: {problem}. This is a fault of ckptmgr; please report it"
-        return _failed(type(problem).__name__, said, as_json, 3)
+        return _failed(type(problem).__name__, said, as_json, _FAILED)
     facts = problem.facts if isinstance(problem, NotConfirmedError) else {}
     return _failed("UsageError" if is_usage else type(problem).__name__, in_words(problem), as_json, code, facts)
 
@@ -101,7 +98,7 @@ def _usage(problem: Any) -> str:
     """A wrong command line: what is wrong, and what may have been meant."""
     context, said = problem.ctx if hasattr(problem, "ctx") else None, str(problem.format_message()).rstrip(".")
     if hasattr(problem, "possibilities"):
-        said = f"there is no option {problem.option_name}{_meant(problem.option_name, _options(context))}"
+        said = f"there is no option {problem.option_name}{places.meant(problem.option_name, _options(context))}"
     if context is None:
         return said
     return f"{said}{'' if said.endswith('?') else '.'} See {context.command_path} --help"
@@ -111,17 +108,11 @@ def _options(context: Any) -> list[str]:
     return [] if context is None else [name for each in context.command.params for name in each.opts]
 
 
-def _meant(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _failed(name: str, message: str, as_json: bool, code: int, facts: dict[str, Any] | None = None) -> int:
     if as_json:
         print(json.dumps({"error": name, "message": message} | (facts or {})))
         return code
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    console.print(f"ckptmgr: {message}", soft_wrap=not console.is_terminal)
+    warn(message)
     return code
 
 
@@ -136,8 +127,7 @@ class _Log(logging.Handler):
     """Prints what the library logs while a command runs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        console.print(f"ckptmgr: {in_shell_words(record.getMessage())}", soft_wrap=not console.is_terminal)
+        warn(in_shell_words(record.getMessage()))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Column
 from rich.text import Text
 
-from ckptmgr.cli import tables
+from ckptmgr.cli.amounts import size
 
 _PATIENCE_S = 1.0
 
@@ -22,8 +22,8 @@ class _Bytes(ProgressColumn):
     def render(self, task: Task) -> Text:
         if not task.total:
             return Text("")
-        share, speed = f"{task.percentage:.0f}%", f", {tables.size(task.speed)}/s" if task.speed else ""
-        return Text(f"{share} of {tables.size(task.total)}{speed}", no_wrap=True)
+        share, speed = f"{task.percentage:.0f}%", f", {size(task.speed)}/s" if task.speed else ""
+        return Text(f"{share} of {size(task.total)}{speed}", no_wrap=True)
 
 
 class _Bar(BarColumn):

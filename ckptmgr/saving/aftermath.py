@@ -188,7 +188,7 @@ class Aftermath:
             raise
         except Exception as problem:  # of a disk, or of a client
             raise SaveError(
-                f"the rewind to step {step} has failed: {problem}. Repeat it when the cause is removed; the "
+                f"the rewind to step {step} has failed: {problem}. Call it again when the cause is removed; the "
                 "next start finishes it too",
                 step=step,
             ) from problem

@@ -27,6 +27,7 @@ def mean(trees: Iterable[tuple[str, Any]], item: str = "") -> Any:
             average = _Mean(name, tree, item)
         else:
             average.add(name, tree)
+        del tree  # before the next one is made
     if average is None:
         raise ValueError("there is nothing to average")
     return average.result()

@@ -217,6 +217,8 @@ def test_show_of_many_leaves_is_bounded_and_says_how_to_see_the_rest(tmp_path):
     assert len(shown) < 210
     assert "180 more leaves; --depth 4 shows them" in shown
     assert any("['block7']  3 leaves, 28 B" in line for line in shown)
+    blocks = [line.split("'")[1] for line in shown if "['block" in line]
+    assert blocks == [f"block{n}" for n in range(60)]  # not block1, block10, block11
     everything = terminal.piped("show", tmp_path / "run", "--depth", 4).out
     assert everything.count("float32[2]  8 B") == 120
     assert "more leaves" not in everything

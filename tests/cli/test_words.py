@@ -164,6 +164,11 @@ def test_policies_are_spelled_as_in_the_option_wherever_the_library_says_them(ke
     assert messages.in_words(ckptmgr.SaveError(said, step=3)) == spelled
 
 
+def test_a_step_that_another_process_saves_during_an_import_is_said_without_python():
+    said = messages.in_words(ckptmgr.CheckpointExistsError('on_exists="replace" replaces it', step=3))
+    assert said == "step 3 was saved by another process meanwhile, and it is kept"
+
+
 def test_what_is_no_policy_stays_as_it_is():
     for said in ("the best (of all) is latest", "latest(", "best(metric)", "latest(n=0)", "every_steps(print())"):
         assert spelling.in_shell_words(said) == said
