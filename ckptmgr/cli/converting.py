@@ -140,7 +140,7 @@ def import_(
     state: Annotated[
         str | None,
         typer.Argument(
-            metavar="[FILE]",
+            metavar="FILE",
             help="A file with a dict of params, opt_state, step and metrics; other entries become extras. Or a "
             "directory with flax's checkpoint_N: the newest is taken, or --step. Without any file, steps of stock "
             "Orbax in RUN get manifests.",

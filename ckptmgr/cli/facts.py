@@ -262,7 +262,7 @@ def _template(item: manifests.Item) -> Any:
 def _stand_in(leaf: LeafSpec) -> Any:
     if leaf.kind in PYTHON_KINDS:
         return getattr(builtins, leaf.kind)()
-    if leaf.kind in ("key", "jax"):
+    if leaf.kind == "key":
         return structure.abstract(leaf)
     zero = np.zeros((), structure.numpy_dtype(leaf.dtype))
     return zero[()] if leaf.kind == "scalar" else np.broadcast_to(zero, leaf.shape)

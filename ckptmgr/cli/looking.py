@@ -126,7 +126,7 @@ def _is_report(path: pathlib.Path) -> bool:
 @app.command(epilog="Example: ckptmgr doctor runs/digits")
 def doctor(
     directory: Annotated[
-        str, typer.Argument(metavar="[DIRECTORY]", help="A directory for checkpoints; its speed is measured.")
+        str, typer.Argument(metavar="DIRECTORY", help="A directory for checkpoints; its speed is measured.")
     ] = ".",
     as_json: AsJson = False,
 ) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import optimizers
 import pytest
 import terminal
 import typer.testing
+import warm
 from etils import epath
 from jax.example_libraries import optimizers as example_libraries
 
@@ -308,6 +310,30 @@ def test_average(tmp_path):
     assert not (tmp_path / "c.npz").exists()
     code, _, err = typed("average", run, "--last", 2, "-o", tmp_path / "c.npz", "--item", "opt_state")
     assert (code, "opt_state['count'] is no floating point number" in err) == (2, True)
+
+
+def test_an_item_is_read_alone_as_it_is_read_with_all_others(tmp_path):
+    """Also what JAX holds in 64 bits only where it is told so, as the process that saved it was."""
+    program = (
+        "import jax; jax.config.update('jax_enable_x64', True)\n"
+        "import sys, ckptmgr, numpy as np, jax.numpy as jnp\n"
+        "tree = {'wide': jnp.arange(3.0), 'n': 3, 'x': 0.5, 's': np.float32(1)}\n"
+        "tree['t'] = jnp.ones(2, jnp.bfloat16), [None]\n"
+        "with ckptmgr.CheckpointManager(sys.argv[1]) as manager:\n"
+        "    extras = {'ema': tree, 'json': {'a': 'b'}}\n"
+        "    manager.save(1, tree | {'key': jax.random.key(0)}, {'mu': tree}, extras=extras)\n"
+    )
+    assert warm.run(["-c", program, tmp_path / "run"]).returncode == 0
+    manager = facts.reader(str(tmp_path / "run"))
+    together = facts.items(manager, 1)
+    assert together["params"]["wide"].dtype == np.float64
+    for name, tree in together.items():
+        alone = facts.items(manager, 1, name)[name]
+        assert jax.tree.map(type, alone) == jax.tree.map(type, tree)
+        assert_trees_equal(alone, tree)
+    shutil.rmtree(tmp_path / "run" / "1" / "opt_state")  # which is not read
+    ok("export", tmp_path / "run@1", tmp_path / "ema.npz", "--item", "ema")
+    assert ckptmgr.interop.read(tmp_path / "ema.npz")["wide"].dtype == np.float64
 
 
 def trained(steps, params, opt_state):
