@@ -128,6 +128,3 @@ class overhead:  # noqa: N801
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-spell_s = format_s  # as ckptmgr.cli.report calls it

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ckptmgr.units import format_bytes
+
 
 def size(nbytes: float | None) -> str:
-    """A number of bytes with its unit, in powers of 1000."""
-    if nbytes is None:
-        return ""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
+    """A number of bytes with its unit; nothing where it is not known."""
+    return "" if nbytes is None else format_bytes(nbytes)
 
 
 def age(seconds: float) -> str:

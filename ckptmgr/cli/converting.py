@@ -43,8 +43,8 @@ def export(
     _may_write(out, found, yes=yes or dry_run, as_json=as_json)
     if dry_run:
         return show(found | {"dry_run": True}, as_json, lambda _: f"would write {item} of step {number} to {out}")
-    with working("reading"):
-        tree = facts.items(manager, number, item)[item]
+    with working("reading") as on_progress:
+        tree = facts.items(manager, number, item, on_progress=on_progress)[item]
     _write(tree, out, found, max_shard_bytes, as_json)
 
 

@@ -230,7 +230,9 @@ def _kind(leaf: LeafSpec) -> str:
     return str(leaf)
 
 
-def items(manager: CheckpointManager, step: int, *only: str) -> dict[str, Any]:
+def items(
+    manager: CheckpointManager, step: int, *only: str, on_progress: Callable[[int, int], object] | None = None
+) -> dict[str, Any]:
     """These items of a step on the host, in plain containers; without names all of them.
 
     Raises ValueError if the step lacks one.
@@ -243,7 +245,7 @@ def items(manager: CheckpointManager, step: int, *only: str) -> dict[str, Any]:
     is_all = not only or any(manifest.items[name].kind != "arrays" for name in only)
     wanted = {} if is_all else {name: _template(manifest.items[name]) for name in only}
     trees = {name: wanted.pop(name, None) for name in (manifests.PARAMS, manifests.OPT_STATE)}
-    found = manager.restore(step, layout=HOST, extras=wanted, **trees)
+    found = manager.restore(step, layout=HOST, extras=wanted, on_progress=on_progress, **trees)
     restored = {manifests.PARAMS: found.params, manifests.OPT_STATE: found.opt_state, **found.extras}
     return {name: restored[name] for name in only or known if name in restored}
 

@@ -742,14 +742,7 @@ def test_a_checkpoint_without_bytes_has_no_sizes_to_draw(leaves):
     assert sizes.total(sizes.parts(info(1, leaves), 100)) == 0
 
 
-def test_words_for_sizes_times_and_long_texts():
-    assert [words.size(each) for each in (0, 999, 999.7, 13_516_932, 5e15)] == [
-        "0 B",
-        "999 B",
-        "1 kB",
-        "13.5 MB",
-        "5e+03 TB",
-    ]
+def test_words_for_times_and_long_texts():
     assert words.when(1e9) == "2001-09-09 01:46:40 UTC"
     assert words.when(1e300) == "1e+300 s after 1970"
     assert len(words.shorten("x" * 1000)) < 310

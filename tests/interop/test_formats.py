@@ -241,3 +241,16 @@ def test_a_name_that_is_a_leaf_and_a_folder_is_refused_in_either_order(tmp_path)
         for file in ("x.safetensors", "x.npz"):
             with pytest.raises(ValueError, match="leaf"):
                 interop.read(tmp_path / file)
+
+
+def test_a_step_or_a_run_of_orbax_is_no_tree_and_the_error_says_what_to_name(tmp_path):
+    with ocp.CheckpointManager(tmp_path / "run") as stock:
+        stock.save(7, args=ocp.args.StandardSave({"w": jnp.ones(3)}))
+    with pytest.raises(ValueError, match=r"7 is a step of Orbax; name one of its items: .*7/default$"):
+        interop.read(tmp_path / "run" / "7")
+    with pytest.raises(ValueError, match=r"run is a run of Orbax, which needs no import: name it as the run"):
+        interop.read(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty is not a tree that Orbax has saved"):
+        interop.read(tmp_path / "empty")
+    assert list(interop.read(tmp_path / "run" / "7" / "default")) == ["w"]

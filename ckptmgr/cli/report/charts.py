@@ -16,6 +16,7 @@ from ckptmgr.cli import risk
 from ckptmgr.cli.report import sizes, words
 from ckptmgr.cli.report.collect import Run, Save, saves
 from ckptmgr.results import CheckpointInfo
+from ckptmgr.units import format_bytes
 
 Chart = dict[str, Any]
 Trace = dict[str, Any]
@@ -334,5 +335,5 @@ def treemap(found: Sequence[sizes.Part]) -> Chart:
         "parents": [part.parent for part in found],
         "depths": [part.depth for part in found],
         "values": [part.nbytes for part in found],
-        "texts": [f"{words.size(part.nbytes)}, {part.what}" for part in found],
+        "texts": [f"{format_bytes(part.nbytes)}, {part.what}" for part in found],
     }

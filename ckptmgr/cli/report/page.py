@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from ckptmgr import cadence
 from ckptmgr.cli import risk
 from ckptmgr.cli.report import charts, sizes, tables, words
 from ckptmgr.cli.report.changes import changes
@@ -21,6 +20,7 @@ from ckptmgr.cli.report.collect import Run, collect, ranked_by
 from ckptmgr.cli.report.tables import folded, note
 from ckptmgr.cli.report.words import escape
 from ckptmgr.manager import CheckpointManager
+from ckptmgr.units import format_bytes, format_s
 
 MOST_BYTES = 6_000_000
 _POINTS = (300, 100, 30, 10)
@@ -105,7 +105,7 @@ class _Page:
         nbytes = sum(info.disk_nbytes or info.nbytes for info in run.infos)
         facts: dict[str, Any] = {
             "directory": run.directory,
-            "on disk": f"{words.count(len(run.infos), 'checkpoint')}, {words.size(nbytes)}",
+            "on disk": f"{words.count(len(run.infos), 'checkpoint')}, {format_bytes(nbytes)}",
             "saved in all": len(run.of("saved")) if run.events else words.NO_JOURNAL,
             "damaged": len(damaged) or "none",
         }
@@ -161,7 +161,7 @@ class _Page:
         if not self.run.infos:
             return _nothing("There is no readable checkpoint.")
         found = sizes.parts(self.run.infos[-1], self.most)
-        said = f"<p>Step {self.run.infos[-1].step}: {words.size(sizes.total(found))} in arrays.</p>"
+        said = f"<p>Step {self.run.infos[-1].step}: {format_bytes(sizes.total(found))} in arrays.</p>"
         drawn = self.figure(charts.treemap(found)) if sizes.total(found) else ""
         return said + drawn + folded("As a table", tables.parts(found))
 
@@ -207,8 +207,8 @@ def _most_at_risk(found: Sequence[risk.Peak]) -> str:
     typical_s = statistics.median(peak.before_s for peak in found)
     return (
         f"A run that stops loses the work since its newest durable save was begun. That was at most "
-        f"{cadence.spell_s(most.before_s)} ({words.count(most.steps, 'step')}), before the save of "
-        f"{words.when(most.at)}; for half of the saves {cadence.spell_s(typical_s)} or less."
+        f"{format_s(most.before_s)} ({words.count(most.steps, 'step')}), before the save of "
+        f"{words.when(most.at)}; for half of the saves {format_s(typical_s)} or less."
     )
 
 

@@ -13,6 +13,7 @@ from ckptmgr.cli.report.words import escape
 from ckptmgr.errors import NewerFormatError
 from ckptmgr.results import CheckpointInfo
 from ckptmgr.run.branches import Branch
+from ckptmgr.units import format_bytes
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[str]) -> str:
@@ -99,7 +100,7 @@ def parts(found: Sequence[sizes.Part]) -> str:
     whole = sizes.total(found) or 1
     rows = (
         f'<tr><th scope="row" style="--depth:{min(part.depth, 12)}">{escape(part.name)}</th>'
-        f"<td>{escape(part.what)}</td><td>{words.size(part.nbytes)}</td><td>{part.nbytes / whole:.1%}</td></tr>"
+        f"<td>{escape(part.what)}</td><td>{format_bytes(part.nbytes)}</td><td>{part.nbytes / whole:.1%}</td></tr>"
         for part in found
     )
     return table("Size by module", ("module or leaf", "what", "size", "share"), rows)
@@ -109,7 +110,8 @@ def saving(shown: Sequence[charts.Timed]) -> str:
     rows = (
         row(
             save.step, words.when(save.time), seconds(save.durable_s), seconds(save.blocked_s),
-            f"{words.size(save.throughput)}/s", "" if save.disk_nbytes is None else words.size(save.disk_nbytes),
+            f"{format_bytes(save.throughput)}/s",
+            "" if save.disk_nbytes is None else format_bytes(save.disk_nbytes),
         )
         for save in shown
     )  # fmt: skip
@@ -214,8 +216,8 @@ def checkpoints(run: Run, most: int) -> str:
 
 def _checkpoint(info: CheckpointInfo) -> str:
     found = words.listing([f"{name} {number(value)}" for name, value in info.metrics.items()])
-    on_disk = words.size(info.disk_nbytes) if info.disk_nbytes else ""
-    return row(info.step, words.when(info.time), words.size(info.nbytes), on_disk, _kept_by(info), found)
+    on_disk = format_bytes(info.disk_nbytes) if info.disk_nbytes else ""
+    return row(info.step, words.when(info.time), format_bytes(info.nbytes), on_disk, _kept_by(info), found)
 
 
 def _unread(step: int, problem: Unread) -> str:

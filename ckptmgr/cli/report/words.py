@@ -23,15 +23,6 @@ def escape(value: object, most: int = _LONGEST) -> str:
     return html.escape(shorten(value, most))
 
 
-def size(nbytes: float) -> str:
-    """Bytes with three digits: 13.5 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if nbytes < 999.5 or unit == "TB":
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    raise AssertionError
-
-
 def when(seconds: float) -> str:
     """A time in UTC, to the second; a time that no calendar has is said as a number."""
     try:
