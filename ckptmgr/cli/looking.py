@@ -111,7 +111,7 @@ def report_(
         asking.confirm(f"replace {output}", {"file": str(output)}, yes=yes, as_json=as_json)
     with working("reporting"):
         part = output.with_name(f"{output.name}.part")
-        part.write_text(f"{report.html(manager).rstrip()}\n{_MARK}", encoding="ascii")
+        part.write_text(f"{report.html(manager).rstrip()}\n{_MARK}", encoding="utf-8")
         os.replace(part, output)
     show({"run": run, "file": str(output)}, as_json, lambda _: f"wrote {output}")
 
