@@ -180,8 +180,9 @@ def match(
             differs = StructureDiff((LeafDiff(name, None, None, "missing"),))
         refused += differs.without(*allowed) + _without_value(name, template, differs, request)
         passed += differs.only(*allowed)
-    advice = "\n".join(filter(None, (request.advice(refused), _where_else(manifest, templates))))
-    differences.raise_if_different(refused, " and ".join(templates), advice)
+    advice = request.advice(refused), _where_else(manifest, templates), _without_extras(manifest, refused)
+    what = f"step {manifest.step} does not fit the template of {' and '.join(templates)}"
+    differences.raise_if_different(refused, what, "\n".join(filter(None, advice)))
     if unused := [rule.pattern for rule in rules if rule not in used]:
         raise ValueError(f"rename: {unused[0]!r} matches no leaf of {' or '.join(templates)}")
     return matched, passed
@@ -277,6 +278,19 @@ def _where_else(manifest: Manifest, templates: Mapping[str, Any]) -> str:
         return ""
     return (
         f"it has no {' and no '.join(absent)}; give a template to what it has: extras={{{others[0]!r}: template}}"
+    )
+
+
+def _without_extras(manifest: Manifest, refused: StructureDiff) -> str:
+    """What to do if a step lacks an extra as a whole: the caller of `save` may have left it out."""
+    whole = [leaf.path for leaf in refused.leaves if (leaf.saved, leaf.template) == (None, None)]
+    extras = [name for name in whole if name not in manifest.items and name not in RESERVED]
+    if not extras:
+        return ""
+    some = " and no ".join(extras)
+    return (
+        f"step {manifest.step} was saved with no {some}. If an earlier step has it, manager.rewind(STEP) goes back "
+        f"to that step. If no step has it yet, partial=({extras[0]!r},) starts with the template's own value"
     )
 
 

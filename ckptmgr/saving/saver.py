@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptmgr import policies
@@ -66,6 +66,8 @@ class Saver:
         self._reuse = reuse.Reuse(catalog) if options.reuse_unchanged else None
         self._copier = copying.Copier(options, self._reuse)
         self._meter = Meter(clock, options.save_every, lambda: pending.is_busy, aftermath.record_choice)
+        self._named: tuple[int, tuple[str, ...]] = (0, ())
+        """The step that was composed last, and the names of its items."""
         self._last: CheckpointInfo | None = None
         self._is_empty = False
         """Whether nothing was saved when this manager looked: a declined step does not look again."""
@@ -232,8 +234,19 @@ class Saver:
         if params is None and opt_state is None:
             raise ValueError("save needs params, or an opt_state that holds them")
         composed = self._composer.compose(step, params, opt_state, extras or {}, metrics or {})
+        self._warn_of_items_left_out(step, composed.keys())
         self._meter.wait_for_values(params, opt_state)
         return composed
+
+    def _warn_of_items_left_out(self, step: int, names: Collection[str]) -> None:
+        """Says it once if a step lacks an item that the step before has: a resume will probably ask for it."""
+        before, had = self._named
+        if left_out := sorted(set(had) - set(names)):
+            _log.warning(
+                "step %d is saved without %s, which step %d has: a restore that asks for it is refused. If that "
+                "is not meant, pass it to this call of save too", step, " and ".join(left_out), before,
+            )  # fmt: skip
+        self._named = step, tuple(names)
 
     def _save_locally(self, step: int, called: float, *state: Any) -> SaveResult:
         """Saves a step that is not saved durably on the machines of the job alone."""

@@ -64,7 +64,7 @@ def same_values(saved: LeafSpec, template: LeafSpec) -> bool:
 def raise_if_different(diff: StructureDiff, what: str, advice: str = "") -> None:
     if diff:
         count = f"{len(diff.leaves)} {'leaf differs' if len(diff.leaves) == 1 else 'leaves differ'}"
-        lines = [f"the checkpoint does not fit the template of {what}, {count}:", str(diff), advice]
+        lines = [f"{what}, {count}:", str(diff), advice]
         raise StructureMismatchError("\n".join(filter(None, lines)), diff=diff)
 
 

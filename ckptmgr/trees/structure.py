@@ -156,6 +156,10 @@ def _is_no_utf8(name: str) -> bool:
 # ---------------------------------------------------------------- describing a leaf
 
 
+_ENTRIES = (
+    "an entry of extras is a pytree of arrays and numbers, JSON, bytes, or has get_state and set_state (of a "
+    "numpy Generator pass its bit_generator.state)"
+)
 _INSTEAD = "save it as an entry of its own in extras, if it is JSON, bytes or an iterator"
 
 
@@ -186,7 +190,7 @@ def describe_leaf(leaf: Any, path: str, keys: Keys, *, is_template: bool = False
     if type(leaf) in (np.ndarray, np.memmap):
         return spec("numpy", leaf.shape, dtype_name(_storable(leaf.dtype)))
     kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
-    advice = "leave it out" if is_template else _INSTEAD
+    advice = "leave it out" if is_template else _INSTEAD if path else _ENTRIES
     raise _UnsupportedError(f"is a {kind}, not an array or a number; {advice}")
 
 

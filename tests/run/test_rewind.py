@@ -536,7 +536,7 @@ def test_a_rewind_that_failed_in_its_middle_ends_although_its_steps_were_saved_a
     nobody()
     if (tmp_path / "1").stat().st_uid == 0:
         pytest.skip("root may move everything")
-    with pytest.raises(SaveError, match=r"the rewind to step 4 has failed: .*Permission denied.*Repeat it"):
+    with pytest.raises(SaveError, match=r"the rewind to step 4 has failed: .*Permission denied.*Call it again"):
         manager.rewind(4)
     assert (tmp_path / names.REWINDING).exists()
     save(manager, 3, 4, value=8)

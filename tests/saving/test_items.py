@@ -171,6 +171,30 @@ def test_a_name_that_no_extra_can_have_is_refused_at_the_start_of_a_run(tmp_path
         manager.restore_or(params=PARAMS, extras={name: 1})
 
 
+def test_a_step_without_an_extra_of_the_step_before_is_warned_of_and_its_error_says_what_to_do(tmp_path, caplog):
+    state = np.random.default_rng(0).bit_generator.state
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, PARAMS, extras={"rng": state, "epoch": 1})
+        manager.save(2, PARAMS, extras={"epoch": 1, "new": 2})
+        manager.save(3, PARAMS, extras={"epoch": 1, "new": 2})
+        manager.wait()
+        assert [each.getMessage().partition(":")[0] for each in caplog.records if each.levelname == "WARNING"] == [
+            "step 2 is saved without rng, which step 1 has"
+        ]
+        with pytest.raises(StructureMismatchError, match=r"step 3 was saved with no rng.*partial=\('rng',\)"):
+            manager.restore(params=PARAMS, extras={"rng": state})
+        manager.rewind(1)
+        assert manager.restore(params=PARAMS, extras={"rng": state}).extras["rng"] == state
+
+
+def test_an_object_that_is_no_extra_is_refused_with_what_is(tmp_path):
+    with (
+        CheckpointManager(tmp_path) as manager,
+        pytest.raises(UnsupportedLeafError, match=r"rng: is a .*Generator.* pass its bit_generator\.state"),
+    ):
+        manager.save(1, PARAMS, extras={"rng": np.random.default_rng(0)})
+
+
 class Everything:
     """Answers every name, as mocks, dicts with attributes and `nnx.Rngs` do."""
 

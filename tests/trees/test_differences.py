@@ -51,7 +51,7 @@ def test_every_difference_is_named_with_both_sides():
     assert "float32[5]" in table["params['new']"]
     assert "partial=True" in table["params['gone']"]
     with pytest.raises(StructureMismatchError, match="4 leaves differ") as caught:
-        differences.raise_if_different(diff, "params")
+        differences.raise_if_different(diff, "step 3 does not fit the template of params")
     assert caught.value.diff is diff
 
 
