@@ -27,6 +27,7 @@ def confirm(
     yes: bool,
     as_json: bool,
     render: Callable[[Any], RenderableType] | None = None,
+    hint: str = ", or --dry-run to see more",
 ) -> bool:
     """Returns if the change is confirmed, and whether the plan was shown for that; else raises NotConfirmedError.
 
@@ -34,13 +35,12 @@ def confirm(
       would: what the command would do, after "would": "delete steps 100, 200 of runs/digits".
       found: the same as values, for JSON.
       render: shows a person the plan before the question.
+      hint: what else may be typed.
     """
     if yes:
         return False
     if as_json or not _is_person():
-        raise NotConfirmedError(
-            f"this would {would}, so nothing was changed. Add --yes to do it, or --dry-run to see more", found
-        )
+        raise NotConfirmedError(f"this would {would}, so nothing was changed. Add --yes to do it{hint}", found)
     if render is not None:
         base.say(render(found))
     if not _answers_yes(f"{would[:1].upper()}{would[1:]}? [y/N] "):

@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Shows, compares, verifies, keeps, imports and exports checkpoints of JAX training.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     epilog="RUN is a directory of checkpoints, also gs:// or s3://. Exit codes: 0 all is well; 1 damage or a "
     "difference was found; 2 wrong arguments, nothing there, or not confirmed; 3 it failed; 130 interrupted.",
 )

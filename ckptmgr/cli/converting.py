@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -123,11 +124,15 @@ def _to_average(manager: CheckpointManager, last: int | None, steps: str | None)
 
 def _each(manager: CheckpointManager, steps: list[int], item: str, on_progress: Any) -> Iterator[tuple[str, Any]]:
     """One step after the other, so that one is held at a time."""
-    done, total = 0, sum(facts.nbytes_of(manager, step, item) for step in steps)
+    before, total = 0, sum(facts.nbytes_of(manager, step, item) for step in steps)
     for step in steps:
-        yield f"step {step}", facts.items(manager, step, item)[item]
-        done += facts.nbytes_of(manager, step, item)
-        on_progress(done, total)
+        told = functools.partial(_tell, on_progress, before, total)
+        yield f"step {step}", facts.items(manager, step, item, on_progress=told)[item]
+        before += facts.nbytes_of(manager, step, item)
+
+
+def _tell(on_progress: Any, before: int, total: int, done: int, _: int) -> None:
+    on_progress(before + done, total)
 
 
 _IMPORTS = """Examples: ckptmgr import runs/new --params params.pkl --opt-state opt_state.pkl --step 300;

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -200,20 +200,18 @@ def difference(
     """The differences of two checkpoints: their leaves, and with `values` their values."""
     first, second = _by_path(*one), _by_path(*other)
     shared = [path for path in first if path in second]
-    changed = [path for path in shared if _kind(first[path]) != _kind(second[path])]
+    changed = [path for path in shared if first[path] != second[path]]
     found: Facts = {
         "only_in_first": [path for path in first if path not in second],
         "only_in_second": [path for path in second if path not in first],
-        "changed": {path: [_kind(first[path]), _kind(second[path])] for path in changed},
+        "changed": {path: [first[path], second[path]] for path in changed},
         "equal_leaves": len(shared) - len(changed),
     }
     if values:
-        sizes = [manager.info(step).nbytes for manager, step in (one, other)]
-        on_progress(0, sum(sizes))
-        values_of_one = _values(*one)
-        on_progress(sizes[0], sum(sizes))
-        values_of_other = _values(*other)
-        on_progress(sum(sizes), sum(sizes))
+        before, after = (manager.info(step).nbytes for manager, step in (one, other))
+        total = before + after
+        values_of_one = _values(*one, lambda done, _: on_progress(done, total))
+        values_of_other = _values(*other, lambda done, _: on_progress(before + done, total))
         found["values"] = _changes(values_of_one, values_of_other, set(shared) - set(changed))
     found["equal"] = not any(
         found[name] for name in ("only_in_first", "only_in_second", "changed", "values") if name in found
@@ -221,13 +219,12 @@ def difference(
     return found
 
 
-def _by_path(manager: CheckpointManager, step: int) -> dict[str, LeafSpec]:
-    leaves = manager.info(step).leaves
-    return {f"{item}{leaf.path}": leaf for item, found in leaves.items() for leaf in found}
-
-
-def _kind(leaf: LeafSpec) -> str:
-    return str(leaf)
+def _by_path(manager: CheckpointManager, step: int) -> dict[str, str]:
+    """What each leaf is, by its path, and each item without arrays by its name."""
+    info = manager.info(step)
+    found = {f"{item}{leaf.path}": str(leaf) for item, leaves in info.leaves.items() for leaf in leaves}
+    bare = [name for name in info.items if name not in (manifests.STEP, manifests.METRICS)]
+    return found | {name: "no arrays" for name in bare if not info.leaves.get(name)}
 
 
 def items(
@@ -270,16 +267,23 @@ def _stand_in(leaf: LeafSpec) -> Any:
     return zero[()] if leaf.kind == "scalar" else np.broadcast_to(zero, leaf.shape)
 
 
-def _values(manager: CheckpointManager, step: int) -> dict[str, Any]:
+def _values(manager: CheckpointManager, step: int, on_progress: Callable[[int, int], object]) -> dict[str, Any]:
     """Every leaf on the host, by its path in the manifest."""
     manifest = open_catalog(manager.directory).manifest(step)
-    trees = items(manager, step)
-    return {
+    trees = items(manager, step, on_progress=on_progress)
+    found = {
         f"{name}{item.tree.leaves[place].path}": value
         for name, item in manifest.items.items()
         if item.kind == "arrays"
         for place, value in _in_order(item.tree, trees[name])
     }
+    return found | {name: _Bare(value) for name, value in trees.items() if name not in found}
+
+
+class _Bare(NamedTuple):
+    """The value of an item without arrays: JSON or bytes."""
+
+    value: Any
 
 
 def _in_order(tree: TreeSpec, values: Any) -> Iterator[tuple[int, Any]]:
@@ -293,12 +297,16 @@ def _changes(one: Mapping[str, Any], other: Mapping[str, Any], paths: set[str]) 
     return sorted((row for row in rows if row.pop("differs")), key=lambda row: -_number(row["largest_change"]))
 
 
-def _plain(value: Any) -> np.ndarray[Any, Any]:
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Bare):
+        return value
     is_key = isinstance(value, jax.Array) and structure.is_key(value)
     return np.asarray(jax.random.key_data(value) if is_key else value)
 
 
-def _change(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> Facts:
+def _change(one: Any, other: Any) -> Facts:
+    if isinstance(one, _Bare) or isinstance(other, _Bare):
+        return {"differs": one != other, "largest_change": "another value"}
     if one.tobytes() == other.tobytes():
         return {"differs": False}
     if one.dtype.kind == "U":

@@ -78,6 +78,8 @@ def verify(
 ) -> None:
     """Reads every file and every array of a checkpoint. Exits with 1 if there is damage."""
     run, step = places.named(place, step)
+    if every and step is not None:
+        raise ValueError(f"--all verifies every step, and {place} names step {step}: leave one of them out")
     manager = facts.reader(run)
     newest = facts.chosen(manager, step)
     reports = []
@@ -108,7 +110,7 @@ def report_(
     if not output.parent.is_dir():
         raise places.no_directory(str(output.parent))
     if output.exists() and not _is_report(output):
-        asking.confirm(f"replace {output}", {"file": str(output)}, yes=yes, as_json=as_json)
+        asking.confirm(f"replace {output}", {"file": str(output)}, yes=yes, as_json=as_json, hint="")
     with working("reporting"):
         part = output.with_name(f"{output.name}.part")
         part.write_text(f"{report.html(manager).rstrip()}\n{_MARK}", encoding="utf-8")

@@ -46,7 +46,7 @@ def two(words: Sequence[str]) -> list[tuple[str, int | None]]:
         else:
             found.append((found[-1][0], int(word)))
     if len(found) != 2:
-        raise ValueError(f"two checkpoints can be compared, not {len(found)}: RUN@STEP RUN@STEP")
+        raise ValueError(f"diff needs two checkpoints, not {len(found)}: RUN@STEP RUN@STEP")
     return found
 
 

@@ -214,7 +214,8 @@ def difference(found: Facts, every: bool = True, width: int | None = None) -> Re
         columns = [Column("largest change", changes, is_right=True), Column("leaf", paths)]
         parts += [table(columns, width), *map(Text, _more(values, most))]
     same = f"{count_leaves(found['equal_leaves'])} with the same shape and dtype"
-    changed = f"; the values of {len(values)} differ" if "values" in found else ""
+    differ = f"the values of {len(values)} differ" if values else "all values are equal"
+    changed = f"; {differ}" if "values" in found else "; values are not compared (--values)"
     return Group(*parts, Text(same + changed))
 
 

@@ -289,8 +289,8 @@ def _without_extras(manifest: Manifest, refused: StructureDiff) -> str:
         return ""
     some = " and no ".join(extras)
     return (
-        f"step {manifest.step} was saved with no {some}. If an earlier step has it, manager.rewind(STEP) goes back "
-        f"to that step. If no step has it yet, partial=({extras[0]!r},) starts with the template's own value"
+        f"step {manifest.step} was saved with no {some}. If an earlier step has it, manager.rewind(STEP) goes "
+        f"back to that step. If no step has it yet, partial=({extras[0]!r},) starts with the template's own value"
     )
 
 

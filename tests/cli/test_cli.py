@@ -25,7 +25,7 @@ from jax.example_libraries import optimizers as example_libraries
 
 import ckptmgr
 from ckptmgr.cli import doctor, facts, places, tables
-from ckptmgr.cli.app import app
+from ckptmgr.cli.app import app, outcome
 from ckptmgr.testing import assert_trees_equal
 
 COMMAND = ["-c", "from ckptmgr.cli import main; main()"]
@@ -163,7 +163,7 @@ def test_of_what_names_no_step_it_is_said_what_is_wrong(runs):
     for command in ("pin", "unpin", "rm", "trust", "rewind"):
         assert here(command, good) == f"say which step this is: {good}@STEP"
     assert here("distrust", f"{good}@1") == 'say why the step is distrusted: --why "the loss is NaN"'
-    assert "two checkpoints can be compared, not 3" in here("diff", good, 1, 2, 3)
+    assert "diff needs two checkpoints, not 3" in here("diff", good, 1, 2, 3)
     assert "there is no step 9" in here("show", f"{good}@9")
     (runs / "a@b").mkdir()
     with ckptmgr.CheckpointManager(runs / "a@b" / "run") as manager:
@@ -484,3 +484,26 @@ def test_what_takes_longer_than_a_second_shows_a_bar_on_a_terminal(lasts_s, is_s
     os.close(ours)
     assert shown.wait() == 0
     assert (b"verifying" in said, b"50% of 100.0 MB, " in said, b"MB/s" in said) == (is_seen,) * 3, said
+
+
+def test_diff_compares_items_without_arrays_too(tmp_path, capsys):
+    with ckptmgr.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(1, {"w": np.ones(2)}, extras={"rng": {"at": 1}, "blob": b"a"})
+        manager.save(2, {"w": np.ones(2)}, extras={"rng": {"at": 2}, "blob": b"a"})
+        manager.save(3, {"w": np.ones(2)}, extras={"rng": {"at": 2}})
+    run = f"{tmp_path}/run"
+    assert outcome(["diff", f"{run}@1", f"{run}@2", "--json"]) == 0
+    capsys.readouterr()
+    assert outcome(["diff", f"{run}@1", f"{run}@2", "--values", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["values"] == [{"path": "rng", "largest_change": "another value"}]
+    assert outcome(["diff", f"{run}@2", f"{run}@3", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["only_in_first"] == ["blob"]
+    assert outcome(["diff", f"{run}@2", f"{run}@3", "--values"]) == 1
+    assert "all values are equal" in capsys.readouterr().out
+
+
+def test_verify_of_one_step_and_of_all_at_once_is_refused(tmp_path, capsys):
+    with ckptmgr.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(1, {"w": np.ones(2)})
+    assert outcome(["verify", f"{tmp_path}/run@1", "--all"]) == 2
+    assert "names step 1: leave one of them out" in capsys.readouterr().err

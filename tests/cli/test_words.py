@@ -91,7 +91,7 @@ CASES = {
     "export good out3.npz --item weights": 2, "export good out3.npz --item rng": 3, "export bad@2 out3.npz": 3,
     "export bad@3 out3.npz": 3, "export floats@1 out.safetensors": 3, "export good text.foo": 2,
     "export good empty": 2, "export good good/7": 2, "export good link.npz": 2,
-    "export milestones out4.npz --item opt_state": 2, "export later out4.npz": 3, "export good no/such/dir": 0,
+    "export milestones@1 out4.npz --item opt_state": 2, "export later out4.npz": 3, "export good no/such/dir": 0,
     "average good --last 9 -o mean.npz": 2, "average good -o mean.npz": 2, "average good --last 2": 2,
     "average good --last 2 --steps 1 -o mean.npz": 2, "average good --steps 1,2 -o mean.npz": 2,
     "average good --steps 1,x -o mean.npz": 2, "average floats --steps 1,2 -o mean.npz": 2,

@@ -34,7 +34,9 @@ def changes(infos: Sequence[CheckpointInfo]) -> list[Change]:
 
 def _change(before: CheckpointInfo, info: CheckpointInfo) -> Change:
     around = [*_entries(before.metadata, info.metadata), *_entries(before.versions, info.versions)]
-    if before.leaves == info.leaves:  # mostly the same objects: manifests of one run share them
+    if before.leaves == info.leaves and set(before.items) == set(
+        info.items
+    ):  # mostly the same objects: manifests of one run share them
         return Change(info.step, before.step, around=around)
     was, now = _kinds(before), _kinds(info)
     return Change(
@@ -47,7 +49,9 @@ def _change(before: CheckpointInfo, info: CheckpointInfo) -> Change:
 
 
 def _kinds(info: CheckpointInfo) -> dict[str, str]:
-    return {f"{item}{leaf.path}": str(leaf) for item, leaves in info.leaves.items() for leaf in leaves}
+    """What each leaf is, by its path, and each item without arrays by its name."""
+    found = {f"{item}{leaf.path}": str(leaf) for item, leaves in info.leaves.items() for leaf in leaves}
+    return found | {name: "no arrays" for name in info.items if not info.leaves.get(name)}
 
 
 def _entries(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
