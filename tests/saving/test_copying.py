@@ -38,7 +38,7 @@ LEAF = {
     "number": (lambda: 1.0, 2.1),
     "bfloat16": (lambda: jnp.ones(16, jnp.bfloat16), 12),
     "pieces": (pieces, 8 * 7),
-    "key": (lambda: jax.random.key(0), 130),
+    "key": (lambda: jax.random.key(0), 150),
 }
 """A leaf of each kind, and how many Python functions may be called for one. All but one or two are JAX's own."""
 
