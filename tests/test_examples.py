@@ -216,6 +216,8 @@ def test_several_processes_train_as_one_and_go_on(tmp_path):
     assert "done before" in again.stdout
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="`make demo` runs it")
 def test_the_demo_ends_with_every_comparison_equal_and_leaves_what_the_picture_needs(tmp_path):
     command = [sys.executable, EXAMPLES / "demo.py", "--steps", "80", "--save-every", "10", "--keep", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)

@@ -17,7 +17,7 @@ NOISE = {"s3": 0, "gs": 6}
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
 def found(request):
-    command = [sys.executable, "-m", "benchmarks.requests", "--steps=3,30", "--json", "--schemes", request.param]
+    command = [sys.executable, "-m", "benchmarks.requests", "--steps=3,12", "--json", "--schemes", request.param]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=230)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)[request.param]
@@ -27,8 +27,8 @@ def number(counts):
     return sum(counts["caller"].values()) + sum(counts["background"].values())
 
 
-def test_a_call_makes_as_many_requests_with_30_steps_as_with_3(found, request):
-    few, many = found["3"], found["30"]
+def test_a_call_makes_as_many_requests_with_12_steps_as_with_3(found, request):
+    few, many = found["3"], found["12"]
     assert len(few) > 10
     noise = NOISE[request.node.callspec.params["found"]]
     differs = {
@@ -40,11 +40,11 @@ def test_a_call_makes_as_many_requests_with_30_steps_as_with_3(found, request):
 
 
 def test_no_call_of_save_waits_for_a_request(found):
-    saves = [call for call in found["30"] if call.startswith(("declined", "save", "first save"))]
+    saves = [call for call in found["12"] if call.startswith(("declined", "save", "first save"))]
     assert len(saves) > 5
-    assert {call: found["30"][call]["caller"] for call in saves} == {call: {} for call in saves}
+    assert {call: found["12"][call]["caller"] for call in saves} == {call: {} for call in saves}
     for call in saves:
-        assert (number(found["30"][call]) == 0) == call.startswith("declined")
+        assert (number(found["12"][call]) == 0) == call.startswith("declined")
 
 
 def test_few_requests_of_a_save_and_of_a_restore_wait_for_another():
@@ -66,6 +66,6 @@ def test_few_requests_of_a_save_and_of_a_restore_wait_for_another():
 
 
 def test_the_infos_of_a_run_take_one_listing_and_one_read_of_each_manifest(found):
-    assert found["30"]["infos, the first"]["caller"] == {"list": 1, "read": 30}
-    assert found["30"]["infos, again"]["caller"] == {"list": 1}
-    assert found["30"]["steps()"]["caller"] == {"list": 1}
+    assert found["12"]["infos, the first"]["caller"] == {"list": 1, "read": 12}
+    assert found["12"]["infos, again"]["caller"] == {"list": 1}
+    assert found["12"]["steps()"]["caller"] == {"list": 1}

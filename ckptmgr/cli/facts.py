@@ -212,7 +212,8 @@ def difference(
         total = before + after
         values_of_one = _values(*one, lambda done, _: on_progress(done, total))
         values_of_other = _values(*other, lambda done, _: on_progress(before + done, total))
-        found["values"] = _changes(values_of_one, values_of_other, set(shared) - set(changed))
+        comparable = values_of_one.keys() & values_of_other.keys()  # an item that is not read has no value
+        found["values"] = _changes(values_of_one, values_of_other, comparable.difference(changed))
     found["equal"] = not any(
         found[name] for name in ("only_in_first", "only_in_second", "changed", "values") if name in found
     )
@@ -277,7 +278,7 @@ def _values(manager: CheckpointManager, step: int, on_progress: Callable[[int, i
         if item.kind == "arrays"
         for place, value in _in_order(item.tree, trees[name])
     }
-    return found | {name: _Bare(value) for name, value in trees.items() if name not in found}
+    return found | {name: _Bare(value) for name, value in trees.items() if manifest.items[name].kind != "arrays"}
 
 
 class _Bare(NamedTuple):

@@ -380,7 +380,7 @@ def in_mirror(home, away, *steps):
 def test_each_process_of_a_job_copies_what_it_wrote(count, place, home, request, tmp_path, monkeypatch):
     away = at(place, request, tmp_path)
     monkeypatch.setenv("CKPTMGR_MIRROR", away)
-    found = copied(start_job(count, str(home), "mirrored", "1", "2", devices=1))
+    found = copied(start_job(count, str(home), "mirrored", "1", "2", devices=1, timeout_s=60.0))
     assert in_mirror(home, Path(away) if place == "disk" else away, 1, 2)
     everything = {f"{step}/{name}" for step in (1, 2) for name in files.walk(epath.Path(home) / str(step))[1]}
     assert sorted(name for one in found for name in one) == sorted(
