@@ -145,7 +145,8 @@ def test_noise_in_the_steps_does_not_move_the_share(disk, seed):
 
 
 @pytest.mark.parametrize("hiccup", [0.0, 0.01])
-@pytest.mark.parametrize("stall", [3, 30, 300])
+@pytest.mark.soak
+@pytest.mark.parametrize("stall", [3, 30, 300][: counted(2, full=3)])
 def test_a_few_very_long_steps_beside_a_save_are_its_cost_also_among_hiccups_of_the_machine(stall, hiccup):
     """On a busy machine a save may stop a short step for many times its length. What is uncertain costs more."""
     disk = Disk(blocked_s=0.001, write_s=0.05, slowing=1.0, step_s=0.005, stall_s=stall * 0.005, hiccup=hiccup)

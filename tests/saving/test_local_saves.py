@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import counted, free_port, on_servers
+from conftest import SOAK, counted, free_port, on_servers
 from etils import epath
 from test_job import end
 
@@ -149,6 +149,8 @@ def test_any_one_machine_may_be_lost_at_any_moment(machines, seed):
     assert straight.digests == {**known, **found[0].digests}
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="four machines, three times")
 def test_two_neighbours_or_all_are_lost(four):
     machines, digests = four
     machines.wipe(1, 2)
