@@ -15,6 +15,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jax.sharding import AxisType
 
+from ckptmgr.processes import background
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts with `&`
     signal.signal(signal.SIGINT, signal.default_int_handler)
 guard.install()
@@ -23,6 +25,13 @@ settings.register_profile("ci", deadline=None, suppress_health_check=list(Health
 settings.load_profile("ci")
 
 SOAK = bool(os.environ.get("CKPTMGR_SOAK"))
+
+
+in_background = pytest.mark.skipif(
+    not background.CAN_OUTLIVE_MAIN, reason="on CPython 3.12.0 to 3.12.2 a process saves synchronously"
+)
+"""For tests of processes that save in the background."""
+background.CAN_OUTLIVE_MAIN = True  # for managers in the process of the tests, which saves nothing as it ends
 
 
 def counted(few: int, full: int) -> int:

@@ -17,7 +17,7 @@ import faults
 import matplotlib.pyplot as plt
 import pytest
 import warm
-from conftest import SOAK, counted, free_port
+from conftest import SOAK, counted, free_port, in_background
 from prometheus_client.parser import text_string_to_metric_families
 from tensorboardX.proto.event_pb2 import Event
 
@@ -148,6 +148,7 @@ def checkpoint(row):
     return row["step"], row["checkpoint/loss"], has_costs
 
 
+@in_background
 def test_prometheus_reads_what_the_last_checkpoint_was_and_what_failed(tmp_path, monkeypatch):
     module, port, seen = importlib.import_module("prometheus_metrics"), free_port(), {}
     train_step = module.train_step

@@ -11,7 +11,7 @@ import member
 import numpy as np
 import pytest
 import trainer
-from conftest import ON_SERVERS, counted
+from conftest import ON_SERVERS, counted, in_background
 from etils import epath
 from test_crash import last
 from test_crash import run as train
@@ -261,6 +261,7 @@ AFTER = ("choose", "delete", "remove")  # once a step is committed
 SLOW = [(place, point) for point in ("arrays", "description", "file", *AFTER) for place in PLACES]
 
 
+@in_background
 @pytest.mark.soak
 @pytest.mark.parametrize(("run", "point"), SLOW[:: counted(7, full=1)], ids=str, indirect=["run"])
 def test_while_a_slow_server_is_waited_for_whole_steps_alone_are_listed(run, point, monkeypatch):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import in_background
 
 from benchmarks import requests
 
@@ -39,6 +40,7 @@ def test_a_call_makes_as_many_requests_with_12_steps_as_with_3(found, request):
     assert not differs
 
 
+@in_background
 def test_no_call_of_save_waits_for_a_request(found):
     saves = [call for call in found["12"] if call.startswith(("declined", "save", "first save"))]
     assert len(saves) > 5

@@ -9,7 +9,7 @@ import interrupted
 import moments
 import numpy as np
 import pytest
-from conftest import counted
+from conftest import counted, in_background
 
 from ckptmgr import CheckpointManager, CheckpointTimeoutError
 from ckptmgr.format import names
@@ -59,6 +59,7 @@ raise KeyboardInterrupt
 """
 
 
+@in_background
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_while_the_last_save_is_waited_for_is_asked_for_twice(tmp_path, presses):
     process = subprocess.Popen(

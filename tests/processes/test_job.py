@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import warm
-from conftest import counted, free_port, visible
+from conftest import counted, free_port, in_background, visible
 from test_crash import last, rest
 
 import ckptmgr
@@ -175,6 +175,7 @@ def check_killed(fault, told, directory):
     assert set(visible(directory)) <= {"1", "2"}
 
 
+@in_background
 @pytest.mark.soak
 @pytest.mark.parametrize(
     ("slow", "fault", "at"),
@@ -210,11 +211,13 @@ def test_a_call_that_one_process_leaves_out_is_told_by_its_step_and_the_job_goes
     assert said == [["1 True", "3 True", "5 True", "steps 1 3 5"]] * 2
 
 
+@in_background
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_save_waits_for_no_other_process_and_asks_nobody_anything(count, tmp_path):
     assert finish(start(count, tmp_path, "apart", devices=1)) == ["apart True []"] * count
 
 
+@in_background
 def test_processes_that_have_left_out_calls_are_together_again_two_calls_later(tmp_path):
     said = lines(start(2, tmp_path, "attempt", "1", "2:0", "3", "4", "5", "6", timeout_s=600))
     told = [[line for line in one if "Error" in line] for one in said]
@@ -223,6 +226,7 @@ def test_processes_that_have_left_out_calls_are_together_again_two_calls_later(t
     assert [one[-1] for one in said] == ["steps 1 5 6"] * 2
 
 
+@in_background
 def test_a_failure_that_one_process_knows_is_raised_in_all_and_the_next_save_works(tmp_path):
     faults = {0: "fail publish 2", 1: "full arrays 3"}  # at step 2 and at step 4
     said = lines(start(2, tmp_path, "attempt", "1", "1", "2", "3", "4", "5", "6", faults=faults))

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from conftest import counted, free_port
+from conftest import counted, free_port, in_background
 from jax._src.lib import _jax
 from test_job import end, finish, start
 
@@ -132,6 +132,7 @@ def test_a_message_names_some_of_a_thousand_processes():
     assert job.spell(range(1, 1001)) == f"processes {', '.join(map(str, range(1, 17)))} and 984 more"
 
 
+@in_background
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_large_job_loses_a_process_in_a_save_and_its_next_start_goes_on_from_the_last_step(tmp_path):

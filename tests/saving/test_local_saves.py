@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import SOAK, counted, free_port, on_servers
+from conftest import SOAK, counted, free_port, in_background, on_servers
 from etils import epath
 from test_job import end
 
@@ -331,6 +331,7 @@ with ckptmgr.CheckpointManager(sys.argv[1]) as manager:
 """
 
 
+@in_background
 @on_servers
 def test_before_a_slow_bucket_saves_go_on_as_with_a_disk_and_none_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
