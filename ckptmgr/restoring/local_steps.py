@@ -55,27 +55,27 @@ class LocalSteps:
         with contextlib.ExitStack() as closing:
 
             def gather() -> Gathering:
-                with _had(step):
+                with _as_damage(step):
                     return closing.enter_context(contextlib.closing(nearby.gather(found)))
 
             yield job.together(Call(f"the parts of step {step}"), gather)
 
 
 @contextlib.contextmanager
-def _had(step: int) -> Iterator[None]:
-    """What goes wrong with the parts of a local step is damage of it."""
+def _as_damage(step: int) -> Iterator[None]:
+    """Raises what goes wrong with the parts of a local step as damage of that step."""
     try:
         yield
     except CheckpointError:
         raise
     except (OSError, ValueError) as problem:  # a machine that is gone since, or a file
-        why = f"local step {step}: a part cannot be had: {problem}"
+        why = f"local step {step}: a part cannot be fetched: {problem}"
         raise CorruptCheckpointError(why, step=step) from problem
 
 
 def get_parts(parts: Gathering, manifest: manifests.Manifest, plan: Plan) -> None:
     """Gets the parts of a local step that this process needs."""
-    with _had(manifest.step):
+    with _as_damage(manifest.step):
         for name, source in plan.sources.items():
             item = manifest.items[name]
             if item.processes > 1:  # each process had its own

@@ -239,9 +239,10 @@ class Saver:
         return composed
 
     def _warn_of_items_left_out(self, step: int, names: Collection[str]) -> None:
-        """Says it once if a step lacks an item that the step before has: a resume will probably ask for it."""
+        """Warns if a step lacks an item that the step before has: a resume will probably ask for it."""
         before, had = self._named
-        if left_out := sorted(set(had) - set(names)):
+        left_out = sorted(set(had) - set(names))
+        if left_out and self._job.leads:
             _log.warning(
                 "step %d is saved without %s, which step %d has: a restore that asks for it is refused. If that "
                 "is not meant, pass it to this call of save too", step, " and ".join(left_out), before,
