@@ -35,6 +35,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from warm import say
 
 
 def state(step):
@@ -80,10 +81,6 @@ def check(found, step):
     for name, bits in key_bits(step).items():
         for shard in jax.random.key_data(found[name]).addressable_shards:
             assert np.array_equal(np.asarray(shard.data), bits[shard.index]), name
-
-
-def say(*words):
-    print(*words, flush=True)
 
 
 def save(directory, mesh, *steps):

@@ -17,6 +17,8 @@ import os
 import sys
 import time
 
+from warm import say
+
 
 class Counter:
     """An iterator of one process."""
@@ -29,10 +31,6 @@ class Counter:
 
     def set_state(self, state):
         self.at = state["at"]
-
-
-def say(*what):
-    print(*what, flush=True)
 
 
 def start(mesh, axes):

@@ -21,6 +21,7 @@ import faults
 import jax
 import jax.numpy as jnp
 import numpy as np
+from warm import say
 
 import ckptmgr
 
@@ -36,10 +37,6 @@ def step_of(params):
     (step,) = {int(value) // 1000 for leaf in params.values() for value in np.unique(leaf)}
     assert all((np.asarray(params[f"w{i}"]) == step * 1000 + i).all() for i in range(LEAVES))
     return step
-
-
-def say(*words):
-    print(*words, flush=True)
 
 
 def commits(number):

@@ -94,6 +94,11 @@ class Process:
         return said[self.stdout], said[self.stderr]
 
 
+def say(*words):
+    """Prints a line in one piece, also where Python does not buffer: it is there whole, or not at all."""
+    print(" ".join(map(str, words)) + "\n", end="", flush=True)
+
+
 @functools.cache
 def _server():
     """One for this process, and to its end."""
