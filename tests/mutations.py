@@ -790,6 +790,16 @@ MUTATIONS = [
         'tests/test_odd_files.py::test_a_process_that_may_open_no_more_files_says_so_and_passes_nothing_over',
     ),
     Mutation(
+        "13b", "gcsfs waits for a server without an end",
+        "format/objects.py", "        if client.requests_timeout is None:\n", "        if False:\n",
+        "tests/format/test_objects.py::test_a_request_that_is_never_answered_is_sent_again",
+    ),
+    Mutation(
+        "13b", "TensorStore waits for a server without an end",
+        "format/objects.py", "os.environ.setdefault(", "{}.setdefault(",
+        "tests/format/test_objects.py::test_a_request_that_is_never_answered_is_sent_again",
+    ),
+    Mutation(
         "14a", "what the processes save is not compared",
         "processes/job.py", "        if is_other:\n", "        if False:\n",
         "tests/processes/test_job.py::test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_written",

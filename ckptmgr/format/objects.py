@@ -20,6 +20,7 @@ import email.utils
 import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -29,6 +30,8 @@ from etils.epath import backend
 from fsspec import asyn
 
 _AT_ONCE = 64
+_SILENT_S = 60
+"""A request that is not answered for so long is sent again; gcsfs and TensorStore would wait without an end."""
 _MD5 = re.compile("[0-9a-f]{32}")
 
 
@@ -96,6 +99,8 @@ class Objects(Protocol):
 
 def open_objects(path: epath.Path) -> Objects:
     """The objects of the bucket in which this path is."""
+    for name, value in (("TIME_SECONDS", _SILENT_S), ("LIMIT_BYTES", 1)):  # TensorStore has no other option for it
+        os.environ.setdefault(f"TENSORSTORE_CURL_LOW_SPEED_{name}", str(value))
     client = client_of(path)
     bucket = client._strip_protocol(str(path)).partition("/")[0]
     return _Gcs(client, bucket) if str(path).startswith("gs://") else _S3(client, bucket)
@@ -139,6 +144,7 @@ class _S3:
     def __init__(self, client: Any, bucket: str) -> None:
         self._client, self.bucket = client, bucket
         client.config_kwargs.setdefault("max_pool_connections", _AT_ONCE)  # else 10, and the others wait for them
+        client.config_kwargs.setdefault("read_timeout", _SILENT_S)
 
     def list(self, prefix: str, delimiter: str) -> Listing:
         self._client.invalidate_cache()  # others write there too
@@ -216,7 +222,11 @@ class _S3:
 
 class _Gcs:
     def __init__(self, client: Any, bucket: str) -> None:
+        import aiohttp  # it comes with gcsfs
+
         self._client, self.bucket = client, bucket
+        if client.requests_timeout is None:
+            client.requests_timeout = aiohttp.ClientTimeout(sock_connect=_SILENT_S, sock_read=_SILENT_S)
 
     def list(self, prefix: str, delimiter: str) -> Listing:
         self._client.invalidate_cache()  # others write there too

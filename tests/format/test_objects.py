@@ -1,11 +1,17 @@
 """The objects of a bucket, on servers on this machine."""
 
+import contextlib
+import os
+import socket
+import threading
 import uuid
 
 import pytest
+import warm
 from conftest import ON_SERVERS, counted
 from etils import epath
 
+from benchmarks import counting
 from ckptmgr.format import files, objects
 from ckptmgr.run import transfer
 
@@ -74,3 +80,59 @@ def test_what_another_has_written_is_not_written_over_and_the_same_twice_is_no_e
     with pytest.raises(FileExistsError, match="was written by another process meanwhile"):
         objects.create(folder / "one", b"2")
     assert {name: found.size for name, found in objects.below(folder).items()} == {"one": 1}
+
+
+# ---------------------------------------------------------------- a server that is silent
+
+ASKS = """
+import os
+import sys
+import tensorstore as ts
+from etils import epath
+from ckptmgr.format import objects
+
+objects._SILENT_S = 1
+scheme, port = sys.argv[1:]
+store = objects.open_objects(epath.Path(f"{scheme}://bucket/run"))
+if scheme == "s3":
+    spec = {"driver": "s3", "endpoint": f"http://localhost:{port}", "aws_region": "us-east-1"}
+else:
+    spec = {"driver": "gcs"}
+print(store.fetch("run/key"))
+print(ts.KvStore.open(spec | {"bucket": "bucket"}).result().read("run/key").result().state)
+"""
+
+
+@contextlib.contextmanager
+def every_other_connection_unanswered():
+    """The port of a server that has nothing; yields also how many have connected."""
+    with socket.create_server(("localhost", 0)) as listener:
+        silent, count = [], 0
+
+        def serve():
+            nonlocal count
+            with contextlib.suppress(OSError):  # the end of the test
+                while True:
+                    client, _ = listener.accept()
+                    count += 1
+                    if count % 2:
+                        silent.append(client)
+                        continue
+                    with client:
+                        client.recv(1 << 16)
+                        client.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1], lambda: count
+        for client in silent:
+            client.close()
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_request_that_is_never_answered_is_sent_again(scheme):
+    """By each of the two clients of a bucket: that of the small files, and TensorStore."""
+    with every_other_connection_unanswered() as (port, count):
+        environment = os.environ | counting.environment(port, port)
+        done = warm.run(["-c", ASKS, scheme, port], env=environment, timeout=30)
+    assert done.stdout.split() == ["None", "missing"], done.stderr
+    assert count() == 4
