@@ -158,8 +158,18 @@ def _handler(proxy: Proxy, port: int) -> type[BaseHTTPRequestHandler]:
 
 _BIN = Path(sys.executable).parent
 _GCS = """
-import sys
-from gcp_storage_emulator import __main__, storage
+import sys, threading
+from gcp_storage_emulator import __main__, server, storage
+
+class InTurn(server.Router):
+    turn = threading.Lock()
+
+    def handle(self, method):
+        with self.turn:
+            super().handle(method)
+
+server.Router = InTurn
+server.server.HTTPServer = server.server.ThreadingHTTPServer  # else one that connects, and is stopped, has it
 storage.Storage._write_config_to_file = lambda self: None  # it writes a list of all objects, in memory, each time
 __main__.main(["start", "--host=localhost", f"--port={sys.argv[1]}", "--in-memory", "--default-bucket=bucket"])
 """
