@@ -42,6 +42,7 @@ def test_a_broken_guarantee_is_noticed(mutation, tmp_path):
     file.write_text(file.read_text().replace(mutation.old, mutation.new))
     options = ["-n", "0", "-x", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
     options += ["--basetemp", tmp_path / "tests"]  # else pytest closes the folder of the other tests
+    options += ["--hypothesis-seed=0"]  # what is noticed today is noticed tomorrow
     bounded = ["sh", "-c", 'ulimit -v 12000000; exec "$@"', "sh"]  # a device without an end is read, say
     command = [*bounded, sys.executable, "-m", "pytest", *options, f"{ROOT}/{mutation.test}"]
     found = {name: value for name, value in os.environ.items() if name != "CKPTMGR_SOAK"}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import counted
 from etils import epath
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import ckptmgr
@@ -29,6 +29,8 @@ groups = st.builds(Group, st.integers(1, 3), st.integers(0, 3), st.integers(0, 5
 
 
 @given(st.lists(st.sets(st.tuples(groups, st.integers(0, 3))), min_size=1, max_size=4))
+@example([{(Group(2, 0, 5, 1), 0), (Group(1, 0, 4, 1), 0)}])  # an earlier start
+@example([{(Group(1, 1, 4, 1), 0), (Group(1, 0, 5, 1), 0)}])  # a higher step, saved before
 def test_a_step_is_complete_if_each_part_of_one_save_is_somewhere(machines):
     reports = [
         {Part(group, process): 10.0 * process for group, process in parts if process < group.processes}
