@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import counted
 
 from benchmarks import (
     before,
@@ -35,12 +36,16 @@ from benchmarks import (
 ROOT = Path(__file__).parents[1]
 PEERS = {"ckptmgr", "orbax", "pickle", "pickle-fsync", "safetensors"}  # torch only where it is installed
 
+WORKLOADS = counted(["tiny", "gpt2-sharded"], full=["tiny", "many", "big", "gpt2", "gpt2-sharded"])
+SERIES = counted(["leaves", "bytes", "training"], full=[*plan.SERIES])
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     data = tmp_path_factory.mktemp("data")
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--out", out, "--dir", data]
+    parts = [f"--workloads={','.join(WORKLOADS)}", f"--series={','.join(SERIES)}"]
+    command = [sys.executable, "-m", "benchmarks", "--quick", *parts, "--out", out, "--dir", data]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr  # it is 1 if one peer restored other bits than it saved
     assert list(data.iterdir()) == []  # whatever was written for the measurements is gone
@@ -70,11 +75,12 @@ def knows_predecessor():
         return False  # an sdist, or a clone without history
 
 
+@pytest.mark.soak
 @pytest.mark.xdist_group("benchmarks")
 def test_every_peer_is_measured_on_every_workload_and_restores_the_bits_it_saved(out):
     results = json.loads((out / "results.json").read_text())
     found = PEERS | ({"before"} if knows_predecessor() else set())
-    assert set(results["workloads"]) == {"tiny", "many", "big", "gpt2", "gpt2-sharded"}
+    assert list(results["workloads"]) == WORKLOADS
     for name, workload in results["workloads"].items():
         assert set(workload["peers"]) >= found, name
         for peer, figures in workload["peers"].items():
@@ -83,7 +89,7 @@ def test_every_peer_is_measured_on_every_workload_and_restores_the_bits_it_saved
             assert all(number > 0 for time in measure.TIMES for number in numbers(figures[time])), (name, peer)
             assert figures["disk_bytes"] > 0
             assert figures["files"] > 0
-    assert set(results["series"]) == set(plan.SERIES)
+    assert list(results["series"]) == SERIES
     assert all(numbers(series) for series in results["series"].values())
     assert {"cpu", "cores", "file_system", "kernel"} <= set(results["machine"])
     assert all(isinstance(row["measured"], float | int) for row in results["budgets"])
@@ -243,9 +249,12 @@ def test_what_a_bucket_costs_is_measured_beside_tensorstore_alone(tmp_path):
     assert (tmp_path / "latency.txt").read_text().strip() == done.stdout.strip()
 
 
+@pytest.mark.soak
 @pytest.mark.xdist_group("benchmarks")
 @pytest.mark.parametrize(
-    "what", [["reuse", "--steps=3"], ["options", "--workloads=few", "--repeats=3"]], ids=" ".join
+    "what",
+    [["reuse", "--steps=3"], ["options", "--workloads=few", "--repeats=3"]][: counted(1, full=2)],
+    ids=" ".join,
 )
 def test_what_an_option_costs_and_saves_is_measured(what, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{what[0]}", *what[1:], "--out", tmp_path]

@@ -65,7 +65,7 @@ def test_digits_goes_on_with_its_data_and_its_dropout(tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", RUNS[:: counted(2, full=1)])
+@pytest.mark.parametrize("name", RUNS[:: counted(4, full=1)])
 def test_each_example_runs_as_a_script_and_again(tmp_path, name):
     for _ in range(2):
         done = warm.run(["-W", "error", EXAMPLES / f"{name}.py", tmp_path / "run"])

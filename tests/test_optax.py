@@ -174,7 +174,7 @@ def test_every_transformation_comes_back_exactly_and_goes_on(save, name):
 
 MODES = itertools.product(("compiled", "eager"), ("float32", "bfloat16", "float64"))
 CASES = list(itertools.product(FOUND, MODES))
-EVERY = counted(71, 1)  # coprime to the number of modes: the sample of `make test` has all of them
+EVERY = counted(143, 1)  # coprime to the number of modes: the sample of `make test` has all of them
 
 
 @contextlib.contextmanager
@@ -199,7 +199,7 @@ OPTIONS = [(name, option) for name, make in FOUND.items() for option in transfor
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("name", "option"), OPTIONS[:: counted(29, 1)])
+@pytest.mark.parametrize(("name", "option"), OPTIONS[:: counted(61, 1)])
 def test_every_option_that_a_rule_knows_another_value_for(save, name, option):
     value = transformations.options(FOUND[name])[option]
     check(save, accepted(FOUND[name], transformations.training(FOUND[name]), **{option: value}), name)

@@ -259,7 +259,7 @@ LAYOUTS = [
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("names", "options"), LAYOUTS[:: counted(2, full=1)], ids=str)
+@pytest.mark.parametrize(("names", "options"), LAYOUTS[:: counted(3, full=1)], ids=str)
 def test_onto_other_machines_processes_and_meshes(four, names, options):
     machines, digests = four
     own = {"own": False} if len(names) != 4 else {}
