@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import counted
+from conftest import SOAK, counted
 
 from benchmarks import (
     before,
@@ -186,6 +186,8 @@ def test_a_budget_is_met_missed_or_not_judged():
     assert [verdict(0.1, uncertainty=0.01), verdict(0.1, uncertainty=0.1)] == [True, None]
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="it takes a run of all workloads and series")
 @pytest.mark.xdist_group("benchmarks")
 def test_every_budget_that_can_be_judged_alone_is_in_a_run_of_budgets(out):
     """`--budgets` leaves out workloads and series, and no budget but those of the larger models' memory."""
