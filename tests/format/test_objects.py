@@ -85,7 +85,6 @@ def test_what_another_has_written_is_not_written_over_and_the_same_twice_is_no_e
 # ---------------------------------------------------------------- a server that is silent
 
 ASKS = """
-import os
 import sys
 import tensorstore as ts
 from etils import epath
