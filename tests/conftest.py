@@ -1,5 +1,9 @@
 """Every test runs with eight CPU devices, and with what one process saves read by the next."""
 
+import contextlib
+import ctypes
+import gc
+import itertools
 import math
 import os
 import signal
@@ -37,6 +41,18 @@ background.CAN_OUTLIVE_MAIN = True  # for managers in the process of the tests, 
 def counted(few: int, full: int) -> int:
     """How often a long check is repeated: `few` times in `make test`, `full` times in `make soak`."""
     return full if SOAK else few
+
+
+ENDED = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Memory goes back to the system now and then: tests compile much, and glibc keeps what is freed."""
+    if next(ENDED) % 100 == 0:
+        jax.clear_caches()
+        gc.collect()
+        with contextlib.suppress(AttributeError):  # only glibc has it
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def visible(directory):

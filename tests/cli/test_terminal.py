@@ -40,6 +40,11 @@ def lines(screen):
     return terminal.plain(screen).splitlines()
 
 
+def ageless(shown):
+    """The words of each line without the ages of steps, which go on, and make their column wider when they do."""
+    return [re.sub(r" \d+ (s|min) ", " ", line).split() for line in shown.splitlines()]
+
+
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_what_is_shown_fits_the_terminal(made, columns, look):
@@ -51,7 +56,7 @@ def test_what_is_shown_fits_the_terminal(made, columns, look):
         shown = [line for line in lines(done.screen) if str(made) not in line]  # which may be longer than the line
         assert max(map(cell_len, shown)) <= columns
         broken = {word for line in shown for word in line.split() if not word.endswith("…")} - whole
-        assert not {word for word in broken if not word.isdecimal()}  # the age of a step goes on
+        assert not {word for word in broken - {"s", "min"} if not word.isdecimal()}  # the age of a step goes on
         assert ("\x1b[" in done.screen) == (look != "dumb")
         assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", done.screen)) == (look == "colour" and words[0] == "ls")
 
@@ -78,7 +83,7 @@ def test_ls_has_one_line_for_a_step_and_names_what_it_leaves_out(made, columns):
 
 def test_a_pipe_gets_every_column_whatever_the_environment_says(made):
     narrow, wide = (terminal.piped("ls", made, env={"COLUMNS": width}).out for width in ("40", "200"))
-    assert re.sub(r" +\d+ s ", " ", narrow) == re.sub(r" +\d+ s ", " ", wide)
+    assert ageless(narrow) == ageless(wide)
     for word in (*METRICS, "12345.7", "on disk", "every 1000 steps", "best loss [val]", str(made)):
         assert word in wide
 
