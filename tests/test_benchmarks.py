@@ -252,11 +252,10 @@ def test_what_a_bucket_costs_is_measured_beside_tensorstore_alone(tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="half a minute of measuring")
 @pytest.mark.xdist_group("benchmarks")
 @pytest.mark.parametrize(
-    "what",
-    [["reuse", "--steps=3"], ["options", "--workloads=few", "--repeats=3"]][: counted(1, full=2)],
-    ids=" ".join,
+    "what", [["reuse", "--steps=3"], ["options", "--workloads=few", "--repeats=3"]], ids=" ".join
 )
 def test_what_an_option_costs_and_saves_is_measured(what, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{what[0]}", *what[1:], "--out", tmp_path]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import SOAK
 
 import ckptmgr
 from benchmarks import cadence, month
@@ -94,6 +95,8 @@ def test_the_month_is_simulated_and_drawn(tmp_path):
     assert (tmp_path / "month.png").stat().st_size > 1000
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="20 seconds of measuring")
 @pytest.mark.xdist_group("benchmarks")
 def test_the_loop_is_measured(tmp_path):
     said = run("benchmarks.cadence", "--seconds=2", "--width=64", "--out", tmp_path)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import SOAK
 
 from benchmarks import local, local_day, month
 from benchmarks.local_day import DURABLE_EVERY, LOCAL, STEP_S, STORAGES, Tier
@@ -108,6 +109,8 @@ def test_of_a_killed_process_and_its_directory_less_is_lost_with_local_saves(tmp
     assert {path.name for path in (tmp_path / "machines" / "local").iterdir()} == set("0123")  # 2 came back
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="20 seconds of measuring")
 @pytest.mark.xdist_group("benchmarks")
 def test_the_command_measures_what_local_saves_cost(tmp_path):
     command = [sys.executable, "-m", "benchmarks.local", "--width=32", "--rounds=1", "--days=1", "--steps=3",

@@ -34,7 +34,7 @@ def test_every_sentence_and_every_mutation_is_listed():
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    "mutation", MUTATIONS[1::40] if not SOAK else MUTATIONS, ids=lambda mutation: mutation.what
+    "mutation", MUTATIONS[1::60] if not SOAK else MUTATIONS, ids=lambda mutation: mutation.what
 )
 def test_a_broken_guarantee_is_noticed(mutation, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "ckptmgr")

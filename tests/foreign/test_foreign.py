@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("kill", KILLS[: counted(1, full=len(KILLS))])
-@pytest.mark.parametrize("name", [*PROGRAMS, "keras_callback"])
+@pytest.mark.parametrize("name", [*PROGRAMS, "keras_callback"][:: counted(2, full=1)])
 def test_a_program_that_was_killed_ends_as_one_that_was_not(run, name, kill):
     found = run(name, kill, folder=EXAMPLES if name == "keras_callback" else HERE)
     assert 0 < resumed_from(found["resumed"]) < 7
