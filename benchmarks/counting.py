@@ -221,6 +221,7 @@ def environment(gs: int, s3: int) -> dict[str, str]:
         "STORAGE_EMULATOR_HOST": f"http://localhost:{gs}",
         "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{gs}",
         "NO_GCE_CHECK": "true",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask Google for the kind of bucket at each read
         "AWS_ENDPOINT_URL": f"http://localhost:{s3}",
         "AWS_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": "test",

@@ -37,11 +37,10 @@ def run(directory, steps, *how, fault=""):
 
 def rest(process):
     """What it says to its end. (`communicate` would miss what was read ahead with a line before.)"""
-    out, err = process.stdout.read(), process.stderr.read()
-    process.wait(60)
-    process.stdout.close()
-    process.stderr.close()
-    return out, err
+    with process.stdout, process.stderr:
+        out = process.stdout.read()
+        process.wait(60)
+        return out, process.stderr.read()
 
 
 def last(said, word):

@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -39,18 +40,22 @@ def run(words, env=None, cwd=None, timeout=120):
 
 
 class Process:
-    """What tests use of a `subprocess.Popen` with pipes for text."""
+    """What tests use of a `subprocess.Popen` with a pipe for what it says, and a file for its errors.
+
+    A pipe fills up if nobody reads it, and then the process stands still.
+    """
 
     def __init__(self, words, env, cwd):
         self.args, self.returncode = words, None
         self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        (out, out_end), (err, err_end) = os.pipe(), os.pipe()
-        self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
+        out, out_end = os.pipe()
+        self.stdout = os.fdopen(out)
         request = json.dumps({"words": words, "env": env, "cwd": cwd}).encode()
-        socket.send_fds(_server(), [request], [out_end, err_end, status.fileno()])
+        with tempfile.NamedTemporaryFile() as errors:
+            self.stderr = open(errors.name)  # noqa: SIM115  (whoever reads it closes it)
+            socket.send_fds(_server(), [request], [out_end, errors.fileno(), status.fileno()])
         status.close()
         os.close(out_end)
-        os.close(err_end)
         self.pid = int(self._status.recv(32))
 
     def poll(self):
@@ -77,21 +82,15 @@ class Process:
 
     def communicate(self, timeout=None):
         """All that it says to its end."""
-        said, ends = {}, time.monotonic() + (threading.TIMEOUT_MAX if timeout is None else timeout)
-        readers = [
-            threading.Thread(target=lambda file=file: said.update({file: file.read()}), daemon=True)
-            for file in (self.stdout, self.stderr)
-        ]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join(max(ends - time.monotonic(), 0))
-        if len(said) < 2:
+        said, started = [], time.monotonic()
+        reader = threading.Thread(target=lambda: said.append(self.stdout.read()), daemon=True)
+        reader.start()
+        reader.join(timeout)
+        if not said:
             raise subprocess.TimeoutExpired(self.args, timeout)
-        self.wait(None if timeout is None else max(ends - time.monotonic(), 0))
-        self.stdout.close()
-        self.stderr.close()
-        return said[self.stdout], said[self.stderr]
+        self.wait(None if timeout is None else max(started + timeout - time.monotonic(), 0))
+        with self.stdout, self.stderr:
+            return said[0], self.stderr.read()
 
 
 def say(*words):
