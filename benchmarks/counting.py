@@ -169,7 +169,7 @@ class InTurn(server.Router):
             super().handle(method)
 
 server.Router = InTurn
-server.server.HTTPServer = server.server.ThreadingHTTPServer  # one after the other, a stopped client blocks all
+server.server.HTTPServer = server.server.ThreadingHTTPServer  # without threads a stopped client blocks all others
 storage.Storage._write_config_to_file = lambda self: None  # it writes a list of all objects, in memory, each time
 __main__.main(["start", "--host=localhost", f"--port={sys.argv[1]}", "--in-memory", "--default-bucket=bucket"])
 """

@@ -41,7 +41,7 @@ def lines(screen):
 
 
 def ageless(shown):
-    """The words of each line without the ages of steps, which go on, and make their column wider when they do."""
+    """The words of each line without the ages of the steps, which grow between two calls."""
     return [re.sub(r" \d+ (s|min) ", " ", line).split() for line in shown.splitlines()]
 
 

@@ -56,7 +56,10 @@ class Holder:
         return None
 
     def stop(self):
-        """On gs:// between two renewals: the server here knows no conditions, and would take half of one later."""
+        """On gs:// between two renewals: stopped within one, it would take the claim back when it goes on.
+
+        (The server for gs:// knows no conditions.)
+        """
         if self.run.startswith("gs://"):
             first = last = held(self.run)["written"]
             while last == first or time.time() - last < LEASE_S / 10:
