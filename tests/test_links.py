@@ -3,13 +3,15 @@
 import contextlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 import ckptmgr
-from ckptmgr import interop
+from ckptmgr import CheckpointManager, interop
+from ckptmgr.testing import assert_trees_equal
 
 PARAMS = {"w": jnp.arange(6.0), "v": jnp.arange(6.0)}
 
@@ -157,3 +159,44 @@ def test_a_step_that_is_a_symlink_is_read_but_not_pinned(others, tmp_path):
         assert np.array_equal(manager.restore(1, params=PARAMS).params["w"], PARAMS["w"])
         manager.delete(1)
     assert content(others) == before
+
+
+ODD_NAMES = [
+    "exp#3",
+    "a?b",
+    "50%",
+    "exp%201",
+    "a b",
+    "ü",
+    "x;y=1&z",
+    "[1]",
+    "{a}",
+    "a:b",
+    "c@1",
+    "'q\"",
+    "--all",
+    "~x",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_run_may_have_any_name(name, tmp_path):
+    state = {
+        "small": jnp.arange(3.0), "large": jnp.ones((600, 600)), "int4": jnp.ones(5, jnp.int4),
+        "empty": np.zeros((0, 3)), "key": jax.random.key(1),
+    }  # fmt: skip
+    beside = {"mirror": tmp_path / f"mirror {name}", "local": tmp_path / f"local {name}"}
+    with CheckpointManager(tmp_path / name, compression="zstd", **beside) as manager:
+        for step in (1, 2):
+            manager.save(step, state).result()
+        manager.wait()
+        assert_trees_equal(manager.restore(2, params=state).params, state)
+        assert manager.verify(2)
+    assert CheckpointManager(tmp_path / f"mirror {name}", read_only=True).verify(2)
+    with CheckpointManager(tmp_path / name, reuse_unchanged=True) as manager:
+        for step in (3, 4):
+            manager.save(step, state).result()
+            assert_trees_equal(manager.restore(step, params=state).params, state)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([name, f"mirror {name}", f"local {name}"])
+    with ocp.CheckpointManager(tmp_path / f"mirror {name}") as stock:
+        assert sorted(stock.all_steps()) == [1, 2]

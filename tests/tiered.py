@@ -42,10 +42,10 @@ def start(mesh, axes):
             "w": jnp.arange(48 * 96, dtype=jnp.float32).reshape(48, 96),
             "big": jnp.zeros((768, 768)),
             "replicated": jnp.arange(64, dtype=jnp.float32),
-            "keys": jax.random.key(7),
+            "keys": jax.random.split(jax.random.key(7), 48),
         }
 
-    places = {"w": where(*axes), "big": where(axes[0]), "replicated": where(), "keys": where()}
+    places = {"w": where(*axes), "big": where(axes[0]), "replicated": where(), "keys": where(axes[0])}
     params = jax.jit(make, out_shardings=places)()
     opt_state = optax.adam(1e-2).init({name: params[name] for name in ("w", "replicated")})
     return params | {"local": jnp.float32(1), "numpy": np.arange(5), "step": 0}, opt_state

@@ -178,7 +178,8 @@ def _copies(target: Target) -> _Copies | None:
     place = target.place
     if not to_devices.is_sharded(target) or not isinstance(place, NamedSharding):
         return None
-    named = {axis for entry in place.spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
+    entries = getattr(place.spec, "partitions", place.spec)
+    named = {axis for entry in entries for axis in (entry if isinstance(entry, tuple) else (entry,))}
     axes = [number for number, axis in enumerate(place.mesh.axis_names) if axis not in named]
     grid = np.moveaxis(place.mesh.devices, axes, range(len(axes)))
     grid = grid.reshape(math.prod(grid.shape[: len(axes)]), -1)

@@ -35,6 +35,7 @@ BYTES_ALONE = frozenset({"uint2", "uint4", "float8_e4m3", "float6_e2m3fn", "floa
 _PACKED = frozenset({"int2", "int4", "float4_e2m1fn"})  # TensorStore normalises their spare bits, JAX packs them
 _DIRECT_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 20  # smaller chunks cost more than they save
+_MOST_PARTS = 1024  # of a chunk that is cut once: a prime number of a million would make a million
 _ALIGNMENT = 64
 RESIDUE = 0x48674BC7  # CRC-32C of anything followed by its own CRC-32C, little-endian
 
@@ -65,18 +66,23 @@ def chunk_shape(shape: Sequence[int], shard: Sequence[int], itemsize: int, chunk
 
     A chunk is read whole, so it bounds what a restore onto another layout has to read: of an array in n
     shards the axes that are not sharded are cut too, until one of n shards along them would read at
-    most twice what it needs. Two processes could not write one chunk.
+    most twice what it needs. Two processes could not write one chunk, so an axis that is sharded is cut into
+    equal parts; where a prime number allows only tiny ones, the chunk stays larger.
     """
     chunk = [max(1, size) for size in shard]
+    is_sharded = [have != part for have, part in zip(shape, shard, strict=True)]
     while math.prod(chunk) * itemsize > chunk_bytes:
-        cuts = [(size, axis) for axis, size in enumerate(chunk) if size > 1]
+        smaller = [_next_smaller(size, sharded=is_sharded[axis]) for axis, size in enumerate(chunk)]
+        cuts = [(size, axis) for axis, size in enumerate(chunk) if smaller[axis] < size]
         if not cuts:
             break
         _, axis = max(cuts)
-        chunk[axis] = _next_smaller(chunk[axis], sharded=shard[axis] != shape[axis])
+        chunk[axis] = smaller[axis]
     shards = math.prod(have // part for have, part in zip(shape, shard, strict=True) if part)
-    for axis, (have, part) in enumerate(zip(shape, shard, strict=True)):
-        while have == part and chunk[axis] * shards > 2 * have and math.prod(chunk) * itemsize > 2 * _SMALL_BYTES:
+    for axis, have in enumerate(shape):
+        while not is_sharded[axis] and chunk[axis] > 1 and chunk[axis] * shards > 2 * have:
+            if math.prod(chunk) * itemsize <= 2 * _SMALL_BYTES:
+                break
             chunk[axis] = _next_smaller(chunk[axis], sharded=False)
     return tuple(chunk)
 
@@ -136,9 +142,10 @@ def give_back() -> None:
 
 
 def _next_smaller(size: int, *, sharded: bool) -> int:
+    """The next smaller chunk along an axis; `size` if there is none."""
     if not sharded:
         return -(-size // 2)
-    return next(size // k for k in range(2, size + 1) if size % k == 0)
+    return next((size // k for k in range(2, min(size, _MOST_PARTS) + 1) if size % k == 0), size)
 
 
 # ---------------------------------------------------------------- zarr's own words

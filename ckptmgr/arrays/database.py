@@ -83,12 +83,16 @@ def base(directory: str | os.PathLike[str]) -> Any:
 
 
 def _base(path: str) -> Any:
-    """A directory as TensorStore spells it; the address of S3 comes from where the cloud's own tools take it."""
+    """A directory for TensorStore, not as a URL, in which `#`, `?` and `%` have a meaning.
+
+    The address of S3 comes from where the cloud's own tools take it.
+    """
     if paths.is_local(path):
-        return f"file://{path}/"
-    if not path.startswith("s3://"):
-        return f"{path}/"
-    bucket, _, below = path.removeprefix("s3://").partition("/")
+        return {"driver": "file", "path": f"{path}/"}
+    scheme, _, rest = path.partition("://")
+    bucket, _, below = rest.partition("/")
+    if scheme != "s3":
+        return {"driver": "gcs", "bucket": bucket, "path": f"{below}/"}
     known = {
         "endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
         "aws_region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),

@@ -52,8 +52,12 @@ def find(path: str | os.PathLike[str]) -> Found:
     directory, found = os.fspath(path), Found()
     store = functools.cache(lambda: database.base(directory))  # TensorStore's view of it, if that is needed
     todo = [(b"", root) for root in _roots(directory, store)]
+    seen = set[Place]()
     while todo:
         prefix, place = todo.pop()
+        if place in seen:
+            raise ValueError("a node of the database is below itself")
+        seen.add(place)
         node = nodes.decode(_read_node(directory, place), place.base) or _dumped(store(), place)
         todo += [(prefix + below, child) for below, child in node.children]
         for key, value in zip(node.keys, node.values, strict=True):  # no Python calls: there are thousands
@@ -140,7 +144,8 @@ def plan(
     takes: dict[tuple[int, ...], list[tuple[Values, Index]]] = {}
     for values, span in zip(memory, wanted, strict=True):
         for place, own, part in _overlaps(span, stored.chunks):
-            takes.setdefault(place, []).append((values[own], part))
+            room: Values = values[own] if own else values  # [()] would be a copy
+            takes.setdefault(place, []).append((room, part))
     jobs = []
     for place, into in takes.items():
         key = prefix + "/".join(["c", *map(str, place)])
@@ -159,11 +164,11 @@ def read_value(directory: str, source: Extent | bytes) -> bytes:
 def missing(found: Found, spec: LeafSpec, pieces: Sequence[Index]) -> list[str]:
     """The keys of an array, for these pieces of it, that a database lacks."""
     stored, prefix = chunks.stored(spec), chunks.prefix(spec.name)
-    end = "/0" if spec.kind == "key" else ""  # the words of a key are an axis more
+    end = "/0" if spec.kind == "key" else ""  # the words of a key are an axis more, which is not cut
     wanted = {f"{prefix}zarr.json"} | {
         prefix + "/".join(["c", *map(str, place)]) + end
         for index in pieces
-        for place, _, _ in _overlaps(spans(index, stored.shape), stored.chunks)
+        for place, _, _ in _overlaps(spans(index, stored.shape), stored.chunks[: len(stored.shape)])
     }
     return sorted(wanted - found.keys())
 

@@ -62,6 +62,11 @@ class Search:
         self._turn = threading.Lock()
         """A local save and a durable one of the same step look in two threads."""
 
+    @property
+    def in_copies(self) -> frozenset[int]:
+        """The leaves that are looked at in their copies, so that they have to be copied."""
+        return self._plan.on_host
+
     def look(self, copied: Iterable[tuple[int, list[Part]]]) -> None:
         """Looks at copies: the place of each leaf, and its parts."""
         for place, parts in copied:

@@ -348,6 +348,8 @@ def _expected(each: Read, future: Any) -> Any:
 
 def _check_chunks(each: Read, array: Any) -> None:
     """Refuses what no writer has made: TensorStore ends the process if it cannot allocate what a file asks for."""
+    if 0 in array.shape:  # then nothing is read
+        return
     chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array without axes
     nbytes, chunk_nbytes = (math.prod(axes) * array.dtype.numpy_dtype.itemsize for axes in (array.shape, chunk))
     if chunk_nbytes > max(_CHUNK_BYTES, 2 * nbytes):

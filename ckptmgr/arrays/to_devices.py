@@ -175,7 +175,8 @@ def _keys(here: jax.Array, words: Values, target: Target) -> Any:
     place = target.place
     if isinstance(place, jax.sharding.NamedSharding) and not place.is_fully_addressable:
         everywhere = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
-        spread = jax.make_array_from_callback(words.shape, everywhere, words.__getitem__)
+        copies = [jax.device_put(words, device) for device in place.mesh.local_devices]
+        spread = jax.make_array_from_single_device_arrays(words.shape, everywhere, copies)
         wrap = functools.partial(jax.random.wrap_key_data, impl=target.impl)
         return jax.jit(wrap, out_shardings=place)(spread)
     keys = jax.random.wrap_key_data(here, impl=target.impl)

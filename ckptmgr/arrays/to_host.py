@@ -122,7 +122,8 @@ def _plan(tree: TreeSpec, leaves: Sequence[Any], chunk_bytes: int) -> Plan:
     most_bytes = shares.largest_chunk(list(held.values()), [_piece_nbytes(arrays[place]) for place in held])
     shared = {place for place, some in held.items() if any(len(piece.holders) > 1 for piece in some)}
     bounds = [min(chunk_bytes, most_bytes) if place in shared else chunk_bytes for place in range(len(arrays))]
-    stored = tuple(map(_stored, arrays, bounds))
+    are_keys = [array is not leaf for array, leaf in zip(arrays, leaves, strict=True)]
+    stored = tuple(map(_stored, arrays, bounds, are_keys))
     cut = tuple(
         spec._replace(chunks=None if each.chunks == whole(each.shape) else each.chunks)
         for spec, each in zip(tree.leaves, stored, strict=True)
@@ -130,7 +131,7 @@ def _plan(tree: TreeSpec, leaves: Sequence[Any], chunk_bytes: int) -> Plan:
     shardings = tuple(getattr(array, "sharding", None) for array in arrays)
     takes = list(map(_take, arrays, leaves))
     for place, mine in shares.own(jax.process_index(), held, stored, most_bytes).items():
-        takes[place] = _take_share(arrays[place], mine, is_key=arrays[place] is not leaves[place])
+        takes[place] = _take_share(arrays[place], mine, is_key=are_keys[place])
     starts = tuple(
         place
         for place, leaf in enumerate(leaves)
@@ -164,13 +165,16 @@ def _plain(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and is_key(leaf) else leaf
 
 
-def _stored(array: Any, chunk_bytes: int) -> Stored:
+def _stored(array: Any, chunk_bytes: int, is_key: bool) -> Stored:
+    """How an array lies on disk; the words of a key stay together."""
     shape = np.shape(array)
     on_device = isinstance(array, jax.Array)
     shard = array.sharding.shard_shape(shape) if on_device else shape
     dtype = array.dtype if on_device else np.asarray(array).dtype
     name = "uint8" if dtype_name(dtype) in BYTES_ALONE else dtype_name(dtype)
-    return Stored(shape, name, chunk_shape(shape, shard, dtype.itemsize, chunk_bytes))
+    words = shape[-1:] if is_key else ()
+    cut, itemsize = len(shape) - len(words), dtype.itemsize * math.prod(words)
+    return Stored(shape, name, chunk_shape(shape[:cut], shard[:cut], itemsize, chunk_bytes) + words)
 
 
 def start_copies(plan: Plan, leaves: Sequence[Any], places: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ what is used of it is written anew, into a database of its own, which is then us
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -123,6 +124,12 @@ def ranges(prefixes: Sequence[str], places: Collection[int]) -> Iterator[tuple[s
             end = ""
     if end or wanted == {""}:
         yield first, end
+
+
+def are_apart(prefixes: Collection[str]) -> bool:
+    """Whether the keys of each array are a range of their own: those of `q/lora` lie between those of `q`."""
+    ordered = sorted(prefixes)
+    return not any(later.startswith(earlier) for earlier, later in itertools.pairwise(ordered))
 
 
 def _end(prefix: str) -> str:

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
+
 from ckptmgr.trees.structure import numpy_dtype
 
 
@@ -104,12 +106,14 @@ def _is_chunk(size: Any) -> bool:
 
 @functools.cache
 def _is_dtype(name: str) -> bool:
-    if name.startswith("key<"):
+    """Whether it names one kind of numbers; "object" is said of texts."""
+    if name.startswith("key<") or name == "object":
         return True
     try:
-        return bool(numpy_dtype(name).name)
+        found = numpy_dtype(name)
     except (TypeError, ValueError, AttributeError):
         return False
+    return found.kind in "biufc" or hasattr(ml_dtypes, found.name)
 
 
 _MOST_PROCESSES = 1 << 20
@@ -197,8 +201,10 @@ def _is_form(leaf: Mapping[str, Any]) -> bool:
         and isinstance(dtype, str)
         and _is_dtype(dtype)
         and is_key == dtype.startswith("key<") == isinstance(impl, str)
+        and (kind == "str" or dtype != "object")
         and _is_list_of(_is_count, shape)
         and len(shape) <= 32
+        and (kind in ("jax", "numpy", "key") or not shape)
         and math.prod(shape) < 2**60
         and weak in (None, True, False)
         and (chunks is None or (_is_list_of(_is_chunk, chunks) and len(chunks) == len(shape) + is_key))

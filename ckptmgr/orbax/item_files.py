@@ -94,6 +94,9 @@ def _sharding_texts(leaves: Iterable[LeafSpec], shardings: Iterable[Any]) -> dic
 
 def _sharding_text(sharding: Any) -> str | None:
     if isinstance(sharding, jax.sharding.NamedSharding):
+        if getattr(sharding.spec, "reduced", None):  # of which Orbax knows nothing: it is replicated there
+            plain = jax.sharding.PartitionSpec(*sharding.spec.partitions)
+            sharding = jax.sharding.NamedSharding(sharding.mesh, plain, memory_kind=sharding.memory_kind)
         form = ocp.metadata.NamedShardingMetadata
     elif isinstance(sharding, jax.sharding.SingleDeviceSharding):
         form = ocp.metadata.SingleDeviceShardingMetadata

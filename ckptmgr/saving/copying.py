@@ -185,8 +185,9 @@ class Copier:
         is_own = tree.is_own and jax.process_count() > 1 and all(at is None for at in plan.shardings)
         bound = self._options.max_host_bytes
         share = None if bound is None or is_own else bound // of  # values to compare are copied whole
-        kept = None if self._reuse is None or is_own else self._reuse.keep(name, plan, tree.leaves)
         looked = {"look": search.look} if search is not None and search.item == name else {}
+        needed = search.in_copies if search is not None and looked else frozenset[int]()
+        kept = None if self._reuse is None or is_own else self._reuse.keep(name, plan, tree.leaves, needed)
         return writing.Snapshot(plan, tree.leaves, share, is_own=is_own, kept=kept, **looked)
 
     def _describe(self, name: str, snapshot: writing.Snapshot) -> manifests.Item:

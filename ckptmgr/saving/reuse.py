@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,15 +74,17 @@ class Reuse:
         run, step = self._run, saved.step
         return run.is_listed(step) and step not in run.damaged and run.stamp(step) == saved.stamp
 
-    def keep(self, name: str, plan: Plan, leaves: Sequence[Any]) -> Kept | None:
-        """What an item takes over from the step before; None if nothing."""
+    def keep(
+        self, name: str, plan: Plan, leaves: Sequence[Any], needed: Collection[int] = frozenset()
+    ) -> Kept | None:
+        """What an item takes over from the step before; None if nothing. `needed`: leaves to be copied always."""
         before = self._before
         known = before.items.get(name) if before is not None else None
         if known is None or known.plan is not plan:
             places = _may_be_kept(plan, leaves)
             self._remember(name, _Item(plan, places, (), "", {}, {}), leaves, {}, frozenset())
             return None
-        same = _same(known, leaves)
+        same = [place for place in _same(known, leaves) if place not in needed]
         kept, apart = unchanged.choose(same, known.homes, known.home, plan.sizes, known.totals)
         self._remember(name, known, leaves, kept, apart)
         if before is None or not (kept or apart):
@@ -162,6 +164,8 @@ def _is_of(file: str, folder: str) -> bool:
 
 def _may_be_kept(plan: Plan, leaves: Sequence[Any]) -> Sequence[int]:
     """The places of jax arrays, but for small ones: the list of arrays holds their values, and is always new."""
+    if not unchanged.are_apart(plan.prefixes):
+        return []
     return [
         place
         for place, (leaf, size) in enumerate(zip(leaves, plan.sizes, strict=True))

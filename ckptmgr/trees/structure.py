@@ -21,6 +21,7 @@ from ckptmgr.specs import Keys, LeafSpec, Outline, TreeSpec
 
 _SCALARS: dict[type, str] = {bool: "bool", int: "int", float: "float", complex: "complex"}
 _ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
+_NO_FORM = frozenset({"int1", "uint1", "complex32", "bcomplex32"})  # TensorStore has none of these
 _STORABLE_KINDS = "biufcV"  # numpy's letters; V also covers the types of ml_dtypes
 
 
@@ -175,7 +176,7 @@ def describe_leaf(leaf: Any, path: str, keys: Keys, *, is_template: bool = False
         if leaf.is_deleted() and not is_template:
             raise _UnsupportedError("was deleted or donated before save was called")
         facts = _array_facts(leaf)
-        impl = str(jax.random.key_impl(leaf)) if facts[0] == "key" else None
+        impl = _generator(leaf) if facts[0] == "key" else None
         return spec(*facts, is_weak(leaf), partition_of(leaf.sharding), impl)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         if not is_template:
@@ -199,7 +200,17 @@ def _array_facts(leaf: Any) -> tuple[str, tuple[int, ...], str]:
         return "key", leaf.shape, str(leaf.dtype)
     if _is_of(leaf.dtype, jax.dtypes.extended):
         raise _UnsupportedError(f"has the extended dtype {leaf.dtype}, which has no form on disk")
+    if dtype_name(leaf.dtype) in _NO_FORM:
+        raise _UnsupportedError(f"has the dtype {leaf.dtype}, which has no form on disk")
     return "jax", leaf.shape, dtype_name(leaf.dtype)
+
+
+def _generator(keys: jax.Array) -> str:
+    """The name of the generator of keys, by which any process finds it."""
+    impl = jax.random.key_impl(keys)
+    if not isinstance(impl, str):
+        raise _UnsupportedError("is of a generator that JAX knows by no name: save jax.random.key_data of it")
+    return impl
 
 
 def is_key(leaf: Any) -> bool:
@@ -247,7 +258,7 @@ def _scalar_dtype(value: complex) -> np.dtype[Any]:
 
 def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
     known = dtype.kind in _STORABLE_KINDS and dtype.itemsize <= 16 and not dtype.names
-    if not known or (dtype.kind == "V" and not hasattr(ml_dtypes, dtype.name)):
+    if not known or dtype.name in _NO_FORM or (dtype.kind == "V" and not hasattr(ml_dtypes, dtype.name)):
         raise _UnsupportedError(f"has the numpy dtype {dtype}, which has no form on disk")
     if not dtype.isnative:
         raise _UnsupportedError(f"has the byte order of another machine ({dtype.str}); convert it first")
@@ -258,7 +269,11 @@ def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def partition_of(sharding: Any) -> tuple[Any, ...] | None:
     """The PartitionSpec of a NamedSharding as nested tuples; None for any other sharding."""
-    return tuple(sharding.spec) if isinstance(sharding, jax.sharding.NamedSharding) else None
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    if getattr(sharding.spec, "unreduced", None):
+        raise _UnsupportedError("is a sum that is still to be made (unreduced=): reduce it first")
+    return tuple(getattr(sharding.spec, "partitions", sharding.spec))
 
 
 def abstract(leaf: LeafSpec) -> jax.ShapeDtypeStruct:

@@ -1,8 +1,11 @@
 """Every leaf kind through the disk bit for bit; chunks; what the caller does to arrays after `save`."""
 
+import contextlib
+import math
 import tracemalloc
 
 import jax
+import jax.extend.random
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -11,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ckptmgr import CheckpointManager
-from ckptmgr.arrays import chunks
+from ckptmgr import CheckpointManager, UnsupportedLeafError
+from ckptmgr.arrays import chunks, to_host
 from ckptmgr.arrays.chunks import chunk_shape
 from ckptmgr.testing import assert_trees_equal
+from ckptmgr.trees import structure
 
 FLOAT8 = "e3m4 e4m3 e4m3b11fnuz e4m3fn e4m3fnuz e5m2 e5m2fnuz e8m0fnu"
 NUMPY = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)] + [
@@ -158,6 +162,36 @@ def test_a_piece_is_cut_into_boxes_that_take_from_few_chunks(axes, most, data):
     assert times.sum() == times[piece].size
 
 
+LENGTHS = [0, 1, 2, 3, 7, 28, 1021, 4096, 20011, 50257, 128256, 2**20, 67108879]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(LENGTHS), st.sampled_from([1, 2, 8, 64, 1024])), max_size=4),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([1, 2**16, 2**20, 2**26, 2**32]),
+)
+def test_arrays_of_any_size_are_cut_in_time_and_into_no_more_parts_than_needed(axes, itemsize, chunk_bytes):
+    shard = [size for size, _ in axes]
+    chunk = chunk_shape([size * (n if size else 1) for size, n in axes], shard, itemsize, chunk_bytes)
+    whole = math.prod(max(1, size) for size in shard) * itemsize
+    assert math.prod(chunk) * itemsize * 1024 >= min(whole, chunk_bytes, 2**20)
+
+
+@pytest.mark.parametrize(
+    ("shape", "shard", "chunk"),
+    [
+        ((3, 4096, 4096), (3, 4096, 512), (1, 1024, 512)),  # q, k and v in one array, on 8 devices
+        ((1, 4096, 4096), (1, 4096, 1024), (1, 2048, 1024)),
+        ((28, 8192, 8192), (28, 8192, 128), (1, 4096, 128)),  # layers of a scan, on 64
+        ((0, 1024, 1024), (0, 1024, 1024), (1, 1024, 1024)),
+        ((8 * 20011, 4096), (20011, 4096), (20011, 512)),  # a prime number of rows on each device
+        ((8 * 67108879,), (67108879,), (67108879,)),
+    ],
+)
+def test_axes_that_cannot_be_cut_further_are_left(shape, shard, chunk):
+    assert chunk_shape(shape, shard, 4, 64 * 2**20) == chunk
+
+
 def test_a_shard_along_an_axis_that_was_not_sharded_reads_at_most_twice_its_bytes():
     gigabyte = (16384, 16384)
     assert chunk_shape(gigabyte, (2048, 16384), 4, 64 * 2**20) == (2048, 4096)
@@ -230,3 +264,69 @@ def test_no_bit_of_a_chunk_can_change_unnoticed():
         bad[bit // 8] ^= 1 << bit % 8
         with pytest.raises(ValueError, match="checksum"):
             chunks.decode(bytes(bad), stored)
+
+
+def test_the_words_of_keys_are_never_cut():
+    keys = jax.random.split(jax.random.key(0), 1 << 20)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    for rows, chunk_bytes in ((NamedSharding(mesh, PartitionSpec("x")), 64 << 20), (None, 1000)):
+        leaf = keys if rows is None else jax.device_put(keys, rows)
+        tree = structure.describe({"k": leaf}, item="params")
+        (stored,) = to_host.Planner(chunk_bytes).plan("params", tree, [leaf]).stored
+        assert stored.chunks[1] == 2
+
+
+def test_an_array_without_values_whose_rows_are_large(tmp_path):
+    empty = np.zeros((0, 5000, 5000), np.float32)
+    with CheckpointManager(tmp_path, chunk_bytes=256 << 20) as manager:
+        manager.save(1, {"w": empty}).result()
+        assert manager.restore(1).params["w"].shape == empty.shape
+        assert manager.verify(1)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(each for each in vars(ml_dtypes) if isinstance(getattr(ml_dtypes, each), type))
+)
+def test_every_type_of_ml_dtypes_comes_back_or_is_refused_by_name(name, tmp_path):
+    kind = getattr(ml_dtypes, name)
+    if not issubclass(kind, np.generic):
+        pytest.skip("no type of arrays")
+    values = {"numpy": np.zeros(3, kind)}
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # what JAX, or XLA, does not know
+        values["jax"] = jnp.zeros(3, kind)
+    for what, value in values.items():
+        with CheckpointManager(tmp_path / what) as manager:
+            if name in structure._NO_FORM:
+                with pytest.raises(UnsupportedLeafError, match="which has no form on disk"):
+                    manager.save(1, {"w": value})
+                continue
+            manager.save(1, {"w": value}).result()
+            assert_trees_equal(manager.restore(1, params={"w": value}).params, {"w": value})
+
+
+def test_keys_of_a_generator_without_a_name_are_refused(tmp_path):
+    known = jax.extend.random.threefry_prng_impl
+    parts = {name: getattr(known, name) for name in ("key_shape", "seed", "split", "random_bits", "fold_in")}
+    mine = jax.extend.random.define_prng_impl(**parts, tag="rbg")
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(
+            UnsupportedLeafError, match=r"params\['k'\].*is of a generator that JAX knows by no name"
+        ):
+            manager.save(1, {"k": jax.random.key(0, impl=mine)})
+        for name in ("threefry2x32", "rbg", "unsafe_rbg"):
+            manager.save(1, {"k": jax.random.key(0, impl=name)}, on_exists="replace").result()
+            assert str(jax.random.key_impl(manager.restore(1).params["k"])) == name
+
+
+def test_arrays_that_are_replicated_for_a_reduction_come_back_and_sums_to_be_made_are_refused(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",))
+    try:
+        spec = PartitionSpec(reduced={"data"})
+    except TypeError:
+        pytest.skip("this JAX has no reduced axes")
+    array = jax.device_put(np.arange(8.0, dtype=np.float32), NamedSharding(mesh, spec))
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": array}).result()
+        assert np.array_equal(manager.restore(1, params={"w": array}).params["w"], array)
+    with pytest.raises(structure._UnsupportedError, match="a sum that is still to be made"):
+        structure.partition_of(NamedSharding(mesh, PartitionSpec(unreduced={"data"})))

@@ -6,6 +6,7 @@ import random
 import statistics
 import tracemalloc
 
+import google_crc32c
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -111,3 +112,14 @@ def test_saves_and_restores_keep_no_memory(tmp_path):
     growth = [after - before for before, after in itertools.pairwise(held)]
     # 600 entries that `tensorstore.ocdbt.dump` never frees are 300,000 a step. What is loaded once is no leak.
     assert statistics.median(growth) < 20_000
+
+
+def test_a_node_that_is_below_itself_is_an_error(tmp_path, monkeypatch):
+    body = b"\0\0\1" + b"\1\3\0" + b"d/x" + b"\1\0\0" + b"\0\0\x1f"  # one child: d/x, 0, 31
+    data = bytes.fromhex("0cdb20de") + (31).to_bytes(8, "little") + body
+    data += google_crc32c.value(data).to_bytes(4, "little")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x").write_bytes(data)
+    monkeypatch.setattr(extents, "_roots", lambda *_: [nodes.Place(b"", b"d/x", 0, 31)])
+    with pytest.raises(ValueError, match="a node of the database is below itself"):
+        extents.find(tmp_path)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from ckptmgr import CheckpointManager, CorruptCheckpointError, NewerFormatError
+from ckptmgr import CheckpointError, CheckpointManager, CorruptCheckpointError, NewerFormatError
 from ckptmgr.cli import facts, tables
 from ckptmgr.format import manifest
 from ckptmgr.specs import LeafSpec, TreeSpec
@@ -344,3 +344,26 @@ def test_names_that_lead_outside_of_the_checkpoint_are_refused(name):
 def test_bytes_of_scalars_and_of_every_dtype_are_counted():
     tree = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": np.ones(4, np.complex128), "c": 1.0, "d": np.float16(1)}
     assert manifest.Item("arrays", structure.describe(tree, item="params")).nbytes == 12 + 64 + 8 + 2
+
+
+FORGED = [
+    *({"dtype": name} for name in ("object", "O", "i8,O", "M8[s]", "(2,)i4", "V8", "U4", "void64")),
+    *({"kind": kind, "shape": [4]} for kind in ("int", "float", "bool", "complex", "scalar", "str")),
+    {"kind": "scalar", "shape": [], "dtype": "object"},
+    {"kind": "key", "dtype": "key<no>", "impl": "no"},
+    {"chunks": []},
+    {"shape": [], "chunks": []},
+]
+
+
+@pytest.mark.parametrize("forged", FORGED, ids=str)
+def test_a_forged_leaf_with_a_right_seal_is_an_error_and_gives_no_memory_away(forged, tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": np.full(4, 0x4141414141414141, np.int64)}).result()
+    body = json.loads((tmp_path / "1" / "manifest.json").read_bytes())
+    del body["crc32"]
+    body["items"]["params"]["leaves"][0] |= forged
+    (tmp_path / "1" / "manifest.json").write_bytes(sealed(body))
+    reader = CheckpointManager(tmp_path, read_only=True)
+    with pytest.raises(CheckpointError):
+        reader.restore(1)

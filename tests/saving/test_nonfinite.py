@@ -213,3 +213,11 @@ def test_a_manifest_says_it_in_a_field_that_older_versions_pass_over(tmp_path):
     one, other = (json.loads((tmp_path / step / "manifest.json").read_bytes()) for step in "12")
     assert (one["format"], one["distrusted"]) == (other["format"], SAID) == (1, SAID)
     assert one.keys() - other.keys() == {"distrusted"}
+
+
+def test_nan_in_an_unchanged_array_in_the_memory_of_the_host_is_found_at_each_save(tmp_path):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    frozen = jax.device_put(jnp.full(1 << 19, NAN), place)
+    with CheckpointManager(tmp_path, reuse_unchanged=True, nonfinite="distrust") as manager:
+        for step in (1, 2, 3):
+            assert manager.save(step, {"frozen": frozen}).result().distrusted

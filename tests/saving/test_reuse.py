@@ -283,6 +283,30 @@ def test_ranges_hold_the_keys_of_these_arrays_and_of_no_others():
     assert list(unchanged.ranges(prefixes, [])) == []
 
 
+NESTED = [("q", "q/lora"), ("", "x"), ("c", "c/c/0"), ("a", "a/zarr.json"), ("linear.w", "linear.w/~/b")]
+
+
+@pytest.mark.parametrize("names", NESTED, ids=" ".join)
+@pytest.mark.parametrize("frozen", [[0], [1], [0, 1]], ids=["the first", "the second", "both"])
+def test_names_that_begin_others_never_bring_back_old_values(names, frozen, tmp_path):
+    states = {}
+    with CheckpointManager(tmp_path, reuse_unchanged=True) as manager:
+        kept = {names[n]: array(n, 4 * MILLION) for n in frozen}
+        for step in (1, 2, 3):
+            changed = {name: array(10 * step + n) for n, name in enumerate(names)}
+            states[step] = {**changed, **kept, "z": array(step)}
+            manager.save(step, states[step]).result()
+        for step, want in states.items():
+            check(manager, step, want)
+
+
+def test_arrays_are_apart_if_no_name_begins_another():
+    assert unchanged.are_apart(["b/", "a/", "a.b/", "c/", "c0/"])
+    assert unchanged.are_apart([""])
+    assert not unchanged.are_apart(["a/", "b/", "a-b/", "a/b/"])
+    assert not unchanged.are_apart(["x/", ""])
+
+
 @pytest.mark.parametrize("nbytes", [4096, 2 * MILLION], ids=["a small part changes", "a large part changes"])
 def test_steps_that_are_saved_again_and_below_the_newest(tmp_path, nbytes):
     frozen, states = array(0), {}
