@@ -2,6 +2,7 @@
 
 save STEP...        saves these steps, sharded over all devices of all processes
 load [STEP]         restores one onto all devices of all processes, and checks every bit that this process has
+readers HOW         restores the newest step; by a layout or a template that names no devices (HOW)
 shared AXES BROADCAST  restores all sorts of arrays over a grid of AXES; says how many bytes it read ("bounded":
                     broadcast under max_host_bytes)
 train SAVE_EVERY    trains under a preemption_guard, on and on; says `done N` after each step
@@ -94,6 +95,27 @@ def save(directory, mesh, *steps):
             )
         manager.wait()
         say("steps", *manager.steps())
+
+
+def readers(directory, mesh, how):
+    """Restores one array onto all devices, without an array of the template that says so."""
+    explicit = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(EXPLICIT,))
+    if how != "abstract":
+        jax.set_mesh(mesh)
+    place = NamedSharding(explicit.abstract_mesh, P("data"))
+    w = jax.ShapeDtypeStruct((64, 256), np.float32, sharding=place if how == "abstract" else None)
+    layout = {
+        "spec": P("data"),
+        "specs": {"w": P("data")},
+        "function": lambda path, leaf: P("data"),
+        "abstract": None,
+    }
+    recorded.check_files = lambda *given, **how: None  # as for files of more than 8 MiB: their chunks are checked
+    reader = ckptmgr.CheckpointManager(directory, read_only=True, timeout_s=TIMEOUT_S)
+    found = reader.restore(params={"w": w}, layout=layout[how], partial=True)
+    for shard in found.params["w"].addressable_shards:
+        assert np.array_equal(np.asarray(shard.data), state(found.step)["w"][shard.index])
+    say("restored", found.step, "skipped", *found.skipped)
 
 
 def load(directory, mesh, *step):
@@ -219,14 +241,15 @@ def stages(directory, mesh):
             "mine": jax.device_put(np.full(3, jax.process_index() + fill, np.float32), jax.local_devices()[0])
         }
 
-    manager = ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S)
-    manager.save(1, tree(7.0)).result()
-    back = manager.restore(params=tree(0.0)).params
-    for name, expected in tree(7.0).items():
-        assert back[name].sharding == expected.sharding, name
-        for got, shard in zip(back[name].addressable_shards, expected.addressable_shards, strict=True):
-            assert np.array_equal(got.data, np.full(3, 7.0) if name == "mine" else shard.data), name
-    manager.close()
+    for step, bound in ((1, None), (2, 16)):
+        manager = ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S, max_host_bytes=bound)
+        manager.save(step, tree(7.0)).result()
+        back = manager.restore(params=tree(0.0)).params
+        for name, expected in tree(7.0).items():
+            assert back[name].sharding == expected.sharding, name
+            for got, shard in zip(back[name].addressable_shards, expected.addressable_shards, strict=True):
+                assert np.array_equal(got.data, np.full(3, 7.0) if name == "mine" else shard.data), name
+        manager.close()
     say("stages")
 
 
@@ -731,6 +754,7 @@ if __name__ == "__main__":
     from jax.sharding import PartitionSpec as P
 
     import ckptmgr
+    from ckptmgr.format import recorded
     from ckptmgr.run import transfer
 
     AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
@@ -749,6 +773,7 @@ if __name__ == "__main__":
             for each in (
                 save,
                 load,
+                readers,
                 shared,
                 train,
                 clock,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Collection, Iterator
 
 from ckptmgr.errors import CheckpointError, CorruptCheckpointError
@@ -12,6 +13,8 @@ from ckptmgr.restoring.planning import Plan
 from ckptmgr.run.catalog import Catalog
 from ckptmgr.run.nearby import Gathering, Nearby
 from ckptmgr.run.tier import Complete
+
+_log = logging.getLogger("ckptmgr")
 
 
 class LocalSteps:
@@ -44,7 +47,12 @@ class LocalSteps:
             if step in steps and self._home.manifest(step).time != found.time:
                 return False  # the durable one is of another save
             below = max((each for each in steps if each < step), default=None)
-            return below is None or self._home.manifest(below).time <= found.time
+            if below is not None and self._home.manifest(below).time > found.time:
+                _log.warning(
+                    "local step %d is passed over: by the clock step %d was saved after it, so that the run has "
+                    "gone back, or the clock has", step, below
+                )  # fmt: skip
+                return False
         return True
 
     @contextlib.contextmanager

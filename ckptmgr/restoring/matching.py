@@ -44,6 +44,14 @@ class Matched:
         """A tree of the result's structure, whatever its leaves are."""
         return self.assemble(list(range(len(self.rows)))) if self.template is None else self.template
 
+    @property
+    def order(self) -> Sequence[int]:
+        """For each leaf of `tree`, in JAX's order, the place of its row.
+
+        The fields of a NamedTuple that comes back as a dict have another order than its rows.
+        """
+        return range(len(self.rows)) if self.template is not None else jax.tree_util.tree_leaves(self.tree)
+
     def assemble(self, values: Sequence[Any], treedef: Any = None) -> Any:
         """The tree of these leaves: of this structure, or plain containers."""
         if treedef is None:
@@ -178,6 +186,8 @@ def match(
             matched.append(pair)
         else:
             differs = StructureDiff((LeafDiff(name, None, None, "missing"),))
+            if "missing" in allowed and _is_of_arrays(template):  # its own values, which go where `layout` says
+                matched.append(_match_tree(name, Item("arrays"), template)[0])
         refused += differs.without(*allowed) + _without_value(name, template, differs, request)
         passed += differs.only(*allowed)
     advice = request.advice(refused), _where_else(manifest, templates), _without_extras(manifest, refused)
@@ -223,6 +233,11 @@ def _arrays_of(name: str, template: Any) -> StructureDiff:
 def _has_arrays(template: Any) -> bool:
     kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
     return any(isinstance(leaf, kinds) for leaf in jax.tree_util.tree_leaves(template))
+
+
+def _is_of_arrays(template: Any) -> bool:
+    kinds = (jax.Array, np.ndarray)
+    return all(isinstance(leaf, kinds) for leaf in jax.tree_util.tree_leaves(template))
 
 
 def _without_value(name: str, template: Any, differs: StructureDiff, request: Request) -> StructureDiff:

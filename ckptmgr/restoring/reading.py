@@ -154,7 +154,8 @@ class Group:
         self.placing = plan.placing(leaves)
         self.parts = [(read(stored), self.placing)]
         """How they are read and sent to their devices, one part after the other."""
-        if len(leaves) == 1 and plan.most_bytes is not None and plan.held_bytes(leaves[0]) > plan.most_bytes:
+        is_large = plan.most_bytes is not None and plan.held_bytes(leaves[0]) > plan.most_bytes
+        if len(leaves) == 1 and is_large and wanted[0].pieces:  # there are none if other processes have them all
             pieces = enumerate(wanted[0].pieces)
             self.parts = [
                 (read([wanted[0]._replace(pieces=[each])]), plan.placing(leaves, n)) for n, each in pieces

@@ -86,7 +86,7 @@ class Restorer:
         places = [getattr(leaf, "sharding", leaf) for leaf in jax.tree_util.tree_leaves(given)]
         if callable(request.layout) and (step := max(self._steps(), default=None)) is not None:
             places += self._places_by(request.layout, step)
-        return any(map(layouts.spans_processes, places))
+        return layouts.span_processes(places)
 
     def _places_by(self, layout: Any, step: int) -> list[Any]:
         """Where a callable puts the parameters of a step."""
@@ -141,7 +141,7 @@ class Restorer:
             except CorruptCheckpointError as problem:
                 _log.warning("step %d is passed over as damaged: %s", candidate, problem)
                 self._journal.record("passed over", candidate, why=str(problem))
-                if candidate not in self._local.steps or stamp is not None:
+                if stamp is not None:  # else it is a step of the mirror, or of `local`, alone
                     seen[candidate] = stamp
                 skipped[candidate] = str(problem)
             except DistrustedError as problem:

@@ -43,11 +43,13 @@ def _endings(params: Wanted, places: Sequence[Place]) -> tuple[dict[_Ending, Pla
 
 
 def replicated(places: Iterable[Place]) -> Place:
-    """All of an array on every device of the mesh that the params are on."""
-    for place in places:
-        if isinstance(place, NamedSharding):
-            return NamedSharding(place.mesh, PartitionSpec(), memory_kind=place.memory_kind)
-    return next(iter(places), HERE)
+    """All of an array on every device of the mesh that the params are on, in their kind of memory if it is one."""
+    found = list(places)
+    named = [place for place in found if isinstance(place, NamedSharding)]
+    if not named:
+        return next(iter(found), HERE)
+    kinds = {place.memory_kind for place in named}
+    return NamedSharding(named[0].mesh, PartitionSpec(), memory_kind=kinds.pop() if len(kinds) == 1 else None)
 
 
 def same(own: Place | None, followed: Place, shape: tuple[int, ...]) -> Place:

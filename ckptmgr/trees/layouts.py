@@ -71,4 +71,8 @@ class Wanted(Protocol):
     @property
     def tree(self) -> Any: ...
     @property
+    def order(self) -> Sequence[int]:
+        """For each leaf of `tree`, in JAX's order, the place of its row."""
+
+    @property
     def rows(self) -> Sequence[Row]: ...

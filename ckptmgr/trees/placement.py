@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from ckptmgr.errors import LayoutError
+from ckptmgr.errors import LayoutError, UnsupportedLeafError
 from ckptmgr.specs import Row
 from ckptmgr.trees.following import follow, replicated, same
 from ckptmgr.trees.layouts import HERE, HOST, Host, Layout, LayoutFunction, Place, Target, Wanted
@@ -57,14 +58,16 @@ def kept(layout: Layout, wanted: Sequence[Wanted], params: Wanted) -> list[list[
     """The rows of each item, with what `partial` keeps from the template where the layout wants it."""
     return [
         [
-            row if row.saved else row._replace(given=_moved(row, place))
+            row if row.saved else row._replace(given=_moved(f"{each.item}{row.wants.path}", row, place))
             for row, place in zip(each.rows, chosen, strict=True)
         ]
         for each, chosen in zip(wanted, _places(layout, wanted, params), strict=True)
     ]
 
 
-def _moved(row: Row, place: Place) -> Any:
+def _moved(leaf: str, row: Row, place: Place) -> Any:
+    if isinstance(place, Sharding):
+        _check_fits(leaf, row.wants.shape, place)
     if not isinstance(row.given, jax.Array) or place is HERE or (place is HOST and row.wants.kind == "key"):
         return row.given
     return jax.device_get(row.given) if place is HOST else jax.device_put(row.given, place)
@@ -79,7 +82,21 @@ def _target(leaf: str, row: Row, place: Place) -> Target:
         _check_dtype(leaf, wants.dtype)
     if isinstance(place, Sharding):
         _check_fits(leaf, wants.shape, place)
+    if kind == "key" and not _is_known(impl):
+        raise UnsupportedLeafError(
+            f"{leaf} has keys of the generator {impl}, which this version of JAX does not know", leaf=leaf
+        )
     return Target(place, kind, wants.dtype, wants.weak, impl)
+
+
+@functools.cache
+def _is_known(impl: str | None) -> bool:
+    """Whether JAX has a generator of keys of this name."""
+    try:
+        jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+    except ValueError:
+        return False
+    return True
 
 
 def _check_fits(leaf: str, shape: tuple[int, ...], sharding: Sharding) -> None:
@@ -167,13 +184,14 @@ def _by_tree(layout: Any, params: Wanted, meshes: Meshes) -> list[Place]:
     answers: list[Any] = []
 
     def spread(answer: Any, below: Any) -> None:
-        answers.extend([answer] * len(jax.tree.leaves(below)))
+        answers.extend([answer] * len(jax.tree.leaves(below)))  # in the order of `params.order`
 
     try:
         jax.tree.map(spread, layout, params.tree, is_leaf=_is_placement)
     except ValueError as problem:
         raise LayoutError(f"layout is no prefix of {params.item}: {problem}") from None
-    return [_answered(params, row, answer, meshes) for row, answer in zip(params.rows, answers, strict=True)]
+    by_row = dict(zip(params.order, answers, strict=True))
+    return [_answered(params, row, by_row[place], meshes) for place, row in enumerate(params.rows)]
 
 
 def _answered(params: Wanted, row: Row, answer: Any, meshes: Meshes) -> Place:
@@ -209,16 +227,27 @@ def _place(leaf: str, answer: Any, meshes: Meshes) -> Place:
     return meshes.concrete(answer, leaf) or HERE if isinstance(answer, Sharding) else answer
 
 
-def spans_processes(place: Any) -> bool:
-    """Whether a place for arrays has devices of other processes."""
-    if isinstance(place, NamedSharding):
-        place = place.mesh
-    if isinstance(place, AbstractMesh):  # stands for the mesh of `jax.set_mesh`
-        place = jax.sharding.get_mesh()
-    if isinstance(place, Mesh):
-        devices = list(place.devices.flat)
-    elif isinstance(place, Sharding):
-        devices = list(place.device_set)
-    else:
-        devices = [place] if isinstance(place, jax.Device) else []
+def span_processes(places: Iterable[Any]) -> bool:
+    """Whether arrays that go to these places are on devices of other processes too."""
+    found = list(places)
+    meshes = [getattr(each, "mesh", each) for each in found]
+    known = [jax.sharding.get_mesh(), *(mesh for mesh in meshes if isinstance(mesh, Mesh))]
+    devices = (device for each in found for device in _devices(each, known))
     return any(device.process_index != jax.process_index() for device in devices)
+
+
+def _devices(place: Any, known: Sequence[Mesh]) -> Iterable[jax.Device]:
+    """The devices of a place for arrays; `known` are the meshes that one without devices may mean."""
+    mesh = getattr(place, "mesh", place)
+    if isinstance(mesh, PartitionSpec):
+        mesh = known[0]
+    if isinstance(mesh, AbstractMesh) and not mesh.empty:
+        axes = mesh.axis_names, mesh.axis_sizes
+        mesh = next((each for each in known if (each.axis_names, each.axis_sizes) == axes), None)
+        if mesh is None:  # then it is jax.make_mesh of all devices
+            return jax.devices()
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat
+    if isinstance(place, Sharding) and not isinstance(mesh, AbstractMesh):
+        return place.device_set
+    return [place] if isinstance(place, jax.Device) else []

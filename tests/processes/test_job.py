@@ -19,6 +19,7 @@ from conftest import counted, free_port, in_background, visible
 from test_crash import last, rest
 
 import ckptmgr
+from ckptmgr.cli import facts
 from ckptmgr.processes import job
 from ckptmgr.processes.coordinator import Coordinator
 
@@ -125,6 +126,16 @@ def test_if_one_process_cannot_restore_a_step_all_walk_back(tmp_path):
     with pytest.raises(ckptmgr.CorruptCheckpointError):
         ckptmgr.CheckpointManager(tmp_path, read_only=True).restore(2)
     assert finish(start(2, tmp_path, "load")) == ["restored 1 skipped 2"] * 2
+
+
+@pytest.mark.parametrize("how", ["spec", "specs", "function", "abstract"])
+def test_readers_agree_also_where_nothing_that_they_give_has_devices(how, tmp_path):
+    finish(start(2, tmp_path, "save", "1", "2"))
+    (part,) = (tmp_path / "2" / "params" / "ocdbt.process_1" / "d").iterdir()
+    data = bytearray(part.read_bytes())
+    data[data.index(member.state(2)["w"][48:].tobytes())] ^= 1
+    part.write_bytes(data)
+    assert finish(start(2, tmp_path, "readers", how)) == ["restored 1 skipped 2"] * 2
 
 
 def test_process_0_decides_whether_to_save(tmp_path):
@@ -295,9 +306,18 @@ def test_processes_that_hold_the_same_share_the_writing(count, devices, tmp_path
     assert all(np.array_equal(back[name], each) for name, each in template.items() if name != "key")
 
 
+def check_differences(directory, count):
+    """Of what each process has saved for itself, that of each is compared with its own."""
+    reader = ckptmgr.CheckpointManager(directory, read_only=True)
+    assert facts.difference((reader, count), (reader, count), values=True)["equal"]
+    found = facts.difference((reader, count), (reader, 100 + count), values=True)["values"]
+    assert {row["path"] for row in found} == {"bytes", "json", "plain"}
+
+
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
 def test_each_process_gets_its_own_iterator_back_and_another_number_is_told(count, devices, tmp_path):
     assert finish(start(count, tmp_path, "own", "save", devices=devices)) == ["own"] * count
+    check_differences(tmp_path, count)
     other = {2: 1, 4: 2}[count]
     assert finish(start(other, tmp_path, "own", "load", devices=count * devices // other)) == ["own"] * other
     for step, format_number in ((count, 2), (100 + count, 1)):

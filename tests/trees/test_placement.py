@@ -2,6 +2,8 @@
 
 import math
 import tempfile
+from collections import OrderedDict
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -443,3 +445,92 @@ def test_a_callable_is_asked_about_keys_too(tmp_path, make_mesh):
     assert {leaf.sharding for leaf in (found.params["w"], found.params["key"])} == {everywhere}
     assert str(asked["['key']"].dtype) == "key<rbg>"
     assert set(asked) == {"['w']", "['key']"}
+
+
+class Net(NamedTuple):
+    weight: jax.Array
+    bias: jax.Array
+
+
+class Stack:
+    """A node whose children have no names: on disk they are "0" to "11"."""
+
+    def __init__(self, *layers):
+        self.layers = layers
+
+
+jax.tree_util.register_pytree_node(Stack, lambda stack: (stack.layers, None), lambda _, layers: Stack(*layers))
+
+
+def net(*leaves):
+    return Net(*leaves[:2])
+
+
+def ordered(*leaves):
+    return OrderedDict(z=leaves[0], a=leaves[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "asked"),
+    [(net, "nothing"), (net, "opt_state"), (net, "optimizer"), (ordered, "optimizer"), (Stack, "nothing")],
+)
+def test_a_tree_of_places_goes_by_names_where_the_params_have_no_template(make, asked, tmp_path):
+    devices, optimizer = jax.devices(), optax.adam(1.0)
+    params = make(*(jnp.full(3, n, jnp.float32) for n in range(12)))
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, params, optimizer.init(params)).result()
+        plain = manager.restore().params
+        layout = jax.tree.map(lambda leaf: devices[int(leaf[0]) % 8], plain)
+        templates = {"opt_state": optimizer.init(plain), "optimizer": optimizer}
+        found = manager.restore(layout=layout, **{name: templates[name] for name in templates if name == asked})
+    restored = [found.params] * (asked != "opt_state")
+    restored += [found.opt_state[0].mu for _ in range(asked != "nothing")]
+    for tree in restored:
+        assert jax.tree.map(lambda leaf: next(iter(leaf.devices())), tree) == layout
+    assert restored
+
+
+def test_what_partial_keeps_is_refused_by_name_where_it_does_not_fit(tmp_path, make_mesh):
+    place = NamedSharding(make_mesh(x=8), PartitionSpec("x"))
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(8)}).result()
+        for layout in (place, {"w": place, "b": place}, lambda path, leaf: place):
+            with pytest.raises(LayoutError, match=r"params\['b'\] of shape \(3,\) does not fit") as refused:
+                manager.restore(params={"w": jnp.zeros(8), "b": jnp.zeros(3)}, partial=True, layout=layout)
+            assert refused.value.leaf == "params['b']"
+
+
+def test_an_extra_that_the_step_lacks_goes_where_the_layout_wants_it(tmp_path, make_mesh):
+    mesh = make_mesh(x=8)
+    place, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec("x"), PartitionSpec()))
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": jnp.ones(8)}).result()
+        extras = {"ema": {"w": jnp.arange(8.0)}, "note": "text", "none": None}
+        wants = [(place, place), (mesh, everywhere), ({"w": place}, place), (lambda path, leaf: place, place)]
+        for layout, want in wants:
+            found = manager.restore(params={"w": jnp.zeros(8)}, extras=extras, partial=True, layout=layout)
+            assert found.extras["ema"]["w"].sharding == want
+            assert (found.extras["note"], found.extras["none"]) == ("text", None)
+            assert set(found.missing) == {"ema", "note", "none"}
+        found = manager.restore(params={"w": jnp.zeros(8)}, extras=extras, partial=True, layout=ckptmgr.HOST)
+        assert isinstance(found.extras["ema"]["w"], np.ndarray)
+        assert np.array_equal(found.extras["ema"]["w"], np.arange(8.0))
+
+
+@pytest.mark.parametrize("pinned", ["a", "z"])
+def test_what_mirrors_no_parameter_is_in_the_devices_memory_unless_all_params_are_elsewhere(
+    pinned, tmp_path, make_mesh
+):
+    mesh = make_mesh(x=8)
+    kinds = {pinned: PINNED, "b": None}
+    params = {
+        name: jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec("x"), memory_kind=kind))
+        for name, kind in kinds.items()
+    }
+    optimizer = optax.adam(1.0)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, params, optimizer.init(params)).result()
+        adam = manager.restore(params=params, optimizer=optimizer).opt_state[0]
+    default = jax.devices()[0].default_memory().kind
+    assert adam.count.sharding.memory_kind == default
+    assert (adam.mu[pinned].sharding.memory_kind, adam.mu["b"].sharding.memory_kind) == (PINNED, default)
