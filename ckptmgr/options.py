@@ -18,6 +18,7 @@ from ckptmgr.results import CheckpointInfo
 
 Check = Callable[[str, Any], Any]
 Adapt = Callable[[Any], Any]
+_LONGEST_S = 3e8  # ten years: threads cannot wait for longer
 _KINDS = {
     policies.SavePolicy: "a save policy (every_steps, every_seconds, at_steps, overhead, as_often_as_possible)",
     policies.KeepPolicy: "a keep policy (latest, best, every_steps, every_seconds, params_only)",
@@ -96,7 +97,7 @@ def _clock(name: str, value: Any) -> Callable[[], float]:
 def _timeout(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise ValueError(f"{name} takes a positive number of seconds, not {value!r}")
-    return float(value)
+    return min(float(value), _LONGEST_S)
 
 
 def _mirror(name: str, value: Any) -> epath.Path:

@@ -7,8 +7,8 @@ manager's clock; `now` never goes back. Orbax's own policies are accepted too (`
 the caller's own. If a keep policy fails, nothing is deleted.
 
 A new policy is a class here; it is exported in `ckptmgr/__init__.py` and named in `docs/api.md`. A keep policy
-also gets its words in `spell` and `parse`, and in the help of `--policy` (`cli/app.py`). A save policy that
-needs no clock is named in `Saver.should_save`.
+also gets its words in `spell` and `parse`, and in the help of `--policy` (`cli/changing.py`). A save policy that
+needs no clock is named in `need_no_time`.
 
 A policy has two spellings. Its repr is Python, for people. `spell` gives one for shells and for the journal, which
 `parse` reads without running code.
@@ -383,6 +383,15 @@ def _chosen(answer: Any) -> set[int]:
     if any(isinstance(step, bool) for step in chosen):
         raise TypeError("it returns True or False; `keep` must return the steps to keep")
     return set(map(operator.index, chosen))
+
+
+def unknown_metric(keep: Sequence[KeepPolicy], history: Sequence[Record]) -> str | None:
+    """A metric that a `best` of these policies names, if no checkpoint has it, but others: it may be misspelt."""
+    asked = [each.policy if isinstance(each, params_only) else each for each in keep]
+    known = {name for record in history for name in record.metrics}
+    return next(
+        (each.metric for each in asked if known and isinstance(each, best) and each.metric not in known), None
+    )
 
 
 def name_of(policy: Any) -> str:

@@ -909,8 +909,8 @@ MUTATIONS = [
     ),
     Mutation(
         "15b", "a local step counts although a lower durable one was saved later",
-        "restoring/local_steps.py", "return below is None or self._home.manifest(below).time <= found.time",
-        "return True",
+        "restoring/local_steps.py", "if below is not None and self._home.manifest(below).time > found.time:",
+        "if False:",
         "tests/run/test_tier.py::test_a_durable_step_that_was_saved_later_counts_although_it_is_lower",
     ),
     Mutation(

@@ -199,8 +199,10 @@ class _S3:
         """The answer to a request with a condition; None if the condition did not hold."""
         try:
             return self._ask(method, given)
-        except FileNotFoundError:  # nothing has the tag
-            return None
+        except FileNotFoundError as problem:
+            if "IfMatch" not in given:
+                raise _no_bucket(self.bucket) from problem
+            return None  # nothing has the tag
         except OSError as problem:
             if not _is_refused(problem):
                 raise
@@ -292,11 +294,19 @@ class _Gcs:
         """The answer to a request with a condition; None if the condition did not hold."""
         try:
             return bytes(self._client.call(method, path, *args, **given)[1])
-        except (FileExistsError, FileNotFoundError):  # how the client spells 412 and 404
+        except FileExistsError:  # how the client spells 412
             return None
+        except FileNotFoundError as problem:
+            if method == "POST" and given.get("ifGenerationMatch", "0") == "0":
+                raise _no_bucket(self.bucket) from problem
+            return None  # nothing has this generation
 
 
 _FIELDS = "items(name,size,md5Hash,generation),prefixes,nextPageToken"
+
+
+def _no_bucket(bucket: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "there is no such bucket, or you may not write to it", bucket)
 
 
 def _is_refused(problem: OSError) -> bool:

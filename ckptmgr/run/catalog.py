@@ -72,7 +72,8 @@ class Catalog:
     def steps(self) -> list[int]:
         """The committed steps, in order.
 
-        Raises CheckpointNotFoundError if there is none, but checkpoints that must be opened otherwise.
+        Raises CheckpointNotFoundError if no entry is a step, but there are checkpoints that must be opened in
+        another way.
         """
         entries = self._storage.entries()
         self._numbers = frozenset(map(int, filter(STEP.fullmatch, entries)))
@@ -193,7 +194,7 @@ class Catalog:
                 step=newest,
             )
         return CheckpointNotFoundError(
-            f"there is no such checkpoint in {self.directory}; {why or self._hint()}",
+            f"there is no checkpoint to restore in {self.directory}; {why or self._hint()}",
             directory=str(self.directory),
         )
 

@@ -82,7 +82,7 @@ class Claim:
                 continue
             if not first:
                 first = found.tag
-                _log.info("%s is claimed by %s; it is waited for", self._run, owner.spell(found.data))
+                _log.info("%s is claimed by %s: waiting for a sign of life", self._run, owner.spell(found.data))
             if found.tag != first or _is_alive(_parse(found.data)) or _now() >= ends:
                 raise owner.refuse(self._run, found.data)
             time.sleep(min(_POLL_S, self._lease_s / _RENEWALS))

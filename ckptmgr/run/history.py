@@ -125,6 +125,14 @@ class History:
                 "good step, and cannot be read, or a file of it is missing. `ckptmgr verify` says more"
             )
             return Decision()
+        if (metric := policies.unknown_metric(self._keep, infos)) is not None:
+            has = ", ".join(sorted({name for info in infos for name in info.metrics}))
+            self._warn_once(
+                f"nothing is deleted in {self._catalog.directory}: keep names the metric {metric!r}, which no "
+                f"checkpoint has; they have {has}",
+                "best",
+            )
+            return Decision()
         to_delete = {info.step for info in infos if not info.kept}
         return Decision(
             {step: seen[step] for step in sorted(to_delete)},

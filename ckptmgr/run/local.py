@@ -205,10 +205,12 @@ class LocalDirectory:
         paths.refuse_link(folder)
         with open(folder / PIN, "wb", opener=paths.open_to_write) as file:
             file.write(_PINNED)
+        files.sync([folder / PIN, folder])
 
     def unpin(self, folder: epath.Path) -> None:
         paths.refuse_link(folder)
         (folder / PIN).unlink(missing_ok=True)
+        files.sync([folder])
 
     def write_trust(self, folder: epath.Path, note: bytes | None) -> None:
         paths.refuse_link(folder)

@@ -9,6 +9,7 @@ In a job process 0 does this, and the others help with the steps that they save 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -40,6 +41,8 @@ from ckptmgr.run.parts import Offer, Parts
 
 _log = logging.getLogger("ckptmgr")
 Found = TypeVar("Found")
+_MAY_GO = {names.PIN, names.TRUST}
+"""Files of a step that somebody may remove at any moment."""
 
 
 class Mirror:
@@ -233,7 +236,10 @@ class Mirror:
         transfer.remove(draft, there.keys() - sizes.keys())
         marker = paths.read_bytes(source / names.COMMITTED) if names.COMMITTED in sizes else b""
         missing = {name for name, size in sizes.items() if there.get(name) != size}
-        transfer.put(source, draft, sorted(missing - {names.COMMITTED}))
+        transfer.put(source, draft, sorted(missing - {names.COMMITTED} - _MAY_GO))
+        for name in sorted(missing & _MAY_GO):
+            with contextlib.suppress(FileNotFoundError):  # somebody has unpinned the step meanwhile, or trusts it
+                transfer.put(source, draft, [name])
         self._check(step, draft, marker)
         self.catalog.forget(step)
         files.write(draft / names.COMMITTED, marker)

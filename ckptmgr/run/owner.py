@@ -30,7 +30,7 @@ def refuse(run: str, owner: bytes) -> SaveError:
     """The error for a second writer."""
     return SaveError(
         f"{run} is being written to by {spell(owner)}; a run has one writer. Wait "
-        "until it ends, or open the directory with read_only=True",
+        "until that process ends, or open the directory with read_only=True",
         step=None, holder=spell(owner),
     )  # fmt: skip
 

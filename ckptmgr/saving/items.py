@@ -144,6 +144,16 @@ def _metric(name: Any, value: Any) -> Any:
     if isinstance(value, jax.Array) and value.ndim == 0 and not jnp.iscomplexobj(value) and not is_key(value):
         with jax.debug_nans(False), jax.debug_infs(False):  # a loss may be either: nothing is computed here
             return jnp.copy(value)  # not waited for, and ours: the caller may donate its own
-    if isinstance(value, int | float | np.number | np.ndarray) and np.ndim(value) == 0 and np.isrealobj(value):
-        return float(value)
+    if isinstance(value, int | float) or _is_real_number(value):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"metrics: {name!r} is too large for a float") from None
     raise TypeError(f"metrics: {name!r} is {value!r}, not one number")
+
+
+def _is_real_number(value: Any) -> bool:
+    """Whether it is one number of numpy, or of a type such as bfloat16, which is no np.number."""
+    if not isinstance(value, np.generic | np.ndarray) or value.ndim:
+        return False
+    return bool(jnp.issubdtype(value.dtype, jnp.number) or value.dtype == bool) and not jnp.iscomplexobj(value)

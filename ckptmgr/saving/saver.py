@@ -36,6 +36,7 @@ from ckptmgr.saving.measuring import Meter
 from ckptmgr.saving.queue import Act, Pending
 
 _log = logging.getLogger("ckptmgr")
+_TOO_LARGE = 2**63  # no manifest can hold it
 
 
 class Saver:
@@ -217,6 +218,8 @@ class Saver:
             self._shared.newest = max(step, self._shared.newest or 0)  # also if it fails here alone
             with self._telling(step, is_local):
                 self._prepare(step, is_new)
+                if step >= _TOO_LARGE:
+                    raise ValueError(f"step {step} cannot be saved: it must be below 2**63")
                 composed = self._compose(step, params, opt_state, extras, metrics)
                 self._pending.wait()
                 self.require_open(step)  # a callback may have closed the manager meanwhile

@@ -30,6 +30,14 @@ def run(request, servers):
     return f"{request.param}://bucket/{uuid.uuid4().hex}/run"
 
 
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_bucket_that_does_not_exist_is_said_at_once(scheme, servers):
+    started = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=r"no such bucket.*'typo-bucket'"):
+        CheckpointManager(f"{scheme}://typo-bucket/run", timeout_s=60)
+    assert time.monotonic() - started < 30
+
+
 @pytest.fixture(autouse=True)
 def short_lease(monkeypatch):
     monkeypatch.setenv(claim.LEASE_VARIABLE, str(LEASE_S))

@@ -26,7 +26,7 @@ from test_job import start as start_job
 
 import ckptmgr
 from ckptmgr.format import files, names
-from ckptmgr.run import mirror
+from ckptmgr.run import mirror, transfer
 
 pytestmark = ON_SERVERS
 
@@ -132,6 +132,47 @@ def test_a_step_that_is_damaged_here_is_taken_from_the_mirror(home, away, caplog
         manager.save(2, trainer.state(2)).result()  # the damaged one makes room
         manager.wait()
         assert manager.verify(2)
+    assert steps_in(away) == [1, 2]
+
+
+def test_a_damaged_step_of_the_mirror_alone_leaves_its_number_free(home, away):
+    with ckptmgr.CheckpointManager(home, mirror=away) as manager:
+        save(manager, 1, 2)
+    shutil.rmtree(home)
+    for file in (each for each in names_below(away, "2/params/d")):
+        data = bytearray(epath.Path(file).read_bytes())
+        data[len(data) // 2] ^= 1
+        epath.Path(file).write_bytes(bytes(data))
+    with ckptmgr.CheckpointManager(home, mirror=away) as manager:
+        assert saved(manager)[0] == 1
+        manager.save(2, trainer.state(2)).result()
+        assert saved(manager) == (2, [])
+
+
+def names_below(away, folder):
+    return [str(each) for each in (epath.Path(away) / folder).iterdir()]
+
+
+@pytest.mark.parametrize("name", [names.PIN, names.TRUST])
+def test_a_step_that_is_unpinned_or_trusted_while_it_is_copied_is_copied(name, home, away, monkeypatch):
+    put, was_there = transfer.put, []
+
+    def put_late(source, draft, files):
+        if name in files:
+            was_there.append((source / name).exists())
+            (source / name).unlink()
+        put(source, draft, files)
+
+    monkeypatch.setattr(transfer, "put", put_late)
+    with ckptmgr.CheckpointManager(home, keep=5) as manager:
+        save(manager, 1)
+        manager.wait()
+        (epath.Path(home) / "1" / name).write_bytes(b'{"trusted": true, "why": "seen"}')
+    with ckptmgr.CheckpointManager(home, mirror=away) as manager:
+        manager.wait()
+        save(manager, 2)
+        manager.wait()
+    assert was_there == [True]
     assert steps_in(away) == [1, 2]
 
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import counted, visible
 from etils import epath
 
-from ckptmgr import CheckpointManager, best, every_seconds, every_steps, latest
+from ckptmgr import CheckpointManager, best, every_seconds, every_steps, latest, params_only
 from ckptmgr.format import manifest
 from ckptmgr.run import history, retention
 from ckptmgr.run.catalog import Catalog, open_catalog
@@ -263,3 +263,26 @@ def test_the_step_that_was_saved_last_outlives_a_restart_although_the_clock_went
     with CheckpointManager(tmp_path / "run", **options) as manager:
         manager.wait()  # a mirror is looked at when a run is opened, and then it is decided what to delete
         assert manager.steps() == [60, 90, 100]
+
+
+@pytest.mark.parametrize("wrap", [lambda policy: policy, params_only], ids=["best", "params_only"])
+def test_a_metric_that_no_checkpoint_has_deletes_none(wrap, tmp_path, caplog):
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"w": jnp.ones(2)}, metrics={"loss": 1 / step}).result()
+    with CheckpointManager(tmp_path, keep=[wrap(best("los")), 1]) as manager:
+        manager.save(4, {"w": jnp.ones(2)}, metrics={"loss": 0.0}).result()
+        manager.wait()
+        assert manager.steps() == [1, 2, 3, 4]
+        assert caplog.text.count("keep names the metric 'los', which no checkpoint has; they have loss") == 1
+        manager.save(5, {"w": jnp.ones(2)}, metrics={"loss": 1.0, "los": 2.0}).result()
+        manager.wait()
+        assert manager.steps() == [5]
+
+
+def test_without_any_metrics_best_keeps_nothing(tmp_path):
+    with CheckpointManager(tmp_path, keep=[best("loss"), 1]) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"w": jnp.ones(2)}).result()
+        manager.wait()
+        assert manager.steps() == [3]

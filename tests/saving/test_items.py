@@ -333,6 +333,40 @@ def test_a_metric_that_is_no_real_number_is_refused_by_name(value, tmp_path):
         manager.save(1, {"w": np.ones(1)}, metrics={"loss": value})
 
 
+@pytest.mark.parametrize(
+    "value",
+    [np.asarray(jnp.bfloat16(0.5))[()], np.asarray(jnp.bfloat16(0.5)), jnp.bfloat16(0.5), np.float16(0.5), 0.5],
+)
+def test_a_metric_may_be_a_number_of_any_real_type(value, tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.save(1, {"w": np.ones(1)}, metrics={"loss": value}).result().metrics == {"loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    "value", [np.str_("3"), np.array("3"), np.datetime64(3, "s"), np.array([3]), "3", b"3", None], ids=repr
+)
+def test_what_only_looks_like_a_number_is_no_metric(value, tmp_path):
+    with (
+        CheckpointManager(tmp_path) as manager,
+        pytest.raises(TypeError, match=r"metrics: 'loss' is .*, not one number"),
+    ):
+        manager.save(1, {"w": np.ones(1)}, metrics={"loss": value})
+
+
+def test_a_metric_that_is_too_large_is_refused_by_name(tmp_path):
+    with CheckpointManager(tmp_path) as manager, pytest.raises(ValueError, match="metrics: 'loss' is too large"):
+        manager.save(1, {"w": np.ones(1)}, metrics={"loss": 10**400})
+
+
+@pytest.mark.parametrize("step", [2**63, 10**30])
+def test_a_step_that_no_manifest_can_hold_is_refused(step, tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(ValueError, match=rf"step {step} cannot be saved: it must be below 2\*\*63"):
+            manager.save(step, {"w": np.ones(1)})
+        manager.save(2**63 - 1, {"w": np.ones(1)}).result()
+        assert manager.restore().step == 2**63 - 1
+
+
 def test_keys_that_are_equal_and_not_the_same_stay_what_they_are(tmp_path):
     """Python holds 1, 1.0 and True to be one key."""
     keys = [1, True, 1.0, 1, "1"]
