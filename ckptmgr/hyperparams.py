@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+_HYPERPARAMS = "hyperparams"
 _HOW = (
     "wrap the optimizer so that its state carries them:\n"
     "    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)"
@@ -25,7 +26,7 @@ def get_hyperparams(opt_state: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for state in _injected(opt_state):
-        found |= state.hyperparams
+        found |= {name: _bare(value) for name, value in state.hyperparams.items()}
     if not found:
         raise ValueError(f"this opt_state holds no hyperparameters; {_HOW}")
     return found
@@ -36,45 +37,67 @@ def set_hyperparams(opt_state: Any, **values: Any) -> Any:
 
     A hyperparameter that follows a schedule cannot be set, because every step computes it again.
 
-    Raises ValueError for an unknown or scheduled name, TypeError for a value of another shape.
+    Raises ValueError for an unknown or scheduled name, TypeError for a value of another shape, or one that the
+    dtype cannot hold: 0.5 where the optimizer was made with a whole number.
     """
     known = get_hyperparams(opt_state)
-    scheduled = {name for state in _injected(opt_state) for name in _schedules(state)}
+    states = _injected(opt_state)
+    scheduled = {name for state in states for name in state.schedules}
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{name!r} is not among the hyperparameters {sorted(known)}; {_HOW}")
         if name in scheduled:
             raise ValueError(f"{name!r} follows a schedule, so every step computes it; inject a number instead")
-        if np.shape(value) != np.shape(known[name]):
-            raise TypeError(f"{name!r} has shape {np.shape(known[name])}, not {np.shape(value)}")
-    return optax.tree_utils.tree_set(
-        opt_state, _is_hyperparam, **{name: _like(known[name], value) for name, value in values.items()}
-    )
+        for state in states:
+            shape = np.shape(_bare(state.hyperparams.get(name, value)))
+            if np.shape(value) != shape:
+                raise TypeError(f"{name!r} has shape {shape}, not {np.shape(value)}")
+
+    def replaced(path: Sequence[Any], old: Any) -> Any:
+        steps = [getattr(step, "name", getattr(step, "key", None)) for step in path]
+        at = steps.index(_HYPERPARAMS) + 1 if _HYPERPARAMS in steps else len(steps)
+        name = steps[at] if at < len(steps) else None
+        return _like(name, old, values[name]) if name in values else old
+
+    return jax.tree_util.tree_map_with_path(replaced, opt_state)
 
 
-def _injected(opt_state: Any) -> list[Any]:
-    """Every state of an injected optimizer, also inside chain, masked, multi_transform and others."""
+class _Injected(NamedTuple):
+    """The state of an injected optimizer."""
+
+    hyperparams: Mapping[str, Any]
+    schedules: Mapping[str, Any]
+
+
+def _injected(opt_state: Any) -> list[_Injected]:
+    """Every state of an injected optimizer, also inside chain, masked, multi_transform, nnx.state and others."""
     found = []
 
     def look(node: Any) -> bool:
-        if isinstance(getattr(node, "hyperparams", None), Mapping):
-            found.append(node)
+        part = node.get if isinstance(node, Mapping) else functools.partial(getattr, node)
+        if isinstance(hyperparams := part(_HYPERPARAMS, None), Mapping):
+            found.append(_Injected(hyperparams, part("hyperparams_states", None) or {}))
         return False
 
     jax.tree_util.tree_flatten(opt_state, is_leaf=look)
     return found
 
 
-def _schedules(state: Any) -> Mapping[str, Any]:
-    return getattr(state, "hyperparams_states", None) or {}
+def _bare(value: Any) -> Any:
+    """The number of a hyperparameter; Flax NNX has a node around it."""
+    leaves = jax.tree_util.tree_leaves(value)
+    return leaves[0] if len(leaves) == 1 else value
 
 
-def _is_hyperparam(path: Any, value: Any) -> bool:
-    return any(getattr(step, "name", None) == "hyperparams" for step in path)
-
-
-def _like(old: Any, new: Any) -> Any:
-    if not isinstance(old, jax.Array):
-        return type(old)(new)
-    array = jnp.asarray(new, dtype=old.dtype)
-    return jax.device_put(array, old.sharding) if old.committed else array
+def _like(name: str, old: Any, new: Any) -> Any:
+    """A value of the type, dtype and place of another: each injected optimizer may have its own."""
+    made: Any
+    if isinstance(old, jax.Array):
+        made = jnp.asarray(new, dtype=old.dtype)
+    else:
+        made = np.asarray(new, old.dtype) if isinstance(old, np.ndarray) else type(old)(new)
+    if jnp.issubdtype(jnp.result_type(old), jnp.integer) and np.any(np.asarray(made) != np.asarray(new)):
+        raise TypeError(
+            f"{name!r} is a whole number, which {new} is not: make the optimizer with a float, as {name}=1.0"
+        )
+    return jax.device_put(made, old.sharding) if isinstance(old, jax.Array) and old.committed else made

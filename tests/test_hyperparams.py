@@ -81,3 +81,49 @@ def test_errors_show_what_to_do():
     scheduled = optax.inject_hyperparams(optax.adam)(learning_rate=optax.constant_schedule(0.1))
     with pytest.raises(ValueError, match="follows a schedule"):
         set_hyperparams(scheduled.init(PARAMS), learning_rate=1.0)
+
+
+@pytest.mark.parametrize("value", [0.25, 1, np.float32(0.25), jnp.float32(0.25)], ids=str)
+def test_a_state_on_the_host_stays_there(value):
+    opt_state = jax.device_get(ADAM.init(PARAMS))
+    before = get_hyperparams(opt_state)["learning_rate"]
+    rate = get_hyperparams(set_hyperparams(opt_state, learning_rate=value))["learning_rate"]
+    assert (type(rate), rate.dtype, rate.shape, rate) == (type(before), before.dtype, (), value)
+
+
+def test_each_injected_optimizer_keeps_its_own_dtype():
+    optimizer = optax.multi_transform(dict.fromkeys("ab", ADAM), {"x": "a", "y": "b"})
+    state = optimizer.init({"x": jnp.ones(2), "y": jnp.ones(2, jnp.bfloat16)})
+    for before in (state, jax.device_get(state)):
+        inner = set_hyperparams(before, learning_rate=3e-4).inner_states
+        rates = {name: each.inner_state.hyperparams["learning_rate"] for name, each in inner.items()}
+        assert (rates["a"].dtype, rates["b"].dtype) == (jnp.float32, jnp.bfloat16)
+        assert (rates["a"], rates["b"]) == (np.float32(3e-4), jnp.bfloat16(3e-4))
+
+
+def flax_states():
+    nnx = pytest.importorskip("flax.nnx")
+    optimizer = nnx.Optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), ADAM, wrt=nnx.Param)
+    return [optimizer.opt_state, nnx.state(optimizer), nnx.state(optimizer)["opt_state"]]
+
+
+def test_in_the_states_of_flax_and_in_plain_containers(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, PARAMS, ADAM.init(PARAMS)).result()
+        plain = manager.restore().opt_state
+    for state in [plain, *flax_states()]:
+        changed = set_hyperparams(state, learning_rate=0.25)
+        assert get_hyperparams(changed)["learning_rate"] == 0.25
+        assert get_hyperparams(state)["learning_rate"] == np.float32(1e-2)
+        assert jax.tree.structure(changed) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize(
+    "where", [jnp.asarray, jax.device_get, lambda tree: tree], ids=["jax", "numpy", "as made"]
+)
+def test_a_whole_number_takes_no_fraction(where):
+    clip = optax.inject_hyperparams(optax.clip_by_global_norm)(max_norm=1)
+    state = jax.tree.map(where, clip.init(PARAMS))
+    assert get_hyperparams(set_hyperparams(state, max_norm=2.0))["max_norm"] == 2
+    with pytest.raises(TypeError, match=r"'max_norm' is a whole number, which 0\.5 is not"):
+        set_hyperparams(state, max_norm=0.5)

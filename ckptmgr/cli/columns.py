@@ -49,7 +49,7 @@ def table(columns: Sequence[Column], width: int | None) -> Text:
             spare -= wide - column.needed
         is_last = place == len(columns) - 1
         for line, cell in zip(lines, (column.name, *column.cells), strict=True):
-            shown = _shortened(cell, wide)
+            shown = shortened(cell, wide)
             fill = " " * (wide - cell_len(shown))
             style = "bold" if line is lines[0] else "bold red" if column.alarms and shown[:2].isupper() else ""
             line.append(" " * (_GAP if place else 0) + (fill if column.is_right else ""))
@@ -60,10 +60,10 @@ def table(columns: Sequence[Column], width: int | None) -> Text:
     return Text("\n", no_wrap=True, overflow="ignore").join(lines)
 
 
-def _shortened(text: str, width: int) -> str:
+def shortened(text: str, width: int) -> str:
     """A text that fits, cut after a word; a word that is too long by itself is cut."""
     if cell_len(text) <= width:
         return text
-    cut = text[: width - 1]
-    words = cut.rpartition(" ")[0] if text[width - 1] != " " else cut
+    cut = next(text[:n] for n in range(len(text), -1, -1) if cell_len(text[:n]) <= width - 1)
+    words = cut.rpartition(" ")[0] if text[len(cut)] != " " else cut
     return f"{(words or cut).rstrip(' ,')}…"

@@ -20,7 +20,7 @@ from ckptmgr.run.catalog import open_catalog
 from ckptmgr.trees import averaging
 
 Item = Annotated[str, typer.Option(help="params, opt_state, or the name of an extra.")]
-MaxShardBytes = Annotated[int, typer.Option(help="The largest safetensors file.")]
+MaxShardBytes = Annotated[int, typer.Option(help="The most bytes of one safetensors file.")]
 _FORMATS = "FILE.safetensors, FILE.npz, or a new directory for stock Orbax"
 _SHARD_BYTES = 5_000_000_000
 
@@ -58,7 +58,7 @@ def _write(tree: Any, out: str, found: facts.Facts, max_shard_bytes: int, as_jso
 
 def _may_write(out: str, found: facts.Facts, *, yes: bool, as_json: bool) -> None:
     """Asks before a file is replaced; raises if the place is a directory that is there, or in a step."""
-    path = pathlib.Path(out).expanduser()
+    path = interop.local(out)
     interop.check_format(path)
     _refuse_inside_of_steps(path)
     if path.is_dir():
@@ -81,7 +81,9 @@ def _refuse_inside_of_steps(path: pathlib.Path) -> None:
 def average(
     run: Run,
     output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help=f"{_FORMATS}.")],
-    last: Annotated[int | None, typer.Option(min=1, help="Averages the newest trusted steps, so many.")] = None,
+    last: Annotated[
+        int | None, typer.Option(min=1, help="How many of the newest trusted steps are averaged.")
+    ] = None,
     steps: Annotated[str | None, typer.Option(metavar="A,B,C", help="Averages these steps.")] = None,
     item: Item = "params",
     max_shard_bytes: MaxShardBytes = _SHARD_BYTES,
@@ -164,7 +166,7 @@ def import_(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Saves files of other formats as a checkpoint. No code of a pickle is run."""
+    """Saves files of other formats as a checkpoint. Runs no code of a pickle, except the names of --allow."""
     if state is None and params is None and opt_state is None:
         return _adopt(run, dry_run, as_json)
     steps = _steps_of(run)

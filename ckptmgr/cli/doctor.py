@@ -21,6 +21,7 @@ from ckptmgr.format import files, names, paths
 from ckptmgr.manager import CheckpointManager
 
 _PROBE_BYTES = 64 << 20
+_DEVICES_S = 120
 _EXTRAS = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3"), "safetensors": ("safetensors", "interop")}
 
 
@@ -70,10 +71,13 @@ def _devices() -> list[str] | str:
     program = "import jax; print(*[f'{d.platform} {d.device_kind}' for d in jax.devices()], sep='\\n')"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
-    )
-    return done.stdout.splitlines() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    command = [sys.executable, "-c", program]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_DEVICES_S)
+    except subprocess.TimeoutExpired:
+        return f"JAX has found no devices within {_DEVICES_S} s; in a job it waits for the other processes"
+    said = [*done.stderr.strip().splitlines(), f"JAX has ended with exit status {done.returncode}"]
+    return done.stdout.splitlines() if done.returncode == 0 else said[-2 if len(said) > 1 else 0]
 
 
 def _storage(directory: str) -> dict[str, Any]:

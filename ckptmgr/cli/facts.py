@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from etils import epath
 from ckptmgr import policies as policy
 from ckptmgr.cli import places, report
 from ckptmgr.cli.spelling import in_shell_words
-from ckptmgr.errors import CheckpointNotFoundError, NewerFormatError
+from ckptmgr.errors import CheckpointNotFoundError, NewerFormatError, StructureMismatchError
 from ckptmgr.format import manifest as manifests
 from ckptmgr.format import names, paths
 from ckptmgr.manager import CheckpointManager
@@ -112,7 +112,7 @@ def _row(info: CheckpointInfo) -> Facts:
         "age_s": time.time() - info.time,
         "nbytes": info.nbytes,
         "disk_nbytes": info.disk_nbytes,
-        "metrics": _finite(info.metrics),
+        "metrics": _printable(info.metrics),
         "pinned": info.pinned,
         "distrusted": info.distrusted,
         "reduced": _in_words(info.reduced),
@@ -145,9 +145,13 @@ def check_metric(manager: CheckpointManager, name: str) -> None:
         raise ValueError(f"no step in {manager.directory} has the metric {name}; {has}{places.meant(name, known)}")
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | str]:
-    """NaN and infinity as text, because JSON has neither."""
-    return {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+def _printable(value: Any) -> Any:
+    """A value of JSON, with NaN and infinity as text: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {name: _printable(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(_printable, value))
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------- a checkpoint
@@ -162,8 +166,8 @@ def checkpoint(manager: CheckpointManager, step: int) -> Facts:
         "time": info.time,
         "nbytes": info.nbytes,
         "disk_nbytes": info.disk_nbytes,
-        "metrics": _finite(info.metrics),
-        "metadata": dict(info.metadata),
+        "metrics": _printable(info.metrics),
+        "metadata": _printable(info.metadata),
         "versions": dict(info.versions),
         "pinned": info.pinned,
         "distrusted": info.distrusted,
@@ -210,10 +214,10 @@ def difference(
     if values:
         before, after = (manager.info(step).nbytes for manager, step in (one, other))
         total = before + after
-        values_of_one = _values(*one, lambda done, _: on_progress(done, total))
-        values_of_other = _values(*other, lambda done, _: on_progress(before + done, total))
+        values_of_one = _values(*one, changed, lambda done, _: on_progress(done, total))
+        values_of_other = _values(*other, changed, lambda done, _: on_progress(before + done, total))
         comparable = values_of_one.keys() & values_of_other.keys()  # an item that is not read has no value
-        found["values"] = _changes(values_of_one, values_of_other, comparable.difference(changed))
+        found["values"] = _changes(values_of_one, values_of_other, comparable)
     found["equal"] = not any(
         found[name] for name in ("only_in_first", "only_in_second", "changed", "values") if name in found
     )
@@ -238,12 +242,17 @@ def items(
     manifest = open_catalog(manager.directory).manifest(step)
     known = [name for name in manifest.items if name not in (manifests.STEP, manifests.METRICS)]
     for name in only:
+        if name in known and manifest.items[name].kind == "unread":
+            raise ValueError(f"step {step}: {name} is not read: {manifest.items[name].why}")
         if name not in known:
             raise ValueError(f"step {step} has no {name}; it has {', '.join(known)}{places.meant(name, known)}")
     is_all = not only or any(manifest.items[name].kind != "arrays" for name in only)
     wanted = {} if is_all else {name: _template(manifest.items[name]) for name in only}
     trees = {name: wanted.pop(name, None) for name in (manifests.PARAMS, manifests.OPT_STATE)}
-    found = manager.restore(step, layout=HOST, extras=wanted, on_progress=on_progress, **trees)
+    try:
+        found = manager.restore(step, layout=HOST, extras=wanted, on_progress=on_progress, **trees)
+    except StructureMismatchError:  # the children of a node had no names, which a dict cannot say: all is read
+        found = manager.restore(step, layout=HOST, on_progress=on_progress)
     restored = {manifests.PARAMS: found.params, manifests.OPT_STATE: found.opt_state, **found.extras}
     return {name: restored[name] for name in only or known if name in restored}
 
@@ -268,17 +277,26 @@ def _stand_in(leaf: LeafSpec) -> Any:
     return zero[()] if leaf.kind == "scalar" else np.broadcast_to(zero, leaf.shape)
 
 
-def _values(manager: CheckpointManager, step: int, on_progress: Callable[[int, int], object]) -> dict[str, Any]:
-    """Every leaf on the host, by its path in the manifest."""
+def _values(
+    manager: CheckpointManager, step: int, changed: Collection[str], on_progress: Callable[[int, int], object]
+) -> dict[str, Any]:
+    """Every leaf on the host by its path in the manifest, without those that have changed their form.
+
+    Of an item that differs between processes that of process 1 is `item[1]`.
+    """
     manifest = open_catalog(manager.directory).manifest(step)
-    trees = items(manager, step, on_progress=on_progress)
-    found = {
-        f"{name}{item.tree.leaves[place].path}": value
-        for name, item in manifest.items.items()
-        if item.kind == "arrays"
-        for place, value in _in_order(item.tree, trees[name])
-    }
-    return found | {name: _Bare(value) for name, value in trees.items() if manifest.items[name].kind != "arrays"}
+    found: dict[str, Any] = {}
+    for name, tree in items(manager, step, on_progress=on_progress).items():
+        item = manifest.items[name]
+        if item.kind != "arrays":
+            found |= {name: _Bare(tree)} if name not in changed else {}
+            continue
+        for process, own in enumerate(tree if item.processes > 1 else [tree]):
+            whose = f"{name}[{process}]" if process else name
+            for place, value in _in_order(item.tree, own):
+                path = item.tree.leaves[place].path
+                found |= {f"{whose}{path}": value} if f"{name}{path}" not in changed else {}
+    return found
 
 
 class _Bare(NamedTuple):

@@ -12,6 +12,7 @@ from ckptmgr.cli import asking, facts, places, report, tables
 from ckptmgr.cli import doctor as doctors
 from ckptmgr.cli.base import AnyPlace, AsJson, Run, Step, Yes, app, fitted, show
 from ckptmgr.cli.working import working
+from ckptmgr.errors import CheckpointNotFoundError
 from ckptmgr.format import paths
 
 
@@ -85,7 +86,11 @@ def verify(
     reports = []
     for number in manager.steps() if every else [newest]:
         with working(f"verifying step {number}") as on_progress:
-            reports.append(manager.verify(number, on_progress=on_progress))
+            try:
+                reports.append(manager.verify(number, on_progress=on_progress))
+            except CheckpointNotFoundError:  # retention of a trainer has deleted it meanwhile
+                if not every or number in manager.steps():
+                    raise
     show([facts.verified(each) for each in reports], as_json, tables.verified)
     raise typer.Exit(0 if all(reports) else 1)
 

@@ -31,8 +31,8 @@ _INTERRUPTED, _PIPE_CLOSED = 130, 141
 _OWN_WORDS: dict[type[Exception], Callable[[Any], str | None]] = {
     SaveError: lambda problem: (
         problem.holder
-        and f"the run is being written to by {problem.holder}, and a run has one writer. What changes a run must "
-        "wait until that process ends; what only looks at it need not"
+        and f"the run is being written to by {problem.holder}, and a run has one writer. Wait until that process "
+        "ends; commands that only read need not wait"
     ),
     CheckpointExistsError: lambda problem: (
         f"step {problem.step} was saved by another process meanwhile, and it is kept"

@@ -71,7 +71,7 @@ def incoming(
     alone = {"params": params, "opt_state": opt_state}
     entries |= {name: reading.read(path, allow=allow) for name, path in alone.items() if path is not None}
     if step is None:
-        raise ValueError("Say which step this is: --step N")
+        raise ValueError("say which step this is, with the option step (--step N)")
     metrics = _metrics(entries.pop("metrics", None))
     found = {name: entries.pop(name, None) for name in alone}
     return Incoming(
@@ -102,7 +102,7 @@ def _entries(path: pathlib.Path, whole: Any, skip: Collection[str]) -> dict[str,
         )
     unknown = sorted(set(skip) - set(whole))
     if unknown:
-        raise ValueError(f"--skip {unknown[0]}: {path} has no such entry; it has {', '.join(map(str, whole))}")
+        raise ValueError(f"skip {unknown[0]}: {path} has no such entry; it has {', '.join(map(str, whole))}")
     return {name: value for name, value in whole.items() if name not in skip}
 
 
@@ -111,7 +111,9 @@ def _step(path: pathlib.Path, said: Any) -> int | None:
         try:
             return operator.index(np.asarray(said)[()])
         except TypeError:
-            raise ValueError(f"the step in {path} is not a whole number. Give the step: --step N") from None
+            raise ValueError(
+                f"the step in {path} is not a whole number. Say it with the option step (--step N)"
+            ) from None
     match = _CHECKPOINT.fullmatch(path.name)
     return int(match[1]) if match else None
 
@@ -124,7 +126,8 @@ def _metrics(found: Any) -> Mapping[str, Any]:
     ):
         return found
     raise ValueError(
-        "metrics is not a dict of numbers, so it cannot be saved as metrics; --skip metrics leaves it out"
+        "metrics is not a dict of numbers, so it cannot be saved as metrics; the option skip leaves it out "
+        "(--skip metrics)"
     )
 
 

@@ -105,7 +105,7 @@ class _Machine:
 
     def call(self, what: Any, arguments: Any, *, makes_object: bool = False) -> None:
         if type(what) is not Name or type(arguments) is not tuple:
-            raise ValueError("a call of what is no name")
+            raise ValueError("a call of something that is not a name")
         self.push(Call(what, arguments, makes_object))
 
     def instance(self, what: str) -> None:
@@ -116,12 +116,12 @@ class _Machine:
     def build(self) -> None:
         state, made = self.pop(), self.stack[-1]
         if type(made) is not Call or made.state is not None:
-            raise ValueError("attributes set on what is no new object")
+            raise ValueError("attributes set on something that is not a new object")
         made.state = state
 
     def append(self, values: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise ValueError("something appended to what is no list")
+            raise ValueError("something appended to what is not a list")
         self.stack[-1].extend(values)
 
     def set_items(self, flat: list[Any]) -> None:
@@ -131,7 +131,7 @@ class _Machine:
         elif type(into) is Call:
             into.items.extend(pairs)
         else:
-            raise ValueError("an item set in what is no dict")
+            raise ValueError("an item set in something that is not a dict")
 
     def dict_of(self, flat: list[Any]) -> None:
         self.push({})

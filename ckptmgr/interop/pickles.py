@@ -246,8 +246,13 @@ def _numpy(make: _Maker, call: Call) -> np.ndarray[Any, Any]:
 
 
 def _from_buffer(make: _Maker, call: Call) -> np.ndarray[Any, Any]:
-    raw, dtype, shape, order = call.arguments
-    return make.array(raw, dtype, shape, order)
+    raw, dtype, shape, order, *axes = call.arguments
+    if order != "K":
+        return make.array(raw, dtype, shape, order)
+    (moved,) = axes  # the bytes are in the order of the shape, and the axes were moved
+    if type(moved) is not tuple or sorted(moved) != list(range(len(shape))):
+        raise ValueError("an array with axes in no known order")
+    return make.array(raw, dtype, shape, "C").transpose(moved)
 
 
 def _scalar(make: _Maker, call: Call) -> Any:
@@ -269,7 +274,7 @@ def _jax(make: _Maker, call: Call) -> jax.Array:
 def _complex(make: _Maker, call: Call) -> complex:
     real, imaginary = call.arguments
     if type(real) is not float or type(imaginary) is not float:
-        raise ValueError("a complex number of what is no float")
+        raise ValueError("a complex number of something that is not a float")
     return complex(real, imaginary)
 
 

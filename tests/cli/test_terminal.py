@@ -12,6 +12,7 @@ from rich.cells import cell_len
 
 import ckptmgr
 from ckptmgr import interop
+from ckptmgr.cli import columns
 
 pytestmark = pytest.mark.xdist_group("terminal")  # one process that forks
 
@@ -234,3 +235,11 @@ def test_show_of_many_leaves_is_bounded_and_says_how_to_see_the_rest(tmp_path):
         terminal.piped("diff", f"{tmp_path}/run@1", f"{tmp_path}/run@2", "--values", "--all").out.count("params[")
         == 180
     )
+
+
+def test_wide_characters_are_cut_by_the_cells_that_they_take():
+    for text in ("best 検証データの損失", "検証データの損失", "a 検 b 証", "plain words only"):
+        for width in range(2, 24):
+            shown = columns.shortened(text, width)
+            assert cell_len(shown) <= width
+            assert shown == text or shown.endswith("…")

@@ -18,6 +18,7 @@ from conftest import counted
 
 import ckptmgr
 from ckptmgr import interop
+from ckptmgr.testing import assert_trees_equal
 
 TREE = {
     "dense": {"w": jnp.linspace(-1, 1, 12).reshape(4, 3), "b": jnp.zeros(3, jnp.bfloat16)},
@@ -254,3 +255,20 @@ def test_a_step_or_a_run_of_orbax_is_no_tree_and_the_error_says_what_to_name(tmp
     with pytest.raises(ValueError, match=r"empty is not a tree that Orbax has saved"):
         interop.read(tmp_path / "empty")
     assert list(interop.read(tmp_path / "run" / "7" / "default")) == ["w"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.npz", "model"])
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_nothing_is_written_for_a_bucket(scheme, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"{scheme}://bucket/{name} is not on a disk"):
+        interop.write({"w": np.ones(1)}, f"{scheme}://bucket/{name}")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_npz_takes_the_names_that_are_arguments_of_numpy(tmp_path):
+    tree = {name: np.full(2, n) for n, name in enumerate(["file", "allow_pickle", "args", "kwds", "w"])}
+    interop.write(tree, tmp_path / "x.npz")
+    assert_trees_equal(interop.read(tmp_path / "x.npz"), tree)
+    with np.load(tmp_path / "x.npz") as found:
+        assert sorted(found.files) == sorted(tree)

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import copyreg
 import functools
+import itertools
 import os
 import pickle
 import random
@@ -243,3 +244,12 @@ def test_mutated_pickles_are_trees_of_arrays_or_refused():
     assert refused + read == 400
     assert refused > 100
     assert read > 10
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_whose_axes_were_moved(protocol):
+    base = np.arange(24.0).reshape(2, 3, 4)
+    for axes in itertools.permutations(range(3)):
+        moved = base.transpose(axes)
+        back = pickles.loads(pickle.dumps({"w": moved}, protocol))["w"]
+        assert np.array_equal(back, moved), axes

@@ -1,4 +1,4 @@
-"""What a checkpoint differs from the one before by, from their manifests alone: no array is read."""
+"""How a checkpoint differs from the one before, from their manifests alone: no array is read."""
 
 from __future__ import annotations
 

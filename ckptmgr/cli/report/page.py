@@ -75,7 +75,7 @@ class _Page:
             "Saving": self.saving(),
             "Work at risk": self.at_risk(),
             "Set aside by rewinds": self.branches(),
-            "Walk-backs and failures": tables.troubles(self.run, self.most) or _nothing("None is known."),
+            "Passed over and failed": tables.troubles(self.run, self.most) or _nothing("None is known."),
             "Checkpoints on disk": tables.checkpoints(self.run, self.most) or _NOTHING_SAVED,
         }
         body = [self.head(), _tools(), _nav(sections), *(_section(*each) for each in sections.items())]

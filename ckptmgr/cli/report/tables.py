@@ -149,7 +149,7 @@ def changed(found: Sequence[Change], most: int) -> tuple[str, str]:
     rows += [_same(same)] if same else []
     shown, said = words.thinned(rows, most)
     return table(
-        "What each step differs from the one before by", ("step", "the one before", "what differs"), shown
+        "How each step differs from the one before", ("step", "the one before", "what differs"), shown
     ), said
 
 
@@ -198,7 +198,7 @@ def troubles(run: Run, most: int) -> str:
     shown += [row(step, "now", state(why), why) for step, why in list(run.unread.items())[:most]]
     if not shown:
         return ""
-    return table("Walk-backs and failures", ("step", "when", "what", "why"), shown) + note(said)
+    return table("Passed over and failed", ("step", "when", "what", "why"), shown) + note(said)
 
 
 def state(problem: Unread) -> str:
