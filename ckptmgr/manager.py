@@ -58,8 +58,9 @@ class CheckpointManager:
         are saved there too, or there alone: by each process its own part, and that of a process on another
         machine. `restore` takes the newest step of which all parts are left somewhere, if no durable one is newer.
       local_every: which calls of `save` save there, as `save_every` does. Default: every call.
-      local_keep: how many of these steps each machine keeps.
-      local_copies: 1: each process keeps the part of a neighbour too, so that any one machine may be lost; 0: not.
+      local_keep: how many of these steps each machine keeps. Default: 2.
+      local_copies: 1 (default): each process keeps the part of a neighbour too, so that any one machine may be
+        lost; 0: it does not.
       mirror: a second directory, also gs:// or s3://. Every checkpoint is copied there in the background, and
         `restore` reads from there the steps that `directory` lacks.
       mirror_keep: which checkpoints retention keeps in the mirror, as `keep` does for `directory`. Default: all.
@@ -177,8 +178,9 @@ class CheckpointManager:
         Raises:
           CheckpointExistsError: the step is saved already and `on_exists` is "error".
           UnsupportedLeafError: a leaf cannot be stored; nothing was written.
-          SaveError: the save before this one failed. In a job that is raised in all processes, also for what
-            differs between them.
+          SaveError: an earlier save failed, or the manager is closed or read-only. In a job it is raised in all
+            processes, also if they did not save the same.
+          ValueError: an argument is wrong, or `on_exists` is "replace" in a bucket.
         """
         return self._saver.save(
             policies.step_number(step), params, opt_state, extras, metrics, force=force, on_exists=on_exists,

@@ -87,7 +87,8 @@ class CheckpointInfo:
     """The directory it was restored from, or saved to: of the run, of its mirror, or of `local`. Only
     `Checkpoint.info` and the result of a local save have it."""
     kept: tuple[str, ...] = ()
-    """Why retention keeps it; empty if retention would delete it. Only `CheckpointManager.info` fills it in."""
+    """Why retention keeps it; empty if retention would delete it. Only `info` and `infos` of a manager
+    fill it in."""
 
     def __repr__(self) -> str:
         count = sum(map(len, self.leaves.values()))

@@ -1,4 +1,4 @@
-"""The coordinator of jax.distributed: a store of keys and values in process 0, which always answers or is told of.
+"""The coordinator of jax.distributed: keys and values in process 0, whose silence is an error.
 
 JAX has a bound for one question alone, the wait for a key. If process 0 is stopped, or the network is cut, every
 other question returns after two minutes. So a thread asks, and the caller waits for it as long as it wants to.
@@ -32,8 +32,8 @@ class CoordinatorSilentError(Exception):
 class Coordinator:
     """Asks the coordinator one question after the other, for one process of the job.
 
-    A question that its caller has left (at its bound, or by Ctrl-C) is over before the next one is asked: whoever
-    then looks for what it was to set finds it, or it is never set.
+    A question that its caller has left (at its bound, or by Ctrl-C) is over before the next one is asked: a later
+    question sees what it has set, or it never sets anything.
     """
 
     def __init__(self, client: Any, index: int, count: int) -> None:

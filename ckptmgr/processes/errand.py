@@ -1,4 +1,4 @@
-"""Work that may stand still below Python, out of reach of exceptions: a thread does it, the caller may leave."""
+"""Work that may stand still in a library, where no exception reaches it: a thread does it, callers may leave."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ class Job:
             except CoordinatorSilentError as problem:
                 self._given_up.add(call)
                 raise self._late(call, {0}, "did not answer at") from problem
-            self.awaited = None  # not if it failed: a save that has not yet ended for it says why
+            self.awaited = None  # not after a failure: the error of a save that still goes on names them
 
     def _pack(self, problem: Exception | None) -> Packed | None:
         return pack(problem, self.index)
