@@ -323,3 +323,54 @@ def test_a_damaged_step_is_not_counted_not_deleted_and_its_number_is_free_again(
     assert manager.steps() == [2, 3]
     assert trainer.step_of(manager.restore(params=trainer.state(0)).params) == 3
     assert list((tmp_path / ".ckptmgr" / "damaged").glob("3-*"))
+
+
+def run_in_guards(directory, body):
+    script = f"""
+import multiprocessing, os, signal, sys, time
+import numpy as np, ckptmgr
+m = ckptmgr.CheckpointManager({str(directory)!r}, save_every=1000)
+params = {{"w": np.ones(3)}}
+{body}
+"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+
+
+def test_a_guard_in_a_guard_is_as_one(tmp_path):
+    body = """
+with m.preemption_guard():
+    with m.preemption_guard([signal.SIGTERM, signal.SIGUSR1]):
+        os.kill(os.getpid(), signal.SIGTERM)
+        print(bool(m.save(1, params)), m.preempted)
+    print(bool(m.save(2, params)), m.preempted, signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL)
+with m.preemption_guard():
+    print(bool(m.save(3, params)), m.preempted)
+"""
+    done = run_in_guards(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["True True", "True True True", "False False"]
+
+
+def test_a_fork_in_a_guard_ends_by_sigterm_as_one_outside(tmp_path):
+    body = """
+fork = multiprocessing.get_context("fork")
+def ends():
+    child = fork.Process(target=time.sleep, args=(600,))
+    child.start()
+    time.sleep(0.5)
+    child.terminate()
+    child.join(20)
+    code = child.exitcode
+    child.kill()
+    return code
+with m.preemption_guard():
+    print(ends())
+    with m.preemption_guard([signal.SIGUSR1]):
+        print(ends())
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(bool(m.save(1, params)), m.preempted)
+print(ends())
+"""
+    done = run_in_guards(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["-15", "-15", "True True", "-15"]

@@ -45,8 +45,9 @@ class Moment:
 
     def set(self) -> None:
         self._has_come = True
-        while self._waiting:
-            self._waiting.popleft().release()
+        with contextlib.suppress(IndexError):  # one that waits may have left meanwhile
+            while self._waiting:
+                self._waiting.popleft().release()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Whether the moment has come within these seconds. It polls too: `set` may be interrupted."""

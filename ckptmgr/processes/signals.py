@@ -16,6 +16,9 @@ from jax.experimental import multihost_utils
 
 from ckptmgr.processes import background
 
+_outside: dict[int, Any] = {}
+"""The handlers from before the outermost guard, of the signals that are guarded now."""
+
 
 def drain_on_sigterm() -> None:
     """Unless SIGTERM has a handler: from now on it ends the process once every accepted save is durable."""
@@ -43,8 +46,11 @@ def _let_sigterm_end_a_fork() -> None:
     """A fork has accepted nothing, so SIGTERM need not wait. It must not: Python runs a handler between two steps
     of the main thread, and a fork may stand still in a library, at a lock that a thread of its parent held.
     """
-    if signal.getsignal(signal.SIGTERM) is _end_when_drained:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    guarded = {**_outside}
+    _outside.clear()
+    for number, previous in ({signal.SIGTERM: signal.getsignal(signal.SIGTERM)} | guarded).items():
+        if number in guarded or previous is _end_when_drained:
+            signal.signal(number, signal.SIG_DFL if previous in (None, _end_when_drained) else previous)
 
 
 if hasattr(os, "register_at_fork"):
@@ -68,6 +74,8 @@ class Preemption:
     def __init__(self) -> None:
         self.signalled = False
         self._guarded = False
+        self._handled: set[int] = set()
+        """The signals that a guard of this manager handles."""
         self._declined = False
         self._asked: int | None = None
         self._count = 0
@@ -87,10 +95,15 @@ class Preemption:
 
     @contextlib.contextmanager
     def guard(self, signals: Sequence[int]) -> Iterator[None]:
-        """Handles the signals; at the end the handlers from before are set again."""
+        """Handles the signals; at the end the handlers from before are set again.
+
+        A guard inside of another one of the same manager handles only what that one does not.
+        """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("preemption_guard works in the main thread only: no other may set signal handlers")
-        taken = [number for number in signals if number != signal.SIGTERM or not _jax_listens()]
+        is_inner = self._guarded
+        free = [number for number in signals if number != signal.SIGTERM or not _jax_listens()]
+        taken = [number for number in free if number not in self._handled]
         before: dict[int, Any] = {number: signal.getsignal(number) for number in taken}
 
         def handle(number: int, frame: FrameType | None) -> None:
@@ -105,12 +118,21 @@ class Preemption:
             if callable(previous) and previous not in (_end_when_drained, signal.default_int_handler):
                 previous(number, frame)
 
-        self.signalled, self._guarded, self._declined = False, True, False
+        outermost = before.keys() - _outside.keys()
+        if not is_inner:
+            self.signalled, self._declined = False, False
+        self._guarded = True
         try:
-            for number in taken:
+            for number, previous in before.items():
+                self._handled.add(number)
+                if number in outermost:
+                    _outside[number] = previous
                 signal.signal(number, handle)
             yield
         finally:
-            self._guarded = False
+            self._guarded = is_inner
+            self._handled -= before.keys()
             for number, previous in before.items():
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
+            for number in outermost:
+                _outside.pop(number, None)
