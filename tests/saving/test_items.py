@@ -379,3 +379,30 @@ def test_keys_that_are_equal_and_not_the_same_stay_what_they_are(tmp_path):
             assert (type(found), found) == (type(key), key)
             same = manager.restore(step, params={"a": [{key: np.zeros(2, int)}]}).params["a"][0]
             assert [type(each) for each in same] == [type(key)]
+
+
+class Shuffled:
+    """An iterator that goes through a permutation; its state gets shorter."""
+
+    def __init__(self, left):
+        self.left = left
+
+    def get_state(self):
+        return {"epoch": 1, "left": self.left}
+
+    def set_state(self, state):
+        self.left = state["left"]
+
+
+@pytest.mark.parametrize("fresh", [np.arange(100), np.arange(37), [], np.arange(3.0), {"a": np.ones(2)}], ids=repr)
+def test_an_iterator_gets_what_it_had_whatever_a_fresh_one_has(fresh, tmp_path):
+    left = np.random.default_rng(0).permutation(100)[:37]
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, {"w": np.ones(1)}, extras={"data": Shuffled(left[step:])}).result()
+        for step in (1, 2, 1):
+            mine = Shuffled(fresh)
+            found = manager.restore(step, params={"w": np.ones(1)}, extras={"data": mine})
+            assert found.extras["data"] is mine
+            assert np.array_equal(mine.left, left[step:])
+            assert (found.missing, found.unused) == ((), ())
