@@ -205,7 +205,8 @@ class Mirror:
         taken = set(self._announced)
         here = {info.step: info for info in history.History(self._home, ()).all() if info.distrusted is None}
         there = {info.step: info for info in self.history.all()}
-        known = list((there | here | _whole_there(here, there)).values())
+        both = there | here | _whole_there(here, there)
+        known = [both[step] for step in sorted(both)]  # a policy is promised the order of steps
         wanted = {info.step for info in history.explain(known, self._keep) if info.kept}
         missing = {step for step in here if step in wanted and self._lacks(step)}
         to_copy = {step: here[step].time for step in missing if (step, here[step].time) not in self._known_bad}

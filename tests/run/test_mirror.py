@@ -20,6 +20,7 @@ import pytest
 import trainer
 from conftest import ON_SERVERS, counted, free_port, visible
 from etils import epath
+from orbax.checkpoint import checkpoint_managers
 from test_crash import last, rest, start
 from test_job import end, finish
 from test_job import start as start_job
@@ -516,3 +517,23 @@ def test_the_best_comes_from_here_while_the_mirror_cannot_be_read(home, tmp_path
         else:
             assert manager.restore("best", params=trainer.state(0)).step == 2
             assert f"the mirror {away} cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("policy", "wanted"),
+    [(checkpoint_managers.LatestN(1), [3]), (checkpoint_managers.EveryNSteps(1, exact_interval=False), [1, 2, 3])],
+    ids=["latest", "every"],
+)
+def test_the_policies_of_the_mirror_are_asked_in_the_order_of_steps(policy, wanted, home, tmp_path, monkeypatch):
+    put, copied = transfer.put, set()
+
+    def put_noted(source, draft, names):
+        copied.add(int(source.name))
+        put(source, draft, names)
+
+    monkeypatch.setattr(transfer, "put", put_noted)
+    with ckptmgr.CheckpointManager(home) as manager:
+        save(manager, 1, 2, 3)
+    with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away", mirror_keep=policy) as manager:
+        manager.wait()
+    assert (steps_in(tmp_path / "away"), sorted(copied)) == (wanted, wanted)
