@@ -386,7 +386,7 @@ def _chosen(answer: Any) -> set[int]:
 
 
 def unknown_metric(keep: Sequence[KeepPolicy], history: Sequence[Record]) -> str | None:
-    """A metric that a `best` of these policies names, if no checkpoint has it, but others: it may be misspelt."""
+    """A metric that a `best` of these policies names and no checkpoint has, though they have others."""
     asked = [each.policy if isinstance(each, params_only) else each for each in keep]
     known = {name for record in history for name in record.metrics}
     return next(

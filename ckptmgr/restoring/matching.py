@@ -181,7 +181,7 @@ def match(
             continue
         if item is not None or (name in RESERVED and (template is None or "missing" in allowed)):
             pair, differs = _match_tree(name, item or Item("arrays"), template, rules, used, manifest.written_here)
-            if item is not None and differs and iterators.is_iterator(template):  # it takes whatever it had then
+            if item is not None and differs and iterators.is_iterator(template):  # it gets back what it had
                 pair, differs = _match_tree(name, item, None)
             if name == OPT_STATE and request.optimizer is not None and "dtype" not in allowed:
                 pair, differs = _with_saved_dtypes(pair, differs)
