@@ -91,6 +91,11 @@ MUTATIONS = [
         "tests/run/test_mirror.py::test_a_copy_that_was_damaged_on_its_way_is_never_shown",
     ),
     Mutation(
+        "1a", "a copy that was damaged on its way counts as damage of the step",
+        "run/mirror.py", "if isinstance(problem, CorruptCheckpointError) and self._is_whole(step):", "if False:",
+        "tests/run/test_mirror.py::test_a_copy_that_was_damaged_once_is_made_again_before_the_step_may_go",
+    ),
+    Mutation(
         "1a", "what was begun in the mirror for another save is gone on with",
         "run/mirror.py", "if not transfer.is_equal(source / name, draft / name):", "if not draft.exists():",
         "tests/run/test_mirror.py::test_what_was_begun_for_another_save_of_the_step_is_begun_anew",
@@ -726,6 +731,12 @@ MUTATIONS = [
         "12b", "two managers of a run have a queue each",
         "run/lock.py", '_runs.get(self._key) or Shared()', 'Shared()',
         "tests/run/test_sharing.py::test_two_managers_do_not_write_the_same_step",
+    ),
+    Mutation(
+        "12b", "a manager deletes what the mirror of another lacks",
+        "saving/aftermath.py", "for mirror in list(self._shared.mirrors.values())",
+        "for mirror in filter(None, [self.mirror])",
+        "tests/run/test_sharing.py::test_no_manager_deletes_what_the_mirror_of_another_lacks",
     ),
     Mutation(
         "12b", "a link to a run is another run",

@@ -25,6 +25,7 @@ from ckptmgr.processes.background import Background
 from ckptmgr.run import owner, version_1
 from ckptmgr.run.claim import Claim
 from ckptmgr.run.manifest_cache import Stamp
+from ckptmgr.run.mirror import Mirror
 
 if sys.platform != "win32":
     import fcntl
@@ -49,6 +50,8 @@ class Shared:
         self.taken: frozenset[int] = frozenset()
         """Numbers above it that are names of something else than a step."""
         self.owners: set[object] = set()
+        self.mirrors: dict[object, Mirror] = {}
+        """By owner: no manager of the run deletes a step that one of them still has to copy."""
         self.path = ""
         self.claim: Claim | None = None
         """The claim on a run in a bucket."""
@@ -178,6 +181,10 @@ class Writer:
                 self.release()
                 raise
 
+    def copies_to(self, mirror: Mirror) -> None:
+        """The other managers of the run hear of this mirror until `release`."""
+        self.shared.mirrors[self._owner] = mirror
+
     def is_held(self) -> bool:
         return self._owner in self.shared.owners
 
@@ -207,6 +214,7 @@ def _remove(key: str, owner: object) -> None:
     shared = _runs.get(key)
     if shared is not None:
         shared.owners.discard(owner)
+        shared.mirrors.pop(owner, None)
         if not shared.owners:
             shared.let_go()
             _runs.pop(key, None)

@@ -67,7 +67,8 @@ class Mirror:
         self._at_work = threading.Lock()  # a rewind does not run beside copies and deletions
         self._to_copy: set[int] | None = None  # None before the first look
         self._announced: set[int] = set()
-        self._known_bad: set[tuple[int, float]] = set()
+        self._damaged: set[tuple[int, float]] = set()  # at home: never copied
+        self._put_off: set[tuple[int, float]] = set()  # the next save tries again
 
     def steps(self, *, needed: bool) -> list[int]:
         """The steps of the mirror; none if it cannot be reached. If they are `needed`, that raises."""
@@ -86,13 +87,14 @@ class Mirror:
             _log.warning("the mirror %s cannot be read: %s", self.catalog.directory, problem)
             return []
 
-    def copy_later(self, then: Callable[[], None], *saved: int) -> None:
+    def copy_later(self, then: Callable[[], None], *saved: int, together: bool) -> None:
         """Notes new steps to copy; returns at once.
 
-        `then` is called once everything is copied, or copying has failed.
+        `then` is called once everything is copied, or copying has failed. In a job the other processes help with
+        these steps if the mirror is of the manager that saved them (`together`).
         """
         self._announced.update(saved)
-        for step in saved if self._parts.is_shared else ():  # the others make one call for each
+        for step in saved if together and self._parts.is_shared else ():  # the others make one call for each
             self._add(functools.partial(self._run, then, step))
         if not self._is_ahead():  # a task that has not begun will copy them
             self._add(lambda: self._run(then))
@@ -129,6 +131,7 @@ class Mirror:
         """Copies a step that all processes share, then what is missing."""
         try:
             with self._at_work, self._parts.working():
+                self._put_off.clear()
                 with self._parts.offer(shared) as offer:
                     self._prepare()
                     if shared is not None:
@@ -173,23 +176,38 @@ class Mirror:
                 self.catalog.write_trust(step, note)
 
     def _copy_wanted(self, step: int, to_copy: Mapping[int, float], offer: Offer | None = None) -> None:
-        """Copies a step if it is one of these."""
-        if step in to_copy and not self._copied(step, to_copy[step], offer):
-            self._known_bad.add((step, to_copy[step]))
+        """Copies a step if it is one of these. If the copy alone is found damaged, it is made once more."""
+        if step not in to_copy:
+            return
+        problem = self._problem_of_copy(step, offer)
+        if isinstance(problem, CorruptCheckpointError) and self._is_whole(step):
+            problem = self._problem_of_copy(step, None)
+        if problem is None:
+            _log.info("step %d copied to %s", step, self.catalog.directory)
+        elif self._is_still_there(step, to_copy[step]):
+            is_whole = isinstance(problem, SaveError) or self._is_whole(step)
+            (self._put_off if is_whole else self._damaged).add((step, to_copy[step]))
+            again = "; the next save tries again" if is_whole else ""
+            _log.error("step %d is not copied to %s: %s%s", step, self.catalog.directory, problem, again)
 
-    def _copied(self, step: int, time: float, offer: Offer | None) -> bool:
-        """Copies a step. False if it is damaged at home; True also if it was deleted or replaced meanwhile."""
+    def _problem_of_copy(self, step: int, offer: Offer | None) -> Exception | None:
+        """Copies a step. Returns what was wrong with it or with its copy; raises if the storage has failed."""
         try:
             self._copy(step, offer)
         except (CheckpointError, FileNotFoundError) as problem:
             if isinstance(problem, SaveError) and problem.__cause__ is not None:
-                raise  # the storage has failed, not the step
-            if not self._is_still_there(step, time):
-                return True
-            _log.error("step %d is not copied to %s: %s", step, self.catalog.directory, problem)
+                raise
+            return problem
+        return None
+
+    def _is_whole(self, step: int) -> bool:
+        """Reads a step at home. False if it is damaged; True also if it was deleted meanwhile."""
+        try:
+            return bool(verifying.verify_step(self._home, step, None))
+        except CheckpointNotFoundError:
+            return True
+        except CheckpointError:
             return False
-        _log.info("step %d copied to %s", step, self.catalog.directory)
-        return True
 
     def _is_still_there(self, step: int, time: float) -> bool:
         """Whether the step at home is still the one that was saved at this time, damaged or not."""
@@ -209,7 +227,8 @@ class Mirror:
         known = [both[step] for step in sorted(both)]  # a policy is promised the order of steps
         wanted = {info.step for info in history.explain(known, self._keep) if info.kept}
         missing = {step for step in here if step in wanted and self._lacks(step)}
-        to_copy = {step: here[step].time for step in missing if (step, here[step].time) not in self._known_bad}
+        left_out = self._damaged | self._put_off
+        to_copy = {step: here[step].time for step in missing if (step, here[step].time) not in left_out}
         self._to_copy = set(to_copy)  # before the next line: `not_yet_copied` looks at both sets
         self._announced.difference_update(taken)
         return to_copy

@@ -87,6 +87,8 @@ class Aftermath:
             shared.committed = last_saved(home.directory)
         self._writer = writer  # keeps the lock of the run as long as something is still to be copied
         self.mirror = self._open_mirror()
+        if self.mirror is not None and writer is not None:
+            writer.copies_to(self.mirror)
         for each in (history, *([self.mirror.history] if self.mirror is not None else [])):
             each.committed = lambda: shared.committed
 
@@ -236,9 +238,10 @@ class Aftermath:
         self.update_mirror()
 
     def update_mirror(self, *new: int) -> None:
-        """Lets the mirror copy what it lacks, `new` steps for certain; returns at once."""
-        if self.mirror is not None and self._job.leads:
-            self.mirror.copy_later(self._retain, *new)
+        """Lets each mirror of the run copy what it lacks, `new` steps for certain; returns at once."""
+        if self._job.leads:
+            for each in list(self._shared.mirrors.values()):
+                each.copy_later(self._retain, *new, together=each is self.mirror)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being copied to the mirror."""
@@ -284,8 +287,8 @@ class Aftermath:
             )
 
     def _is_spared(self, step: int) -> bool:
-        """Whether a step stays for now: it is still to be copied, or its save, by any manager, is not over."""
+        """Whether a step stays for now: any manager of the run has still to copy it, or to end its save."""
         saves = [task.about for task in self._shared.background.waiting()]
-        return any(isinstance(save, Save) and save.step == step for save in saves) or (
-            self.mirror is not None and self.mirror.not_yet_copied(step)
+        return any(isinstance(save, Save) and save.step == step for save in saves) or any(
+            mirror.not_yet_copied(step) for mirror in list(self._shared.mirrors.values())
         )

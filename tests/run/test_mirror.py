@@ -240,11 +240,35 @@ def test_a_copy_that_was_damaged_on_its_way_is_never_shown(home, tmp_path, monke
         if any("/d/" in name for name in names):
             damage(draft)
 
-    monkeypatch.setattr("ckptmgr.run.transfer.put", spoil)
     with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away") as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr("ckptmgr.run.transfer.put", spoil)
+            save(manager, 1)
+            manager.wait()
+        assert steps_in(tmp_path / "away") == []
+        assert "step 1 is not copied" in caplog.text
+        assert "the next save tries again" in caplog.text
+        save(manager, 2)
+    assert steps_in(tmp_path / "away") == [1, 2]
+
+
+def test_a_copy_that_was_damaged_once_is_made_again_before_the_step_may_go(home, tmp_path, monkeypatch):
+    real, damaged = ckptmgr.run.transfer.put, []
+
+    def spoil_once(source, draft, names):
+        real(source, draft, names)
+        if not damaged and any("/d/" in name for name in names):
+            damaged.append(names)
+            damage(draft)
+
+    monkeypatch.setattr("ckptmgr.run.transfer.put", spoil_once)
+    with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away", keep=ckptmgr.latest(1)) as manager:
         save(manager, 1)
-    assert steps_in(tmp_path / "away") == []
-    assert "step 1 is not copied" in caplog.text
+        manager.wait()
+        save(manager, 2)
+    assert damaged
+    assert steps_in(home) == [2]
+    assert steps_in(tmp_path / "away") == [1, 2]
 
 
 @pytest.mark.soak

@@ -29,6 +29,7 @@ from ckptmgr import CheckpointManager
 from ckptmgr.format import names
 from ckptmgr.processes import background
 from ckptmgr.run import lock as writer
+from ckptmgr.run import mirror
 
 HOST = {"layout": ckptmgr.HOST}
 OPEN = "import sys, ckptmgr; ckptmgr.CheckpointManager(sys.argv[1]).close()"
@@ -86,6 +87,36 @@ def test_two_managers_do_not_write_the_same_step(tmp_path):
         with pytest.raises(ckptmgr.CheckpointExistsError):
             other.save(1, values(2))
         assert other.restore(1, **HOST).params["w0"][0] == 10
+
+
+@pytest.mark.parametrize("saves", ["while the other is open", "after it has looked"])
+def test_no_manager_deletes_what_the_mirror_of_another_lacks(tmp_path, saves, monkeypatch):
+    copy, may_copy = mirror.Mirror._copy, threading.Event()
+
+    def copy_late(*arguments):
+        may_copy.wait(30)
+        copy(*arguments)
+
+    monkeypatch.setattr(mirror.Mirror, "_copy", copy_late)
+    with CheckpointManager(tmp_path / "run", mirror=tmp_path / "away") as one:
+        if saves == "after it has looked":
+            one.wait()
+        with CheckpointManager(tmp_path / "run", keep=ckptmgr.latest(1)) as other:
+            for step in (1, 2, 3):
+                other.save(step, values(step)).result()
+            may_copy.set()
+    assert CheckpointManager(tmp_path / "away", read_only=True).steps() == [1, 2, 3]
+    assert CheckpointManager(tmp_path / "run", read_only=True).steps() == [3]
+
+
+def test_a_closed_manager_copies_nothing_more(tmp_path):
+    with CheckpointManager(tmp_path / "run", keep=ckptmgr.latest(1)) as one:
+        with CheckpointManager(tmp_path / "run", mirror=tmp_path / "away") as other:
+            other.save(1, values(1))
+        one.save(2, values(2)).result()
+        one.wait()
+        assert one.steps() == [2]
+    assert CheckpointManager(tmp_path / "away", read_only=True).steps() == [1]
 
 
 def test_each_manager_keeps_its_options_and_raises_its_own_failure(tmp_path, monkeypatch):
