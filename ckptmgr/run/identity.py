@@ -6,6 +6,7 @@ those from before the last rewind do not.
 
 from __future__ import annotations
 
+import re
 import secrets
 import zlib
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from ckptmgr.errors import CheckpointError
 from ckptmgr.format import files, names, objects, paths
 
 
@@ -24,12 +26,18 @@ class Identity(NamedTuple):
 
 
 def read(home: epath.Path) -> Identity | None:
-    """None if no local save was ever made."""
+    """None if no local save was ever made. Raises CheckpointError if the file is damaged."""
     try:
-        name, since = paths.read_bytes(home / names.RUN).decode().split()
+        data = paths.read_bytes(home / names.RUN)
     except FileNotFoundError:
         return None
-    return Identity(name, int(since))
+    found = re.fullmatch(rb"([0-9a-f]{16}) ([0-9]{1,18})", data)
+    if found is None:
+        raise CheckpointError(
+            f"{home / names.RUN} is damaged: it says {data[:40]!r}, not the name of a run and a time. Remove the "
+            "file: the run gets a new name then, and local saves that were made before do not count"
+        )
+    return Identity(found[1].decode(), int(found[2]))
 
 
 def find(home: epath.Path) -> Identity:

@@ -132,12 +132,17 @@ class Nearby:
     # ------------------------------------------------------------ steps
 
     def look(self, counts: Callable[[Complete], bool]) -> list[Complete]:
-        """The local steps that can be restored, the newest first, as process 0 sees them; it asks which count."""
+        """The local steps that can be restored, the newest first, as process 0 sees them; it asks which count.
+
+        Another manager of this process may have gone back to an earlier step since the last look.
+        """
         self.whole = self.line.together(_LOOK, self.tier.whole)
         reports = self.line.collect(_LOOK, [*self.whole.items()])
 
         def choose() -> list[Complete]:
-            return [*filter(counts, tiers.complete([dict(map(_part, each)) for each in reports]))]
+            found = tiers.complete([dict(map(_part, each)) for each in reports])
+            since = identity.find(self._home).since
+            return [each for each in found if each.group.start >= since and counts(each)]
 
         found = self.line.decide(_LOOK, choose)
         return [Complete(tiers.Group(*group), holders, time) for group, holders, time in found]

@@ -197,6 +197,7 @@ class Aftermath:
 
     def _go_back(self, step: int) -> list[int]:
         """The mirror comes first: if it cannot be reached, nothing is changed here."""
+        identity.read(self._home.directory)  # if it is damaged, this raises before anything is moved
         mirror = self.mirror
         if mirror is None:
             with self._shared.retaining:

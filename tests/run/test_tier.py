@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import ckptmgr
 from ckptmgr import CheckpointManager
+from ckptmgr.format import names
 from ckptmgr.run import peers
 from ckptmgr.run import tier as tiers
 from ckptmgr.run.tier import Group, Part, Tier
@@ -184,6 +185,36 @@ def test_a_rewind_by_a_manager_without_local_saves_counts_too(run):
         manager.rewind(100)
     with run.open() as manager:
         assert manager.restore().step == 100
+
+
+def test_a_rewind_by_another_manager_of_the_process_counts_at_once(run):
+    with run.open() as manager, CheckpointManager(run.path) as other:
+        for step in range(90, 131):
+            manager.save(step, state(step))
+        manager.wait()
+        other.rewind(100)
+        assert manager.restore().step == 100
+        assert other.restore().step == 100
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"0123456789abcdef", b"0123456789abcdef x", b"\xff\xfe 1", b"../../../etc/ab 12"]
+)
+def test_a_damaged_identity_is_named_before_anything_is_moved(run, tmp_path, data):
+    with run.open(mirror=tmp_path / "away") as manager:
+        for step in (100, 110, 200):
+            manager.save(step, state(step))
+        manager.wait()
+        (run.path / names.RUN).write_bytes(data)
+        with pytest.raises(ckptmgr.CheckpointError, match=r"\.ckptmgr/run is damaged: .*Remove the file"):
+            manager.rewind(100)
+        for directory in (run.path, tmp_path / "away"):
+            assert CheckpointManager(directory, read_only=True).steps() == [100, 200]
+    with pytest.raises(ckptmgr.CheckpointError, match=r"\.ckptmgr/run is damaged"):
+        run.open()
+    (run.path / names.RUN).unlink()
+    with run.open() as manager:
+        assert manager.restore().step == 200
 
 
 def test_a_durable_step_that_was_saved_later_counts_although_it_is_lower(run):
