@@ -437,7 +437,7 @@ class CheckpointManager:
         return verifying.verify_step(self._catalog, number, on_progress)
 
     def delete(self, step: int) -> None:
-        """Deletes a step, pinned or not."""
+        """Deletes a step, pinned or not. Its copy in the mirror stays: a restore may take the step from there."""
         step = policies.step_number(step)
         with self._saver.turn(step):
             self._saver.require_open(step, "deleted")

@@ -115,7 +115,10 @@ def _local_every(name: str, value: Any) -> Any:
     found = _save_every(name, value)
     measuring = [each for each in found if policies.asks_about_saving(each)]
     if measuring:
-        raise ValueError(f"{name} takes policies that do not measure what a save costs, not {measuring[0]!r}")
+        raise ValueError(
+            f"{name} takes policies that ask neither what a save costs nor whether one is in progress, not "
+            f"{measuring[0]!r}"
+        )
     return found
 
 

@@ -968,8 +968,8 @@ MUTATIONS = [
     ),
     Mutation(
         "17a", "policies of Orbax are not told of a save in progress",
-        "orbax/policies.py", "is_saving_in_progress=saving is not None and saving.in_progress",
-        "is_saving_in_progress=False",
+        "orbax/policies.py", "in_progress=saving is not None and saving.in_progress",
+        "in_progress=False",
         "tests/saving/test_measuring.py::test_on_a_slow_disk_no_save_waits_for_the_save_before",
     ),
     Mutation(

@@ -18,7 +18,24 @@ def adapt_save(given: Any) -> Any:
     """A SaveDecisionPolicy of Orbax becomes a SavePolicy; anything else is returned as it is."""
     decide = getattr(given, "should_save", None)
     is_orbax = callable(decide) and "previous_steps" in inspect.signature(decide).parameters
-    return _OrbaxSave(given) if is_orbax and not isinstance(given, type) else given
+    if not is_orbax or isinstance(given, type):
+        return given
+    return _OrbaxSave(given) if _is_without_saving(given) else _OrbaxSaveBesideOthers(given)
+
+
+def _is_without_saving(given: Any) -> bool:
+    """Whether it is known that a policy does not ask whether a save is in progress."""
+    if isinstance(given, ocp.checkpoint_managers.AnySavePolicy):
+        return all(map(_is_without_saving, given.policies))
+    return isinstance(given, _WITHOUT_SAVING)
+
+
+_WITHOUT_SAVING = (
+    ocp.checkpoint_managers.FixedIntervalPolicy,
+    ocp.checkpoint_managers.InitialSavePolicy,
+    ocp.checkpoint_managers.PreemptionCheckpointingPolicy,
+    ocp.checkpoint_managers.SpecificStepsPolicy,
+)
 
 
 def adapt_keep(given: Any) -> Any:
@@ -55,17 +72,27 @@ class _OrbaxSave:
     def __repr__(self) -> str:
         return repr(self._wrapped)
 
-    def should_save(
-        self, step: int, *, now: float, last: policies.Record | None, saving: Saving | None = None
-    ) -> bool:
+    def should_save(self, step: int, *, now: float, last: policies.Record | None) -> bool:
+        return self._ask(step, now, last, in_progress=False)
+
+    def _ask(self, step: int, now: float, last: policies.Record | None, *, in_progress: bool) -> bool:
         this = _PolicyRecord(step, _date(now), {})
         context = ocp.checkpoint_managers.DecisionContext(
-            is_saving_in_progress=saving is not None and saving.in_progress,
+            is_saving_in_progress=in_progress,
             reached_preemption=False,
             multiprocessing_options=ocp.options.MultiprocessingOptions(),
         )
         previous = [_for_orbax(last)] if last else []
         return bool(self._wrapped.should_save(this, previous, context=context))
+
+
+class _OrbaxSaveBesideOthers(_OrbaxSave):
+    """One that may ask whether a save is in progress."""
+
+    def should_save(
+        self, step: int, *, now: float, last: policies.Record | None, saving: Saving | None = None
+    ) -> bool:
+        return self._ask(step, now, last, in_progress=saving is not None and saving.in_progress)
 
 
 class _OrbaxKeep:

@@ -177,6 +177,17 @@ def test_a_step_that_is_unpinned_or_trusted_while_it_is_copied_is_copied(name, h
     assert steps_in(away) == [1, 2]
 
 
+def test_a_step_that_is_deleted_stays_in_the_mirror(home, tmp_path):
+    with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away") as manager:
+        save(manager, 1, 2)
+        manager.wait()
+        manager.delete(2)
+        assert (manager.steps(), steps_in(tmp_path / "away")) == ([1], [1, 2])
+        assert manager.restore().step == 2
+        manager.rewind(1)
+        assert (manager.restore().step, steps_in(tmp_path / "away")) == (1, [1])
+
+
 def test_a_damaged_step_is_not_copied_and_the_others_are(home, tmp_path, caplog):
     with ckptmgr.CheckpointManager(home) as manager:
         save(manager, 1, 2, 3)

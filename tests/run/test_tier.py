@@ -10,6 +10,7 @@ import urllib.request
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint.checkpoint_managers as orbax
 import pytest
 from conftest import counted
 from etils import epath
@@ -109,6 +110,19 @@ class Run:
 @pytest.fixture
 def run(tmp_path):
     return Run(tmp_path)
+
+
+EVERY_TEN = orbax.FixedIntervalPolicy(10)
+
+
+@pytest.mark.parametrize("policy", [EVERY_TEN, orbax.AnySavePolicy([EVERY_TEN, orbax.SpecificStepsPolicy([3])])])
+def test_policies_of_orbax_say_when_to_save_locally(run, policy):
+    with run.open(local_every=policy) as manager:
+        for step in range(1, 25):
+            manager.save(step, state(step))
+        manager.wait()
+        assert manager.steps() == []  # none is durable
+        assert manager.restore().step == 20
 
 
 def test_the_newest_step_comes_back_from_where_it_is(run):
@@ -407,7 +421,8 @@ def test_a_local_disk_that_is_full_stops_neither_the_run_nor_its_durable_saves(r
         ({"local_keep": 5}, "local_keep= needs a local directory"),
         ({"local_copies": 0}, "local_copies= needs a local directory"),
         ({"local": "x", "local_every": 0}, "local_every"),
-        ({"local": "x", "local_every": ckptmgr.overhead(0.1)}, "do not measure what a save costs"),
+        ({"local": "x", "local_every": ckptmgr.overhead(0.1)}, "ask neither what a save costs"),
+        ({"local": "x", "local_every": orbax.ContinuousCheckpointingPolicy()}, "nor whether one is in progress"),
         ({"local": "x", "local_keep": 0}, "local_keep"),
         ({"local": "x", "local_copies": 2}, "local_copies takes 1"),
         ({"local": "x", "read_only": True}, "read_only=True contradicts local="),
