@@ -22,6 +22,7 @@ from conftest import visible
 import ckptmgr
 from ckptmgr import CheckpointManager, best, every_steps, latest
 from ckptmgr.arrays import writing as arrays_writing
+from ckptmgr.restoring.restorer import Restorer
 from ckptmgr.saving.committing import Committer
 from ckptmgr.testing import assert_trees_equal
 
@@ -329,6 +330,26 @@ def test_what_is_looked_at_while_a_step_is_replaced_is_not_remembered(tmp_path, 
         told = manager.save(1, PARAMS, metrics={"loss": 2.0}, on_exists="replace").result()
         assert told.metrics["loss"] == manager.info(1).metrics["loss"] == 2.0
     assert CheckpointManager(away, read_only=True).info(1).metrics["loss"] == 2.0
+
+
+@pytest.mark.parametrize("mark", ["pin", "distrust"])
+def test_a_step_that_is_marked_while_it_is_read_is_no_other_step(tmp_path, monkeypatch, mark):
+    """With broadcast a step that is replaced meanwhile cannot be read again."""
+    read, times = Restorer._read, []
+
+    def marked_meanwhile(*given):
+        times.append(time.monotonic())
+        found = read(*given)
+        if len(times) == 1:
+            writer.pin(1) if mark == "pin" else writer.distrust(1, "a test")
+        return found
+
+    monkeypatch.setattr(Restorer, "_read", marked_meanwhile)
+    with CheckpointManager(tmp_path) as writer:
+        writer.save(1, PARAMS).result()
+        found = CheckpointManager(tmp_path, read_only=True).restore(1, params=PARAMS)
+    assert_trees_equal(found.params, PARAMS)
+    assert len(times) == 1
 
 
 def test_metadata_versions_and_time_are_recorded(tmp_path):

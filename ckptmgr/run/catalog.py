@@ -244,7 +244,7 @@ class Catalog:
         """What tells one save of a step from another, which another process may have put in its place."""
         return self._storage.stamp(self._name(step))
 
-    def identity(self, step: int) -> tuple[int, int] | None:
+    def identity(self, step: int) -> tuple[int, ...] | None:
         """What tells a step from another of the same number; None if it is gone, or not on a local disk."""
         return self._storage.identity(self._name(step))
 

@@ -69,7 +69,7 @@ class Directory(Protocol):
     def stamp(self, name: str) -> Stamp:
         """Tells this save of a step from a later one of the same name; None where that is not known."""
 
-    def identity(self, name: str) -> tuple[int, int] | None:
+    def identity(self, name: str) -> tuple[int, ...] | None:
         """Tells the folder of a step from a later one of the same name; None if it is gone or not known."""
 
     def is_pinned(self, name: str) -> bool:

@@ -130,12 +130,12 @@ class LocalDirectory:
                 return found.st_dev, found.st_ino, *written
         return None
 
-    def identity(self, name: str) -> tuple[int, int] | None:
+    def identity(self, name: str) -> tuple[int, ...] | None:
         try:
             found = os.stat(self.path / name)
         except FileNotFoundError:
             return None
-        return found.st_ino, found.st_mtime_ns  # the inode number alone may be used again
+        return found.st_ino, *(self.stamp(name) or ())  # the inode number alone may be used again
 
     def is_pinned(self, name: str) -> bool:
         return paths.may_exist(self.path / name / PIN)
