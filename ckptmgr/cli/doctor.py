@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from ckptmgr.cli.facts import Facts, free_bytes, left_alone
 from ckptmgr.errors import CheckpointError
-from ckptmgr.format import files, names, paths
+from ckptmgr.format import files, names, objects, paths
 from ckptmgr.manager import CheckpointManager
 
 _PROBE_BYTES = 64 << 20
@@ -88,9 +88,10 @@ def _storage(directory: str) -> dict[str, Any]:
     is_run = ours.exists()
     try:
         paths.refuse_link(ours)
-        ours.mkdir(parents=True, exist_ok=True)
+        if paths.is_local(ours):
+            ours.mkdir(parents=True, exist_ok=True)
         written_s = _timed(lambda: files.write(probe, data))
-        read_s = _timed(probe.read_bytes)
+        read_s = _timed(lambda: paths.read_bytes(probe))
     except OSError as problem:
         return {"directory": str(where), "error": str(problem)}
     finally:
@@ -105,8 +106,11 @@ def _storage(directory: str) -> dict[str, Any]:
 
 def _remove(probe: epath.Path, ours: epath.Path, is_run: bool) -> None:
     with contextlib.suppress(OSError):  # the file was not written, or the folder holds something else
+        if not paths.is_local(probe):
+            objects.delete(probe)
+            return
         probe.unlink(missing_ok=True)
-        if not is_run and paths.is_local(ours):
+        if not is_run:
             os.rmdir(ours)
 
 

@@ -107,6 +107,14 @@ def put_all(source: epath.Path, target: epath.Path) -> dict[str, bytes]:
     return dict(zip(found, for_each(target, put, found), strict=True))
 
 
+def remove_tree(folder: epath.Path) -> None:
+    """Removes a folder and all that is below it, if it is there."""
+    if not is_local(folder):
+        objects.delete_below(folder)
+    elif folder.exists():
+        folder.rmtree()
+
+
 def check_regular(directory: epath.Path) -> None:
     """Raises OSError if something below is not a file that TensorStore can read.
 

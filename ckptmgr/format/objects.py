@@ -128,6 +128,17 @@ def write(path: epath.Path, data: bytes) -> None:
     open_objects(path).write(key_of(path), data)
 
 
+def delete(path: epath.Path) -> None:
+    """Deletes the object of exactly this name. etils takes a name with `*`, `?` or `[` for a pattern."""
+    open_objects(path).delete([key_of(path)])
+
+
+def delete_below(folder: epath.Path) -> None:
+    """Deletes every object below a folder, also those that only stand for folders."""
+    store = open_objects(folder)
+    store.delete(list(store.list(f"{key_of(folder)}/", "").objects))
+
+
 def copy(source: epath.Path, target: epath.Path) -> None:
     """Has the server copy an object."""
     client_of(source).cp_file(str(source), str(target))

@@ -272,7 +272,7 @@ class BucketDirectory:
             self.remove(self.path / name)
 
     def pin(self, folder: epath.Path) -> None:
-        (folder / PIN).write_bytes(b"")
+        self._objects.write(self._key(f"{folder.name}/{PIN}"), b"")
         self._has_changed(folder.name)
 
     def unpin(self, folder: epath.Path) -> None:
@@ -375,7 +375,7 @@ class BucketDirectory:
     # ------------------------------------------------------------ going on from another step
 
     def write_plan(self, plan: bytes) -> None:
-        (self.path / REWINDING).write_bytes(plan)
+        self._objects.write(self._key(REWINDING), plan)
         self._has_changed(OURS)
 
     def read_plan(self) -> bytes | None:
@@ -388,28 +388,29 @@ class BucketDirectory:
         self._look_anew()
         source, target = (self.path / place for place in ahead[0][:2])
         mark = ahead[0].mark
-        if (source / COMMITTED).exists() and self.mark(ahead[0].source) != mark:
+        marked = self._read({place: f"{place}/{COMMITTED}" for place in ahead[0][:2]})
+        if ahead[0].source in marked and self.mark(ahead[0].source) != mark:
             return  # the step was saved after the rewind was planned
-        if (target / COMMITTED).exists() and self.mark(ahead[0].target) != mark:
+        if ahead[0].target in marked and self.mark(ahead[0].target) != mark:
             _log.error("%s is not moved: %s is taken by another checkpoint", source, target)
             return
-        if (source / COMMITTED).exists():
+        if ahead[0].source in marked:
             self._copy(source, target)
-            (source / COMMITTED).unlink()
+            self._objects.delete([self._key(f"{ahead[0].source}/{COMMITTED}")])
         self._remove_all(source)
 
     def has_moved(self, rest: bytes) -> None:
         self.write_plan(rest)
 
     def end_plan(self) -> None:
-        (self.path / REWINDING).unlink()
+        self._objects.delete([self._key(REWINDING)])
         self._has_changed(OURS)
 
     # ------------------------------------------------------------ notes
 
     def _write_note(self, folder: str, name: str) -> None:
         said = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        (self.path / folder / name).write_bytes(json.dumps(said).encode())
+        self._objects.write(self._key(f"{folder}/{name}"), json.dumps(said).encode())
         self._has_changed(OURS)
 
     def _has_note(self, folder: str, name: str) -> bool:

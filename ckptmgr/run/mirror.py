@@ -278,8 +278,7 @@ class Mirror:
         if _has_links(draft):
             self.catalog.remove(draft)
         if not transfer.is_equal(source / name, draft / name):
-            if draft.exists():
-                draft.rmtree()
+            files.remove_tree(draft)
             transfer.put(source, draft, [name])
         return draft
 
@@ -289,11 +288,11 @@ class Mirror:
         marked_later = {name: file for name, file in manifest.files.items() if name != names.COMMITTED}
         report = verifying.verify(dataclasses.replace(manifest, files=marked_later), draft, None)
         if not report:
-            draft.rmtree()
+            files.remove_tree(draft)
             raise CorruptCheckpointError(f"the copy is damaged: {report}", step=step)
         meant = manifest.files.get(names.COMMITTED)
         if meant is not None and meant.crc32 not in (None, zlib.crc32(marker)):
-            draft.rmtree()
+            files.remove_tree(draft)
             raise CorruptCheckpointError(f"the copy is damaged: {names.COMMITTED} is not as recorded", step=step)
 
 

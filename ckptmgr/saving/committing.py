@@ -18,7 +18,7 @@ from etils import epath
 
 from ckptmgr.arrays import writing
 from ckptmgr.errors import CheckpointExistsError, SaveError
-from ckptmgr.format import files, names, paths, recorded
+from ckptmgr.format import files, names, objects, paths, recorded
 from ckptmgr.format import manifest as manifests
 from ckptmgr.orbax import item_files
 from ckptmgr.orbax import writing as orbax
@@ -208,7 +208,7 @@ class Committer:
             with contextlib.suppress(FileNotFoundError):
                 if paths.read_bytes(draft / manifests.NAME) != manifest:
                     raise  # the other has written its own step there
-            (draft / names.COMMITTED).unlink(missing_ok=True)
+            objects.delete(draft / names.COMMITTED)
             raise
 
     def _marker(self, step: int) -> bytes:
