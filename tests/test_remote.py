@@ -18,7 +18,7 @@ from test_crash import run as train
 from test_job import finish, start
 
 import ckptmgr
-from ckptmgr.format import names, recorded
+from ckptmgr.format import names, objects, recorded
 from ckptmgr.saving import sealing
 
 pytestmark = ON_SERVERS
@@ -325,3 +325,37 @@ def test_a_run_may_have_the_name_of_one_of_its_steps(run):
         for step in (7, 8):
             manager.save(step, trainer.state(step)).result()
         assert manager.steps() == [7, 8]
+
+
+@pytest.mark.parametrize("goes_on", ["the same manager", "the next one"])
+def test_the_removal_of_a_damaged_step_is_stopped_and_its_number_can_be_saved_again(run, goes_on, monkeypatch):
+    def stop_after_one(keys, size):
+        yield keys[:3]
+        if len(keys) > 3:
+            raise OSError("the connection is lost")
+
+    def save_again(manager):
+        manager.save(2, trainer.state(2)).result()
+        assert saved(manager) == (2, [])
+        assert manager.verify(2)
+
+    with ckptmgr.CheckpointManager(run) as manager:
+        for step in (1, 2):
+            manager.save(step, trainer.state(step)).result()
+        objects.write(epath.Path(run) / "2" / "params/manifest.ocdbt", b"damaged")
+        assert saved(manager) == (1, [2])
+        manager.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(objects, "_batches", stop_after_one)
+            with pytest.raises(ckptmgr.SaveError, match="step 2 is not set aside although it is damaged"):
+                manager.save(2, trainer.state(2)).result()
+        if goes_on == "the same manager":
+            save_again(manager)
+    with ckptmgr.CheckpointManager(run) as manager:
+        if goes_on == "the next one":
+            assert folders(run) == [1]
+            save_again(manager)
+        assert manager.steps() == folders(run) == [1, 2]
+    there = objects.below(epath.Path(run))
+    assert len({name.split("/")[2] for name in there if name.startswith(names.DAMAGED)}) == 1
+    assert not any(name.startswith((names.DELETING, names.SAVING)) for name in there)

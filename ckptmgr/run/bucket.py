@@ -45,6 +45,8 @@ from ckptmgr.run.manifest_cache import Stamp
 
 _log = logging.getLogger("ckptmgr")
 _DAY_S = 86_400.0
+_NOTES = (SAVING, DELETING)
+"""What has such a note and is not a step is ours, and is to be removed."""
 _DATA = "/d/"
 """The folder of the data files of a database. There may be thousands of them, and no question is about them."""
 
@@ -180,9 +182,9 @@ class BucketDirectory:
         return {name: recognize.is_signature(metadata[name]) if name in metadata else None for name in entries}
 
     def is_somebodys(self, name: str) -> bool:
-        """An interrupted save is not: a note of ckptmgr is there. (Version 1 wrote no notes.)"""
+        """The rest of an interrupted save or deletion is not: it has a note of ours. (Version 1 wrote none.)"""
         entry = self._entry(name)
-        if not entry.is_taken or self.find_steps([name]) or self._has_note(SAVING, name):
+        if not entry.is_taken or self.find_steps([name]) or any(self._has_note(each, name) for each in _NOTES):
             return False
         if not self._are_signed([name])[name]:
             return True
@@ -298,7 +300,7 @@ class BucketDirectory:
     def remove(self, *leftovers: epath.Path) -> None:
         """Removes what is in no listing, then the notes about it; in few requests."""
         ours = [each.name for each in leftovers if each.parent == self.path]
-        notes = [f"{folder}/{name}" for folder in (SAVING, DELETING) for name in ours]
+        notes = [f"{folder}/{name}" for folder in _NOTES for name in ours]
         notes += sorted({note for each in leftovers if (note := self._note_of_reduction(each))})
         stay = {f"{SAVING}/{name}" for name in self._overtaken}
         try:
@@ -346,7 +348,9 @@ class BucketDirectory:
     def set_aside(self, name: str) -> epath.Path:
         aside = self.path / DAMAGED / f"{recognize.own_number(name)}-{time.time_ns()}"
         self._copy(self.path / name, aside)
-        self._remove_all(self.path / name)
+        self._remove_all(self.hide(name))  # if this is stopped, the note of `hide` tells what the rest is
+        self._objects.delete([self._key(f"{DELETING}/{name}")])
+        self._has_changed(OURS)
         return aside
 
     def _copy(self, source: epath.Path, target: epath.Path) -> None:
