@@ -119,9 +119,28 @@ def resolve(directory: str | os.PathLike[str], option: str = "directory") -> epa
     if not isinstance(directory, str | os.PathLike) or not str(directory):
         raise TypeError(f"{option} takes a path, not {directory!r}")
     if is_local(directory):
-        return epath.Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))
+        return _on_disk(os.fspath(directory), option)
     _check_installed(str(directory).partition("://")[0], option)
     return epath.Path(directory)
+
+
+def _on_disk(path: str, option: str) -> epath.Path:
+    """An absolute path on this machine; raises ValueError if a bucket is meant, or etils reads it as one."""
+    takes = f"{option} takes a path on this machine, gs:// or s3://, not"
+    scheme, colon, below = path.partition(":/")
+    if colon and scheme in _NEEDS:
+        raise ValueError(
+            f"{takes} {path}: write '{scheme}://{below}' as text. (A path object makes one slash of two, and then "
+            f"this is a folder named '{scheme}:'.)"
+        )
+    absolute = os.path.abspath(os.path.expanduser(path))
+    found = epath.Path(absolute)
+    if not is_local(found):  # etils reads /s3/x as s3://x
+        raise ValueError(
+            f"{takes} {absolute}: it would be read as {found}. For a bucket write '{found}'. For a folder on this "
+            f"machine give a path that does not begin with {absolute[:4]}, for example a symlink to it"
+        )
+    return found
 
 
 def _check_installed(scheme: str, option: str) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -185,6 +186,22 @@ def test_paths():
     assert str(paths.resolve("gs://bucket/run")) == "gs://bucket/run"
     assert paths.resolve("a/../b") == epath.Path(os.getcwd()) / "b"
     assert paths.resolve("~/x") == epath.Path(os.path.expanduser("~")) / "x"
+    assert str(paths.resolve("/data/s3/x")) == "/data/s3/x"
+    assert str(paths.resolve("/data/s3:/x")) == "/data/s3:/x"
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_path_that_would_be_another_than_it_says_is_refused(scheme, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    meant, merged = f"{scheme}://bucket/run", f"{scheme}:/bucket/run"
+    with pytest.raises(ValueError, match=f"^directory takes .*, not {merged}: write '{meant}' as text"):
+        CheckpointManager(Path(meant))
+    with pytest.raises(ValueError, match=f"^mirror takes .*, not {merged}: write '{meant}' as text"):
+        CheckpointManager("run", mirror=Path(meant))
+    for path in (f"/{scheme}/bucket/run", f"/data/../{scheme}/bucket/run"):
+        with pytest.raises(ValueError, match=f"not /{scheme}/bucket/run: .* read as {meant}. .* write '{meant}'"):
+            CheckpointManager(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_symlink_to_itself_is_no_step(run):
