@@ -13,12 +13,15 @@ import pytest
 import trainer
 from conftest import ON_SERVERS, counted, in_background
 from etils import epath
+from etils.epath import gpath
 from test_crash import last
 from test_crash import run as train
 from test_job import finish, start
 
 import ckptmgr
-from ckptmgr.format import names, objects, recorded
+from ckptmgr import interop
+from ckptmgr.cli import doctor, facts, places
+from ckptmgr.format import names, objects, paths, recorded
 from ckptmgr.saving import sealing
 
 pytestmark = ON_SERVERS
@@ -359,3 +362,37 @@ def test_the_removal_of_a_damaged_step_is_stopped_and_its_number_can_be_saved_ag
     there = objects.below(epath.Path(run))
     assert len({name.split("/")[2] for name in there if name.startswith(names.DAMAGED)}) == 1
     assert not any(name.startswith((names.DELETING, names.SAVING)) for name in there)
+
+
+def test_tensorflow_is_not_asked_for_what_is_in_a_bucket_although_it_is_installed(run, tmp_path, monkeypatch):
+    """Its client knows neither the address of this server nor the credentials; here there is none at all."""
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: True)
+    with pytest.raises(ImportError, match="TensorFlow"):
+        epath.Path(run).exists()
+    monkeypatch.setattr(doctor, "_PROBE_BYTES", 1 << 20)
+    with ckptmgr.CheckpointManager(run) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, trainer.state(step)).result()
+        manager.pin(1)
+        manager.rewind(2)
+        manager.rewind(3)
+        manager.delete(2)
+        assert saved(manager) == (3, [])
+        assert manager.verify()
+        objects.write(manager.directory / "3" / "params/manifest.ocdbt", b"damaged")
+        assert saved(manager) == (1, [3])
+        manager.save(3, trainer.state(3)).result()
+        (aside,) = facts.leftovers(manager.directory)
+        assert aside["nbytes"] > 1000
+    with pytest.raises(ckptmgr.CheckpointNotFoundError, match=f"did you mean {run}"):
+        ckptmgr.CheckpointManager(manager.directory.parent, read_only=True).restore()
+    assert places._split(f"{run}@3") == (run, 3, True)
+    assert "error" not in doctor._storage(run)
+    with ckptmgr.CheckpointManager(tmp_path / "run", mirror=f"{run}/mirror") as manager:
+        manager.save(1, trainer.state(1)).result()
+        manager.wait()
+    objects.delete(paths.resolve(run) / "mirror/1/manifest.json")  # as a checkpoint of stock Orbax
+    objects.delete(paths.resolve(run) / "mirror/1/_CHECKPOINT_METADATA")
+    objects.write(paths.resolve(run) / "mirror/1/step/commit_success.txt", b"")
+    assert interop.adopt(f"{run}/mirror") == [1]
+    assert saved(ckptmgr.CheckpointManager(f"{run}/mirror", read_only=True)) == (1, [])

@@ -8,8 +8,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from etils import epath
-
 from ckptmgr.errors import CheckpointError, CheckpointNotFoundError
 from ckptmgr.format import names, paths
 from ckptmgr.run.catalog import open_catalog
@@ -61,7 +59,7 @@ def numbers(text: str) -> list[int]:
 def _split(text: str) -> tuple[str, int | None, bool]:
     """The run and the step in RUN, RUN/STEP or RUN@STEP, and whether it is the last of these."""
     run, at, step = text.rstrip("/").rpartition("@")
-    if at and "/" not in step and not epath.Path(text).exists():
+    if at and "/" not in step and not paths.path_of(text).exists():
         if not step.isdecimal():
             raise ValueError(f"{text}: {step!r} is not the number of a step; write RUN@STEP, as in {run}@100")
         return run, int(step), True

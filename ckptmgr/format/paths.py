@@ -9,7 +9,7 @@ import stat
 from typing import BinaryIO, cast
 
 from etils import epath
-from etils.epath import backend
+from etils.epath import backend, gpath
 
 from ckptmgr.errors import CheckpointError
 
@@ -21,6 +21,23 @@ ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 """Errors that mean that there is no such file; after any other error there may be one."""
 _MOST_BYTES = 1 << 30  # the largest file that is read whole; ours are smaller
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # without it, open waits at a FIFO
+
+
+class BucketPath(gpath.PosixGPath):  # type: ignore[misc]
+    """A path in a bucket that is read and written through the clients of fsspec, as all of ckptmgr does it.
+
+    Where TensorFlow is installed, etils would take TensorFlow's client, which knows neither the address of the
+    server nor the credentials. EPATH_USE_TF=0 forbids that too, but for every other user of etils in the process.
+    """
+
+    @property
+    def _backend(self) -> backend.Backend:
+        return backend.fsspec_backend
+
+
+def path_of(path: str | os.PathLike[str]) -> epath.Path:
+    """A path as `resolve` makes it, of one that is absolute."""
+    return epath.Path(path) if is_local(path) else BucketPath(path)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -51,7 +68,7 @@ def open_to_read(path: str | os.PathLike[str]) -> BinaryIO:
     It does not wait at a FIFO, and does not read a device without an end.
     """
     if not is_local(path):
-        return cast(BinaryIO, epath.Path(path).open("rb"))
+        return cast(BinaryIO, path_of(path).open("rb"))
     return open(descriptor_to_read(path), "rb")
 
 
@@ -89,7 +106,7 @@ def size(path: epath.Path) -> int:
 def may_exist(path: str | os.PathLike[str]) -> bool:
     """Whether there is a file of this name; True also if that cannot be found out."""
     if not is_local(path):
-        return bool(epath.Path(path).exists())
+        return bool(path_of(path).exists())
     try:
         os.lstat(path)
     except (OSError, ValueError) as problem:
@@ -121,7 +138,7 @@ def resolve(directory: str | os.PathLike[str], option: str = "directory") -> epa
     if is_local(directory):
         return _on_disk(os.fspath(directory), option)
     _check_installed(str(directory).partition("://")[0], option)
-    return epath.Path(directory)
+    return path_of(directory)
 
 
 def _on_disk(path: str, option: str) -> epath.Path:

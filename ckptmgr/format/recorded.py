@@ -55,7 +55,7 @@ def record_files(
 def checksum(path: str | os.PathLike[str]) -> int:
     """CRC-32 of a file, which need not fit into memory."""
     if not paths.is_local(path):  # in a bucket only small files have a checksum
-        return zlib.crc32(paths.read_bytes(epath.Path(path)))
+        return zlib.crc32(paths.read_bytes(path))
     with paths.open_to_read(path) as file:
         return _checksum(file.fileno())
 
@@ -127,7 +127,7 @@ def _size_and_checksum(directory: str, name: str, file: File) -> tuple[int, int 
     path = f"{directory}/{name}"
     if not paths.is_local(path):
         data = None if file.crc32 is None else paths.read_bytes(path)
-        return (paths.size(epath.Path(path)), None) if data is None else (len(data), zlib.crc32(data))
+        return (paths.size(paths.path_of(path)), None) if data is None else (len(data), zlib.crc32(data))
     descriptor = paths.descriptor_to_read(path)  # without Python's own file: a step has many small ones
     try:
         size = os.fstat(descriptor).st_size
