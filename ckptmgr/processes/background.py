@@ -7,11 +7,11 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import signal
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +24,8 @@ _log = logging.getLogger("ckptmgr")
 CAN_OUTLIVE_MAIN = not (3, 12, 0) <= sys.version_info[:3] < (3, 12, 3)
 """Whether a save goes on after the end of the main thread. Orbax starts threads for it, and CPython 3.12.0 to
 3.12.2 start none then: https://github.com/python/cpython/issues/113964"""
-_SLICE_S = 0.5
-"""How often a wait checks that a thread still works on what it waits for."""
+SLICE_S = 0.5
+"""How often a wait checks that a thread still works on what it waits for. Waits count these slices."""
 
 
 class Moment:
@@ -50,16 +50,17 @@ class Moment:
                 self._waiting.popleft().release()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Whether the moment has come within these seconds. It polls too: `set` may be interrupted."""
-        ends = None if timeout_s is None else time.monotonic() + timeout_s
+        """Whether the moment has come within these seconds. It polls too: `set` may be interrupted.
+
+        Time in which this process was stopped does not count, but for a slice: slices are counted, not the clock.
+        """
+        left_s = math.inf if timeout_s is None else timeout_s
         own = threading.Lock()
         own.acquire()
         self._waiting.append(own)
-        while not self._has_come:
-            left_s = _SLICE_S if ends is None else min(ends - time.monotonic(), _SLICE_S)
-            if left_s <= 0:
-                break
-            own.acquire(timeout=left_s)
+        while not self._has_come and left_s > 0:
+            own.acquire(timeout=min(SLICE_S, left_s))
+            left_s -= SLICE_S
         with contextlib.suppress(ValueError):  # `set` has removed it
             self._waiting.remove(own)
         return self._has_come
@@ -153,18 +154,19 @@ class Background:
                 raise CheckpointTimeoutError(f"{task.what} took longer than {limit_s} s", waiting_for=task.what)
 
     def wait_for(self, moment: Moment, timeout_s: float) -> bool:
-        """Whether a moment that a task sets has come within these seconds."""
+        """Whether a moment that a task sets has come within these seconds, counted as in `Moment.wait`."""
         if not moment.is_set() and self._process != os.getpid():
             raise SaveError(
                 f"this process was forked from process {self._process}, which saves; wait for the save there",
                 step=None,
             )
-        ends = time.monotonic() + timeout_s
+        left_s = timeout_s
         while not moment.is_set() and self.waiting():
             if not self._works.locked():  # an interrupt has ended the thread, or came before it was started
                 self._start_thread()
-            if not moment.wait(min(_SLICE_S, ends - time.monotonic())) and time.monotonic() >= ends:
+            if not moment.wait(min(SLICE_S, left_s)) and left_s <= SLICE_S:
                 break
+            left_s -= SLICE_S
         return moment.is_set()
 
     def forget(self) -> None:

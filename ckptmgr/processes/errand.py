@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from ckptmgr.processes.background import Moment
 
 Found = TypeVar("Found")
-_SLICE_S = 0.5
 
 
 class Errand(Generic[Found]):
@@ -32,8 +30,7 @@ class Errand(Generic[Found]):
 
     def comes(self, wait_s: float) -> bool:
         """Whether it is over in time. Time in which this process was stopped does not count, but for a slice."""
-        slices = max(1, math.ceil(wait_s / _SLICE_S))
-        return any(self.over.wait(wait_s / slices) for _ in range(slices))
+        return self.over.wait(wait_s)
 
     def is_done(self) -> bool:
         """Whether it is over, and has not failed."""

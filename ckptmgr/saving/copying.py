@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from ckptmgr.arrays import finite, to_host, writing
 from ckptmgr.format import manifest as manifests
 from ckptmgr.options import Options
 from ckptmgr.processes import agreement
-from ckptmgr.processes.background import Moment
+from ckptmgr.processes.background import SLICE_S, Moment
 from ckptmgr.saving import items
 from ckptmgr.saving.reuse import Reuse
 
@@ -84,9 +83,17 @@ class Copied:
                 snapshot.leave_out(_of_others(snapshot.plan.owners, settled))
 
     def wait(self, wait_for: Callable[[Moment, float], bool], timeout_s: float) -> bool:
-        """Waits until every leaf is copied. Under `max_host_bytes` a leaf may wait until others are written."""
-        ends = time.monotonic() + timeout_s
-        return all(wait_for(each.complete, ends - time.monotonic()) for each in self.snapshots.values())
+        """Waits until every leaf is copied. Under `max_host_bytes` a leaf may wait until others are written.
+
+        The items share the seconds, which are counted in slices: see `Moment.wait`.
+        """
+        left_s = timeout_s
+        for each in self.snapshots.values():
+            while not wait_for(each.complete, min(SLICE_S, left_s)):
+                left_s -= SLICE_S
+                if left_s <= 0:
+                    return False
+        return True
 
     def twin(self) -> Copied | None:
         """The same for another writer; None if not everything is copied yet (under `max_host_bytes`)."""

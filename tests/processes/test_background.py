@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import interrupted
 import moments
@@ -88,6 +89,48 @@ def test_waits_are_bounded_and_say_what_they_waited_for():
     assert caught.value.waiting_for == "the save of step 9"
     release.set()
     background.wait(5)
+
+
+STOPPED = """
+import sys, time, numpy as np, ckptmgr
+from ckptmgr.arrays import writing
+from ckptmgr.processes import background as lifecycle
+
+def work():  # a second and a half in which this process runs
+    for _ in range(15):
+        time.sleep(0.1)
+
+manager = ckptmgr.CheckpointManager(sys.argv[1], max_host_bytes=1, timeout_s=3)
+background = manager._shared.background
+print("begins", flush=True)
+if sys.argv[2] == "wait":
+    background.start(lifecycle.Task("the task", work, 3))
+    background.wait()
+elif sys.argv[2] == "drain":
+    background.start(lifecycle.Task("the task", lambda: (work(), print("done", flush=True)), 3))
+    lifecycle.drain()
+    sys.exit(0)
+else:
+    write = writing.write_wave
+    writing.write_wave = lambda *given: (time.sleep(0.5), write(*given))
+    manager.save(1, {"a": np.ones(9), "b": np.ones(9)}, {"c": np.ones(9)})
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["wait", "drain", "save"])
+def test_time_in_which_the_process_was_stopped_is_not_counted(how, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, tmp_path, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begins\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    said, problems = process.communicate(timeout=60)
+    assert (said, process.returncode) == ("done\n", 0), problems
+    assert "longer than" not in problems
 
 
 def test_one_task_at_a_time_in_order():
