@@ -152,6 +152,13 @@ def test_where_jax_takes_sigterm_itself_its_sync_point_is_honoured(tmp_path):
         assert 10 < reader.latest() == last(said, "done") == last(said, "ended")
 
 
+def test_the_sync_point_of_jax_is_one_for_all_managers_of_a_process(tmp_path):
+    process = start(tmp_path, 100, "managers", job=f"{free_port()} 1 0")
+    said, err = rest(process)
+    assert process.returncode == 0, err
+    assert said.splitlines() == ["ended 33 33 11", "again True"]
+
+
 def test_a_second_signal_ends_at_once_and_a_handler_that_was_there_is_called(tmp_path):
     manager, called = ckptmgr.CheckpointManager(tmp_path, save_every=10), []
     before = signal.signal(signal.SIGUSR1, lambda *_: called.append(1))

@@ -7,6 +7,7 @@ Every value of a checkpoint is made from its step alone, so that any mixture of 
     mirror AWAY trains with a second home, keeps one here and three there
     replace     saves step 0 again and again
     guard       saves every fourth step under a preemption_guard, and says `done N` after each step
+    managers    is told to stop at step 30, with two managers of which one saves every third step, and begins again
     twice       is told to stop twice
     fork        opens a manager and forks, as a data loader does
     leave HOW   saves one step of STEPS bytes and leaves: by its end, an exception, sys.exit(3), or SIGTERM
@@ -88,6 +89,25 @@ def guard(directory, steps):
     say("ended", step, float(params["w"].sum()).hex())
 
 
+def managers(directory, steps):
+    often, rarely = (
+        ckptmgr.CheckpointManager(f"{directory}/{name}", save_every=1000) for name in ("often", "rarely")
+    )
+    with often.preemption_guard(), rarely.preemption_guard():
+        for step in range(1, steps + 1):
+            often.save(step, state(step))
+            if step % 3 == 0:
+                rarely.save(step // 3, state(step))
+            if step == 30:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(3)  # JAX looks for the signal now and then
+            if often.preempted and rarely.preempted:
+                break
+    say("ended", step, often.latest(), rarely.latest())
+    with often.preemption_guard():
+        say("again", often.preempted)
+
+
 def twice(directory, steps):
     with ckptmgr.CheckpointManager(directory).preemption_guard():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -127,6 +147,6 @@ if __name__ == "__main__":
     if "CKPTMGR_JOB" in os.environ:
         join(os.environ["CKPTMGR_JOB"])
     faults.install(os.environ.get("CKPTMGR_FAULT", ""))
-    known = (train, mirror, replace, guard, twice, fork, leave)
+    known = (train, mirror, replace, guard, managers, twice, fork, leave)
     run = {each.__name__: each for each in known}[sys.argv[3]]
     run(sys.argv[1], int(sys.argv[2]), *sys.argv[4:])

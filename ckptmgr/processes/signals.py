@@ -63,13 +63,32 @@ def _jax_listens() -> bool:
     return is_on and jax.distributed.is_initialized()
 
 
-class Preemption:
-    """Whether this process has been told to stop, and whether a step was declined before it knew.
+class _SyncPoint:
+    """Whether the job is to stop now, as JAX says: its processes are to stop at the same step.
 
-    In a job of several processes they are to stop at the same step: JAX spreads the news of SIGTERM, and
-    names the moment by a counter that every process counts up, here with each step that is asked about.
+    JAX spreads the news of SIGTERM, and names the moment by a counter that every process counts up, here with
+    each step that is asked about. A process has one counter, and JAX says yes at one number alone. So all
+    managers of the process share this object, which remembers the yes.
     https://docs.jax.dev/en/latest/_autosummary/jax.experimental.multihost_utils.reached_preemption_sync_point.html
     """
+
+    def __init__(self) -> None:
+        self.is_reached = False
+        self._asked: int | None = None
+        self._count = 0
+
+    def ask(self, step: int) -> None:
+        """Asks JAX, once for each step."""
+        if step != self._asked and not self.is_reached:
+            self._asked, self._count = step, self._count + 1
+            self.is_reached = multihost_utils.reached_preemption_sync_point(self._count)
+
+
+_sync_point = _SyncPoint()
+
+
+class Preemption:
+    """Whether this process has been told to stop, and whether a step was declined before it knew."""
 
     def __init__(self) -> None:
         self.signalled = False
@@ -77,21 +96,24 @@ class Preemption:
         self._handled: set[int] = set()
         """The signals that a guard of this manager handles."""
         self._declined = False
-        self._asked: int | None = None
-        self._count = 0
 
     def is_due(self, step: int, decided: bool) -> bool:
         """Whether to save this step; `decided` is what the policies say. After a signal every step is saved."""
-        if self._guarded and _jax_listens() and step != self._asked:
-            self._asked, self._count = step, self._count + 1
-            self.signalled |= multihost_utils.reached_preemption_sync_point(self._count)
+        if self._guarded and _jax_listens():
+            _sync_point.ask(step)
+        self._hear()
         self._declined = not (decided or (self.signalled and self._guarded))
         return not self._declined
 
     @property
     def reached(self) -> bool:
         """Whether to stop now. Not if the newest step was declined before the signal: the next step is saved."""
+        self._hear()
         return self.signalled and not self._declined
+
+    def _hear(self) -> None:
+        """Inside a guard: notes that the job is to stop, whichever manager of this process was told so."""
+        self.signalled |= self._guarded and _sync_point.is_reached
 
     @contextlib.contextmanager
     def guard(self, signals: Sequence[int]) -> Iterator[None]:
