@@ -232,13 +232,11 @@ class CheckpointManager:
         """Inside it a signal sets `preempted`, and makes the next `save` happen whatever `save_every` says.
 
         A second signal ends the process at once. The handlers from before are called too. They are set again at
-        the end, once every accepted save is durable.
+        the end, once every accepted save is durable. If the first signal comes during the wait for that, it then
+        has its usual effect: SIGTERM ends the process.
         """
-        with self._saver.preemption.guard(signals):
-            try:
-                yield
-            finally:
-                self.wait()
+        with self._saver.preemption.guard(signals, self.wait):
+            yield
 
     @property
     def preempted(self) -> bool:

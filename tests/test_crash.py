@@ -14,7 +14,7 @@ import faults
 import pytest
 import trainer
 import warm
-from conftest import counted, free_port
+from conftest import counted, free_port, in_background
 
 import ckptmgr
 from ckptmgr.format import names
@@ -356,6 +356,98 @@ with m.preemption_guard():
     done = run_in_guards(tmp_path, body)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["True True", "True True True", "False False"]
+
+
+SLOW = """
+import sys, time
+from ckptmgr.format import files
+from ckptmgr.run import transfer
+write, put = files.write, transfer.put
+def slow(do, pause_s, *given, **how):
+    time.sleep(pause_s)
+    return do(*given, **how)
+def say(*words):
+    print(*words, flush=True)
+"""
+AT_THE_END = {
+    "a guard": "with m.preemption_guard():",
+    "guards of two managers": "with other.preemption_guard(), m.preemption_guard():",
+    "a guard of two signals": "with m.preemption_guard([signal.SIGUSR1, signal.SIGTERM]):",
+}
+
+
+def in_guards(directory, body):
+    script = f"""{SLOW}
+import os, signal, numpy as np, ckptmgr
+m, other = ckptmgr.CheckpointManager({str(directory)!r}), ckptmgr.CheckpointManager({str(directory)!r} + "-other")
+params = {{"w": np.ones(3)}}
+{body}
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@in_background
+@pytest.mark.parametrize("how", AT_THE_END)
+def test_sigterm_during_the_last_wait_of_a_guard_ends_the_process_once_the_save_is_durable(how, tmp_path):
+    body = f"""
+files.write = lambda *given, **how: slow(write, 0.3, *given, **how)
+{AT_THE_END[how]}
+    m.save(1, params)
+    assert not m.preempted and not other.preempted
+    say("waits")
+say("goes on")
+"""
+    process = in_guards(tmp_path / "run", body)
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said, err = rest(process)
+    assert (said, process.returncode) == ("", -signal.SIGTERM), err
+    assert ckptmgr.CheckpointManager(tmp_path / "run", read_only=True).steps() == [1]
+
+
+@in_background
+def test_a_handler_of_the_caller_is_told_of_a_signal_during_the_last_wait_and_the_process_goes_on(tmp_path):
+    body = """
+files.write = lambda *given, **how: slow(write, 0.3, *given, **how)
+signal.signal(signal.SIGTERM, lambda *_: say("told"))
+with m.preemption_guard():
+    m.save(1, params)
+    say("waits")
+say("goes on", *m.steps())
+"""
+    process = in_guards(tmp_path / "run", body)
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said, err = rest(process)
+    assert (said, process.returncode) == ("told\ngoes on 1\n", 0), err
+
+
+@in_background
+def test_sigterm_ends_a_process_that_goes_on_saving_and_copies_slowly(tmp_path):
+    body = """
+m.close()
+transfer.put = lambda *given: slow(put, 0.2, *given)
+m = ckptmgr.CheckpointManager(m.directory, mirror=str(m.directory) + "-away")
+for step in range(1, 100_000):
+    m.save(step, params)
+    say("saved", step)
+    time.sleep(0.02)
+"""
+    process = in_guards(tmp_path / "run", body)
+    while process.stdout.readline() != "saved 5\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    try:
+        said, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGTERM, err
+    with ckptmgr.CheckpointManager(tmp_path / "run", read_only=True) as reader:
+        assert reader.steps()[: last(said, "saved")] == list(range(1, last(said, "saved") + 1))
 
 
 def test_a_fork_in_a_guard_ends_by_sigterm_as_one_outside(tmp_path):

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -203,6 +204,8 @@ def _copy(queue: Iterable[Any]) -> list[Any]:
 
 
 def _forget() -> None:
+    global _is_ending
+    _is_ending = False
     for background in _copy(_backgrounds):
         background.forget()
 
@@ -216,6 +219,40 @@ if hasattr(os, "register_at_fork"):
 
 def _unfinished() -> list[tuple[Background, Task]]:
     return [(each, task) for each in _copy(_backgrounds) for task in each.waiting()]
+
+
+_is_ending = False
+"""Whether a signal ends the process as soon as every accepted save is durable."""
+
+
+def hold_if_ending() -> None:
+    """Does not return if a signal is ending the process: what is saved from now on would not be waited for.
+
+    Returns in a task (a callback, say): the end of the process waits for the task.
+    """
+    while _is_ending and not any(each.is_current() for each in _copy(_backgrounds)):
+        time.sleep(SLICE_S)
+
+
+def begin_to_end(number: int) -> None:
+    """Ends the process by a signal once every accepted task is done; returns at once.
+
+    Waits in a new thread: the interrupted code may hold a lock that the unfinished saves need. It is no
+    `threading.Thread`: its `start` takes locks too.
+    """
+
+    def finish() -> None:
+        try:
+            drain()
+        finally:
+            os.kill(os.getpid(), number)
+
+    global _is_ending
+    _is_ending = True
+    try:
+        _thread.start_new_thread(finish, ())
+    except RuntimeError:  # too many threads
+        finish()
 
 
 def drain() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -18,6 +17,8 @@ from ckptmgr.processes import background
 
 _outside: dict[int, Any] = {}
 """The handlers from before the outermost guard, of the signals that are guarded now."""
+_late: set[int] = set()
+"""The signals that came while a guard waited for the last save, and of which nobody was told."""
 
 
 def drain_on_sigterm() -> None:
@@ -29,17 +30,8 @@ def drain_on_sigterm() -> None:
 
 
 def _end_when_drained(number: int, _: FrameType | None) -> None:
-    """Waits in a new thread: the interrupted code may hold a lock that the unfinished saves need.
-
-    It is no `threading.Thread`: its `start` takes locks too.
-    """
     signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-
-    def finish() -> None:
-        background.drain()
-        os.kill(os.getpid(), number)
-
-    _thread.start_new_thread(finish, ())
+    background.begin_to_end(number)
 
 
 def _let_sigterm_end_a_fork() -> None:
@@ -93,14 +85,18 @@ class Preemption:
     def __init__(self) -> None:
         self.signalled = False
         self._guarded = False
+        self._is_ending = False
+        """Whether the outermost guard of this manager waits for the last save."""
         self._handled: set[int] = set()
         """The signals that a guard of this manager handles."""
         self._declined = False
 
     def is_due(self, step: int, decided: bool) -> bool:
         """Whether to save this step; `decided` is what the policies say. After a signal every step is saved."""
-        if self._guarded and _jax_listens():
-            _sync_point.ask(step)
+        if self._guarded:
+            _late.clear()
+            if _jax_listens():
+                _sync_point.ask(step)
         self._hear()
         self._declined = not (decided or (self.signalled and self._guarded))
         return not self._declined
@@ -109,17 +105,21 @@ class Preemption:
     def reached(self) -> bool:
         """Whether to stop now. Not if the newest step was declined before the signal: the next step is saved."""
         self._hear()
-        return self.signalled and not self._declined
+        is_reached = self.signalled and not self._declined
+        if is_reached:
+            _late.clear()
+        return is_reached
 
     def _hear(self) -> None:
         """Inside a guard: notes that the job is to stop, whichever manager of this process was told so."""
         self.signalled |= self._guarded and _sync_point.is_reached
 
     @contextlib.contextmanager
-    def guard(self, signals: Sequence[int]) -> Iterator[None]:
-        """Handles the signals; at the end the handlers from before are set again.
+    def guard(self, signals: Sequence[int], wait: Callable[[], None]) -> Iterator[None]:
+        """Handles the signals; at the end it waits, and the handlers from before are set again.
 
-        A guard inside of another one of the same manager handles only what that one does not.
+        A guard inside of another one of the same manager handles only what that one does not. A signal that comes
+        while the outermost guard waits is delivered again after it: training has ended, and asks no more.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("preemption_guard works in the main thread only: no other may set signal handlers")
@@ -137,7 +137,9 @@ class Preemption:
                 os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the other processes
             else:
                 self.signalled = True
-            if callable(previous) and previous not in (_end_when_drained, signal.default_int_handler):
+                if self._is_ending and not _is_of_others(_outside.get(number)):
+                    _late.add(number)
+            if _is_of_others(previous):
                 previous(number, frame)
 
         outermost = before.keys() - _outside.keys()
@@ -150,11 +152,29 @@ class Preemption:
                 if number in outermost:
                     _outside[number] = previous
                 signal.signal(number, handle)
-            yield
+            try:
+                yield
+            finally:
+                self._is_ending = not is_inner
+                wait()
         finally:
-            self._guarded = is_inner
+            self._guarded, self._is_ending = is_inner, False
             self._handled -= before.keys()
             for number, previous in before.items():
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
             for number in outermost:
                 _outside.pop(number, None)
+            if not _outside:
+                _deliver_late()
+
+
+def _is_of_others(handler: Any) -> bool:
+    """Whether a handler is to be called from inside a guard: it is neither ours, nor Python's own."""
+    return callable(handler) and handler not in (_end_when_drained, signal.default_int_handler)
+
+
+def _deliver_late() -> None:
+    """After the outermost guard: what it has held back has its usual effect."""
+    while _late:
+        os.kill(os.getpid(), _late.pop())
+        background.hold_if_ending()
