@@ -376,7 +376,7 @@ AT_THE_END = {
 }
 
 
-def in_guards(directory, body):
+def in_guards(directory, body, *before):
     script = f"""{SLOW}
 import os, signal, numpy as np, ckptmgr
 m, other = ckptmgr.CheckpointManager({str(directory)!r}), ckptmgr.CheckpointManager({str(directory)!r} + "-other")
@@ -384,7 +384,7 @@ params = {{"w": np.ones(3)}}
 {body}
 """
     return subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*before, sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -448,6 +448,58 @@ for step in range(1, 100_000):
     assert process.returncode == -signal.SIGTERM, err
     with ckptmgr.CheckpointManager(tmp_path / "run", read_only=True) as reader:
         assert reader.steps()[: last(said, "saved")] == list(range(1, last(said, "saved") + 1))
+
+
+def has_namespaces():
+    command = ["unshare", "--pid", "--fork", "--kill-child", "true"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+AS_INIT = {
+    "outside": "m.save(1, params)",
+    "twice": """
+files.write = lambda *given, **how: slow(write, 60, *given, **how)
+m.save(1, params)
+os.kill(1, signal.SIGTERM)
+time.sleep(0.1)
+""",
+    "twice in a guard": """
+guard = m.preemption_guard()
+guard.__enter__()
+os.kill(1, signal.SIGTERM)
+""",
+    "the last wait of a guard": """
+files.write = lambda *given, **how: slow(write, 0.3, *given, **how)
+m.save(1, params)
+with m.preemption_guard():
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(1, signal.SIGTERM))
+""",
+}
+
+
+@in_background
+@pytest.mark.parametrize("how", AS_INIT)
+def test_the_first_process_of_a_container_ends_by_sigterm(how, tmp_path):
+    """The system ignores a signal without a handler there."""
+    if not has_namespaces():
+        pytest.skip("only root may make a PID namespace here")
+    body = f"""
+{AS_INIT[how]}
+assert os.getpid() == 1
+os.kill(1, signal.SIGTERM)
+time.sleep(20)
+say("lives")
+os._exit(0)
+"""
+    process = in_guards(tmp_path / "run", body, "unshare", "--pid", "--fork", "--kill-child")
+    said, err = process.communicate(timeout=120)
+    assert (said, process.returncode) == ("", 128 + signal.SIGTERM), err
+    if "twice" not in how:
+        assert ckptmgr.CheckpointManager(tmp_path / "run", read_only=True).steps() == [1]
 
 
 def test_a_fork_in_a_guard_ends_by_sigterm_as_one_outside(tmp_path):

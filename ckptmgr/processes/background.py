@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
 
@@ -27,6 +27,9 @@ CAN_OUTLIVE_MAIN = not (3, 12, 0) <= sys.version_info[:3] < (3, 12, 3)
 3.12.2 start none then: https://github.com/python/cpython/issues/113964"""
 SLICE_S = 0.5
 """How often a wait checks that a thread still works on what it waits for. Waits count these slices."""
+
+_INIT = 1
+"""The number of the first process of a container."""
 
 
 class Moment:
@@ -225,6 +228,23 @@ _is_ending = False
 """Whether a signal ends the process as soon as every accepted save is durable."""
 
 
+def end_now(number: int, _: FrameType | None = None) -> NoReturn:
+    """Ends the process by a signal that has its default action. Call `end_at_next` before.
+
+    The system ignores such a signal in the first process of a container (process 1 of a PID namespace). There the
+    process ends with the status that a shell gives for the signal.
+    """
+    if os.getpid() != _INIT:
+        os.kill(os.getpid(), number)
+        time.sleep(SLICE_S)
+    os._exit(128 + number)
+
+
+def end_at_next(number: int) -> None:
+    """From now on such a signal ends the process at once."""
+    signal.signal(number, end_now if os.getpid() == _INIT else signal.SIG_DFL)
+
+
 def hold_if_ending() -> None:
     """Does not return if a signal is ending the process: what is saved from now on would not be waited for.
 
@@ -235,7 +255,7 @@ def hold_if_ending() -> None:
 
 
 def begin_to_end(number: int) -> None:
-    """Ends the process by a signal once every accepted task is done; returns at once.
+    """Ends the process by a signal once every accepted task is done; returns at once. A second one ends it then.
 
     Waits in a new thread: the interrupted code may hold a lock that the unfinished saves need. It is no
     `threading.Thread`: its `start` takes locks too.
@@ -245,10 +265,11 @@ def begin_to_end(number: int) -> None:
         try:
             drain()
         finally:
-            os.kill(os.getpid(), number)
+            end_now(number)
 
     global _is_ending
     _is_ending = True
+    end_at_next(number)
     try:
         _thread.start_new_thread(finish, ())
     except RuntimeError:  # too many threads
@@ -279,7 +300,7 @@ def drain_at_exit() -> None:
 
 
 def _warn_first(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
+    end_at_next(number)
     what = ", ".join(task.what for _, task in _unfinished())
     said = f"ckptmgr waits for {what}; press Ctrl-C again to end without it\n"
     with contextlib.suppress(OSError):

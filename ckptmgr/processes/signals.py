@@ -30,8 +30,11 @@ def drain_on_sigterm() -> None:
 
 
 def _end_when_drained(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     background.begin_to_end(number)
+
+
+_OURS = (_end_when_drained, background.end_now)
+"""The handlers outside of guards."""
 
 
 def _let_sigterm_end_a_fork() -> None:
@@ -41,8 +44,8 @@ def _let_sigterm_end_a_fork() -> None:
     guarded = {**_outside}
     _outside.clear()
     for number, previous in ({signal.SIGTERM: signal.getsignal(signal.SIGTERM)} | guarded).items():
-        if number in guarded or previous is _end_when_drained:
-            signal.signal(number, signal.SIG_DFL if previous in (None, _end_when_drained) else previous)
+        if number in guarded or previous in _OURS:
+            signal.signal(number, signal.SIG_DFL if previous is None or previous in _OURS else previous)
 
 
 if hasattr(os, "register_at_fork"):
@@ -131,8 +134,8 @@ class Preemption:
         def handle(number: int, frame: FrameType | None) -> None:
             previous = before[number]
             if self.signalled:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+                background.end_at_next(number)
+                background.end_now(number)
             if _jax_listens():
                 os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the other processes
             else:
@@ -170,11 +173,15 @@ class Preemption:
 
 def _is_of_others(handler: Any) -> bool:
     """Whether a handler is to be called from inside a guard: it is neither ours, nor Python's own."""
-    return callable(handler) and handler not in (_end_when_drained, signal.default_int_handler)
+    return callable(handler) and handler not in (*_OURS, signal.default_int_handler)
 
 
 def _deliver_late() -> None:
     """After the outermost guard: what it has held back has its usual effect."""
     while _late:
-        os.kill(os.getpid(), _late.pop())
+        number = _late.pop()
+        if signal.getsignal(number) is signal.SIG_DFL:
+            background.end_at_next(number)
+            background.end_now(number)
+        os.kill(os.getpid(), number)
         background.hold_if_ending()
