@@ -745,6 +745,7 @@ if __name__ == "__main__":
         enter_network(*os.environ["CKPTMGR_NETWORK"].split())
     import emergencies
     import faults
+    import guard
     import jax
     import ml_dtypes
     import optax
@@ -765,6 +766,7 @@ if __name__ == "__main__":
         host = os.environ.get("CKPTMGR_HOST", "localhost")
         jax.distributed.initialize(f"{host}:{port}", int(count), int(index))
     faults.install(os.environ.get("CKPTMGR_FAULT", ""))
+    guard.install()
     everything = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     say("joined")
     try:

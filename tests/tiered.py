@@ -116,6 +116,7 @@ if __name__ == "__main__":
     import socket
 
     import faults
+    import guard
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -130,6 +131,7 @@ if __name__ == "__main__":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
     faults.install(os.environ.get("CKPTMGR_FAULT", ""))
+    guard.install()
     hosts, rows = options.pop("hosts", None), options.pop("rows", None)
     if hosts:
         socket.gethostname = lambda: hosts[int(index)]
