@@ -219,6 +219,8 @@ def differs(directory, mesh):
             tree = spread(mesh, step) | {"list": (np.zeros(1), np.ones(1))}
             say(name, attempt(step, change(tree) if is_other else tree))
         say("extra", attempt(100, spread(mesh, 1), extras={"mine": [1]} if is_other else None))
+        buffer = Iterator({"buffer": np.zeros(2 + is_other)})
+        say("state", attempt(100, spread(mesh, 1), extras={"it": buffer}))
         say("same", attempt(101, spread(mesh, 101)))
     say("steps", *manager.steps())
 
@@ -379,8 +381,8 @@ class Iterator:
 
 def states(process):
     return {
-        "json": Iterator({"at": process, "files": ["a", "b"]}),
-        "bytes": Iterator(bytes([process, 255])),
+        "json": Iterator({"at": process, "files": ["a"] * process}),
+        "bytes": Iterator(bytes([process] * (2 + process))),
         "arrays": Iterator({"at": np.array([process, 7]), "rng": np.full(5, process + 0.5)}),
         "all": Iterator({"at": process}, is_global=True),
         "equal": Iterator({"at": np.arange(3)}),
