@@ -158,7 +158,7 @@ def _handler(proxy: Proxy, port: int) -> type[BaseHTTPRequestHandler]:
 
 _BIN = Path(sys.executable).parent
 _GCS = """
-import sys, threading
+import sys, threading, urllib.parse
 from gcp_storage_emulator import __main__, server, storage
 
 class InTurn(server.Router):
@@ -170,6 +170,7 @@ class InTurn(server.Router):
 
 server.Router = InTurn
 server.server.HTTPServer = server.server.ThreadingHTTPServer  # without threads a stopped client blocks all others
+server.urlparse = urllib.parse.urlsplit  # else a path ends at a semicolon
 read = server._read_data  # it takes an empty object for none, and ends the connection
 server._read_data = lambda handler, query: read(handler, query) or (b"" if query.get("uploadType") else None)
 storage.Storage._write_config_to_file = lambda self: None  # it writes a list of all objects, in memory, each time

@@ -21,7 +21,7 @@ pytestmark = ON_SERVERS
 PATTERNS = [name for name in ODD_NAMES if re.search(r"[*?\[]", name)]
 OTHERS = [name for name in ODD_NAMES if name not in PATTERNS]
 CASES = [(place, name) for name in PATTERNS for place in ("gs", "s3")]
-CASES += [(("gs", "s3")[n % 2], name) for n, name in enumerate(OTHERS)][:: counted(6, full=1)]
+CASES += [(place, name) for name in OTHERS for place in ("gs", "s3")][:: counted(13, full=1)]
 STATE = {"w": jnp.arange(6.0), "v": jnp.ones(3)}
 
 
