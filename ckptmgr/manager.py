@@ -191,8 +191,8 @@ class CheckpointManager:
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is being written, deleted or copied to the mirror.
 
-        Raises SaveError if a save failed, and CheckpointTimeoutError after `timeout_s` seconds (default: the
-        manager's `timeout_s`).
+        Raises SaveError if a save failed, and CheckpointTimeoutError if one of these takes longer than `timeout_s`
+        seconds (default: the manager's `timeout_s`).
         """
         self._pending.join(timeout_s)
         if self._local is not None:
