@@ -232,8 +232,8 @@ class CheckpointManager:
         """Inside it a signal sets `preempted`, and makes the next `save` happen whatever `save_every` says.
 
         A second signal ends the process at once. The handlers from before are called too. They are set again at
-        the end, once every accepted save is durable. If the first signal comes during the wait for that, it then
-        has its usual effect: SIGTERM ends the process.
+        the end, once every accepted save is durable. If the first signal comes after the last save, and nobody has
+        asked for `preempted` since, it then has its usual effect: SIGTERM ends the process.
         """
         with self._saver.preemption.guard(signals, self.wait):
             yield

@@ -389,13 +389,35 @@ params = {{"w": np.ones(3)}}
 
 
 @in_background
+@pytest.mark.parametrize(
+    ("then", "end"),
+    [
+        ("pass", ("", -signal.SIGTERM)),
+        ("assert m.preempted", ("goes on\n", 0)),
+        ("m.save(2, params)", ("goes on\n", 0)),
+        ("sys.exit(3)", ("", 3)),
+    ],
+)
+def test_sigterm_after_the_last_save_of_a_guard_ends_the_process_unless_somebody_has_asked(then, end, tmp_path):
+    body = f"""
+with m.preemption_guard():
+    m.save(1, params)
+    os.kill(os.getpid(), signal.SIGTERM)
+    {then}
+say("goes on")
+"""
+    said, err = rest(process := in_guards(tmp_path / "run", body))
+    assert (said, process.returncode) == end, err
+    assert ckptmgr.CheckpointManager(tmp_path / "run", read_only=True).steps()[0] == 1
+
+
+@in_background
 @pytest.mark.parametrize("how", AT_THE_END)
 def test_sigterm_during_the_last_wait_of_a_guard_ends_the_process_once_the_save_is_durable(how, tmp_path):
     body = f"""
 files.write = lambda *given, **how: slow(write, 0.3, *given, **how)
 {AT_THE_END[how]}
     m.save(1, params)
-    assert not m.preempted and not other.preempted
     say("waits")
 say("goes on")
 """

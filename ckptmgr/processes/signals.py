@@ -18,7 +18,7 @@ from ckptmgr.processes import background
 _outside: dict[int, Any] = {}
 """The handlers from before the outermost guard, of the signals that are guarded now."""
 _late: set[int] = set()
-"""The signals that came while a guard waited for the last save, and of which nobody was told."""
+"""The signals that came in a guard, of which nobody has been told: no save and no true `preempted` came after."""
 
 
 def drain_on_sigterm() -> None:
@@ -43,6 +43,7 @@ def _let_sigterm_end_a_fork() -> None:
     """
     guarded = {**_outside}
     _outside.clear()
+    _late.clear()
     for number, previous in ({signal.SIGTERM: signal.getsignal(signal.SIGTERM)} | guarded).items():
         if number in guarded or previous in _OURS:
             signal.signal(number, signal.SIG_DFL if previous is None or previous in _OURS else previous)
@@ -88,8 +89,6 @@ class Preemption:
     def __init__(self) -> None:
         self.signalled = False
         self._guarded = False
-        self._is_ending = False
-        """Whether the outermost guard of this manager waits for the last save."""
         self._handled: set[int] = set()
         """The signals that a guard of this manager handles."""
         self._declined = False
@@ -122,7 +121,8 @@ class Preemption:
         """Handles the signals; at the end it waits, and the handlers from before are set again.
 
         A guard inside of another one of the same manager handles only what that one does not. A signal that comes
-        while the outermost guard waits is delivered again after it: training has ended, and asks no more.
+        after the last save, and of which nobody asks, is delivered again after the outermost guard, but not if an
+        exception ends it.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("preemption_guard works in the main thread only: no other may set signal handlers")
@@ -140,12 +140,14 @@ class Preemption:
                 os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the other processes
             else:
                 self.signalled = True
-                if self._is_ending and not _is_of_others(_outside.get(number)):
+                if not _is_of_others(_outside.get(number)):
                     _late.add(number)
             if _is_of_others(previous):
                 previous(number, frame)
 
         outermost = before.keys() - _outside.keys()
+        if not _outside:
+            _late.clear()
         if not is_inner:
             self.signalled, self._declined = False, False
         self._guarded = True
@@ -158,17 +160,16 @@ class Preemption:
             try:
                 yield
             finally:
-                self._is_ending = not is_inner
                 wait()
         finally:
-            self._guarded, self._is_ending = is_inner, False
+            self._guarded = is_inner
             self._handled -= before.keys()
             for number, previous in before.items():
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
             for number in outermost:
                 _outside.pop(number, None)
-            if not _outside:
-                _deliver_late()
+        if not _outside:
+            _deliver_late()
 
 
 def _is_of_others(handler: Any) -> bool:
