@@ -182,9 +182,12 @@ class CheckpointManager:
             processes, also if they did not save the same.
           ValueError: an argument is wrong, or `on_exists` is "replace" in a bucket.
         """
-        return self._saver.save(
+        background.hold_if_ending()
+        result = self._saver.save(
             policies.step_number(step), params, opt_state, extras, metrics, force=force, on_exists=on_exists,
         )  # fmt: skip
+        background.hold_if_ending()  # a signal that came meanwhile ends the process once this save is durable
+        return result
 
     # ------------------------------------------------------------ waiting and closing
 
@@ -232,8 +235,9 @@ class CheckpointManager:
         """Inside it a signal sets `preempted`, and makes the next `save` happen whatever `save_every` says.
 
         A second signal ends the process at once. The handlers from before are called too. They are set again at
-        the end, once every accepted save is durable. If the first signal comes after the last save, and nobody has
-        asked for `preempted` since, it then has its usual effect: SIGTERM ends the process.
+        the end, once every accepted save is durable. If the first signal comes after the last call of `save`, and
+        nobody asks for `preempted` after it, it then has its usual effect: SIGTERM ends the process. So what must
+        still be done belongs inside. If an exception ends the guard, such a signal is forgotten.
         """
         with self._saver.preemption.guard(signals, self.wait):
             yield

@@ -611,7 +611,7 @@ MUTATIONS = [
     ),
     Mutation(
         "11d", "the mirror keeps what was set aside",
-        "saving/aftermath.py", "                mirror.rewind(there)\n", "                pass\n",
+        "saving/aftermath.py", "                    mirror.rewind(plan)\n", "                    pass\n",
         "tests/run/test_rewind.py::test_the_mirror_goes_back_too",
     ),
     Mutation(

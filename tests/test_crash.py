@@ -431,6 +431,83 @@ say("goes on")
 
 
 @in_background
+def test_sigterm_during_the_last_save_of_a_guard_ends_the_process(tmp_path):
+    """A save waits for the one before it: there it spends most of its time on a slow disk."""
+    body = """
+files.write = lambda *given, **how: slow(write, 0.3, *given, **how)
+with m.preemption_guard():
+    m.save(1, params)
+    say("waits")
+    m.save(2, params)
+say("goes on")
+"""
+    process = in_guards(tmp_path / "run", body)
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said, err = rest(process)
+    assert (said, process.returncode) == ("", -signal.SIGTERM), err
+    assert ckptmgr.CheckpointManager(tmp_path / "run", read_only=True).steps() == [1, 2]
+
+
+@in_background
+def test_who_is_told_after_a_declined_step_that_there_is_more_to_save_may_save_it_after_the_guard(tmp_path):
+    body = """
+m = ckptmgr.CheckpointManager(m.directory, save_every=10)
+with m.preemption_guard():
+    assert m.save(10, params) and not m.save(11, params)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not m.preempted
+m.save(11, params, force=True)
+m.wait()
+say("goes on")
+"""
+    said, err = rest(process := in_guards(tmp_path / "run", body))
+    assert (said, process.returncode) == ("goes on\n", 0), err
+    assert ckptmgr.CheckpointManager(tmp_path / "run", read_only=True).steps() == [10, 11]
+
+
+@in_background
+def test_a_signal_at_the_end_of_a_guard_waits_for_the_saves_of_other_runs_too(tmp_path):
+    body = """
+files.write = lambda *given, **how: slow(write, 0.3 if "other" in str(given[0]) else 0, *given, **how)
+with m.preemption_guard([signal.SIGUSR1]):
+    other.save(1, params)
+    m.save(1, params)
+    os.kill(os.getpid(), signal.SIGUSR1)
+say("goes on")
+"""
+    said, err = rest(process := in_guards(tmp_path / "run", body))
+    assert (said, process.returncode) == ("", -signal.SIGUSR1), err
+    assert ckptmgr.CheckpointManager(f"{tmp_path}/run-other", read_only=True).steps() == [1]
+
+
+@in_background
+def test_sigterm_ends_a_process_whose_callback_marks_a_step_of_another_run(tmp_path):
+    """The call of `save` that does not return holds no lock that the callback needs."""
+    body = """
+def mark(info):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    other.pin(1)
+    say("marked")
+
+m.close()
+m = ckptmgr.CheckpointManager(m.directory, on_commit=mark)
+other.save(1, params).result()
+m.save(1, params)
+for step in range(2, 100_000):
+    other.save(step, params)
+"""
+    process = in_guards(tmp_path / "run", body)
+    try:
+        said, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (said, process.returncode) == ("marked\n", -signal.SIGTERM), err
+
+
+@in_background
 def test_a_handler_of_the_caller_is_told_of_a_signal_during_the_last_wait_and_the_process_goes_on(tmp_path):
     body = """
 files.write = lambda *given, **how: slow(write, 0.3, *given, **how)

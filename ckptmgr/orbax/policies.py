@@ -25,9 +25,9 @@ def adapt_save(given: Any) -> Any:
 
 def _is_without_saving(given: Any) -> bool:
     """Whether it is known that a policy does not ask whether a save is in progress."""
-    if isinstance(given, ocp.checkpoint_managers.AnySavePolicy):
+    if type(given) is ocp.checkpoint_managers.AnySavePolicy:
         return all(map(_is_without_saving, given.policies))
-    return isinstance(given, _WITHOUT_SAVING)
+    return type(given) in _WITHOUT_SAVING
 
 
 _WITHOUT_SAVING = (

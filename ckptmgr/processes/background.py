@@ -246,7 +246,7 @@ def end_at_next(number: int) -> None:
 
 
 def hold_if_ending() -> None:
-    """Does not return if a signal is ending the process: what is saved from now on would not be waited for.
+    """Does not return if a signal is ending the process, which ends only if no more is saved. Hold no lock here.
 
     Returns in a task (a callback, say): the end of the process waits for the task.
     """

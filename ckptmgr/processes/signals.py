@@ -18,7 +18,7 @@ from ckptmgr.processes import background
 _outside: dict[int, Any] = {}
 """The handlers from before the outermost guard, of the signals that are guarded now."""
 _late: set[int] = set()
-"""The signals that came in a guard, of which nobody has been told: no save and no true `preempted` came after."""
+"""The signals that came in a guard, of which nobody has been told: no save and no question came after."""
 
 
 def drain_on_sigterm() -> None:
@@ -107,10 +107,9 @@ class Preemption:
     def reached(self) -> bool:
         """Whether to stop now. Not if the newest step was declined before the signal: the next step is saved."""
         self._hear()
-        is_reached = self.signalled and not self._declined
-        if is_reached:
+        if self._guarded:
             _late.clear()
-        return is_reached
+        return self.signalled and not self._declined
 
     def _hear(self) -> None:
         """Inside a guard: notes that the job is to stop, whichever manager of this process was told so."""
@@ -182,7 +181,7 @@ def _deliver_late() -> None:
     while _late:
         number = _late.pop()
         if signal.getsignal(number) is signal.SIG_DFL:
-            background.end_at_next(number)
-            background.end_now(number)
-        os.kill(os.getpid(), number)
+            background.begin_to_end(number)
+        else:
+            os.kill(os.getpid(), number)
         background.hold_if_ending()

@@ -187,7 +187,7 @@ class Mirror:
         elif self._is_still_there(step, to_copy[step]):
             is_whole = isinstance(problem, SaveError) or self._is_whole(step)
             (self._put_off if is_whole else self._damaged).add((step, to_copy[step]))
-            again = "; the next save tries again" if is_whole else ""
+            again = "; the next save tries again if the step is still there" if is_whole else ""
             _log.error("step %d is not copied to %s: %s%s", step, self.catalog.directory, problem, again)
 
     def _problem_of_copy(self, step: int, offer: Offer | None) -> Exception | None:

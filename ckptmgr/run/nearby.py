@@ -67,6 +67,10 @@ class Nearby:
         self.tier.clear()
         self.start = self.line.decide(_OPENING, lambda: max(self.start, identity.find(self._home).since) + 1)
 
+    def current_start(self) -> int:
+        """The number of this start; a later one if another manager of this process has rewound the run."""
+        return max(self.start, identity.find(self._home).since)
+
     def __str__(self) -> str:
         return str(self.tier)
 

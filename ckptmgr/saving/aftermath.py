@@ -198,23 +198,29 @@ class Aftermath:
     def _go_back(self, step: int) -> list[int]:
         """The mirror comes first: if it cannot be reached, nothing is changed here."""
         identity.read(self._home.directory)  # if it is damaged, this raises before anything is moved
-        mirror = self.mirror
-        if mirror is None:
-            with self._shared.retaining:
-                self._home.finish_rewind()
-                return self._rewind(rewinding.plan([self._home], step)[0], step)
-        mirror.wait()
+        mirrors = self._mirrors()
+        for mirror in mirrors:
+            mirror.wait()
         with self._shared.retaining:
             self._home.finish_rewind()
-            with _reaching(mirror, step):
-                mirror.catalog.finish_rewind()
-                mirror.catalog.steps()
-            here, there = rewinding.plan([self._home, mirror.catalog], step)
-            with _reaching(mirror, step):
-                mirror.rewind(there)
-            return sorted({*self._rewind(here, step), *there.set_aside, *there.returned})
+            for mirror in mirrors:
+                with _reaching(mirror, step):
+                    mirror.catalog.finish_rewind()
+                    mirror.catalog.steps()
+            here, *there = rewinding.plan([self._home, *(mirror.catalog for mirror in mirrors)], step)
+            moved = {*here.set_aside, *here.returned}
+            for mirror, plan in zip(mirrors, there, strict=True):
+                with _reaching(mirror, step):
+                    mirror.rewind(plan)
+                moved |= {*plan.set_aside, *plan.returned}
+            self._rewind(here, step)
+            return sorted(moved)
 
-    def _rewind(self, plan: branches.Plan, step: int) -> list[int]:
+    def _mirrors(self) -> list[Mirror]:
+        """The mirrors of all managers of the run, each directory once."""
+        return list({str(each.catalog.directory): each for each in self._shared.mirrors.values()}.values())
+
+    def _rewind(self, plan: branches.Plan, step: int) -> None:
         former = max(self._home.steps(), default=None)
         identity.cut(self._home.directory, self._journal.wall)
         self._home.rewind(plan)
@@ -224,11 +230,10 @@ class Aftermath:
         )  # fmt: skip
         said = {"from": former, "set_aside": plan.set_aside, "returned": plan.returned}
         self._journal.record("rewound", step, **said)
-        return [*plan.set_aside, *plan.returned]
 
     def go_on_from(self, step: int, moved: Sequence[int]) -> None:
         """Forgets what was known of the moved steps; called in every process after a rewind."""
-        catalogs = [self._home, *([self.mirror.catalog] if self.mirror is not None else [])]
+        catalogs = [self._home, *(mirror.catalog for mirror in self._shared.mirrors.values())]
         for catalog in catalogs:
             for each in moved:
                 catalog.forget(each)

@@ -98,8 +98,8 @@ class LocalSaver:
         step, call = copied.step, Call("the save", copied.step)
         with self._job.working():
             self._job.together(call, copied.spec, lambda found: found)
-            turn = self._job.decide(call, lambda: next(self._turns))
-            part = tiers.Part(tiers.Group(self._nearby.start, turn, step, self._job.count), self._job.index)
+            start, turn = self._job.decide(call, lambda: [self._nearby.current_start(), next(self._turns)])
+            part = tiers.Part(tiers.Group(start, turn, step, self._job.count), self._job.index)
             with self._draft() as draft:
                 written = Call("the local parts", step)
                 manifest = self._job.together(written, lambda: self._write(copied, part, draft))

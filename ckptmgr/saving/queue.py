@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ckptmgr.errors import CheckpointTimeoutError, SaveError
-from ckptmgr.processes import background
 from ckptmgr.processes.background import Task
 from ckptmgr.processes.job import Job
 from ckptmgr.results import CheckpointInfo, Save
@@ -44,18 +43,12 @@ class Pending:
         self._saves: list[Save] = []
 
     def start(self, step: int, act: Act) -> Save:
-        """Runs the second act of a save in the thread. Does not return if a signal is ending the process.
-
-        It looks before and after the save is accepted, because the signal may come between: the end of the process
-        waits for every save whose call has returned.
-        """
+        """Runs the second act of a save in the thread."""
         save, task = self._task(step, act)
         if not self.is_current():
             self.join()
-        background.hold_if_ending()
         self._saves.append(save)
         self._background.start(task)
-        background.hold_if_ending()
         return save
 
     def fail(self, step: int, problem: Exception) -> None:

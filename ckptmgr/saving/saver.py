@@ -226,7 +226,7 @@ class Saver:
                 copied = self._copier.copy(step, self._clock.wall(), composed)
                 replaces = self._make_room(step, is_new) or on_exists == "replace"
             twin = copied.twin() if is_local else None  # while nobody writes: a writer lets go of its copies
-            reason = "forced" if force else "preempted" if self.preemption.reached else "due"
+            reason = "forced" if force else "preempted" if self.preemption.signalled else "due"
             result = self._hand_over(copied, reason, called, replaces=replaces)
             if twin is not None:
                 self._start_beside(step, twin, called)

@@ -405,6 +405,18 @@ def test_killed_at_any_moment_in_a_bucket_it_is_done_or_not_begun(place):
         assert all(CheckpointManager(run, read_only=True).verify(step) for step in values(run)), moment
 
 
+def test_the_mirror_of_another_manager_goes_back_too(tmp_path):
+    run, away = tmp_path / "run", tmp_path / "away"
+    with ckptmgr.CheckpointManager(run, mirror=away) as manager, ckptmgr.CheckpointManager(run) as other:
+        for step in (1, 2, 3):
+            manager.save(step, trainer.state(step)).result()
+        other.rewind(2)
+        assert manager.restore().step == 2
+        assert ckptmgr.CheckpointManager(away, read_only=True).steps() == [1, 2]
+        other.rewind(3)
+        assert ckptmgr.CheckpointManager(away, read_only=True).steps() == manager.steps() == [1, 2, 3]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("where", ["disk", *PLACES[: counted(0, full=2)]])
 def test_the_mirror_goes_back_too(where, tmp_path, request):

@@ -209,6 +209,10 @@ def test_a_rewind_by_another_manager_of_the_process_counts_at_once(run):
         other.rewind(100)
         assert manager.restore().step == 100
         assert other.restore().step == 100
+        manager.save(120, state(120)).result()  # locally
+        assert manager.restore().step == 120
+    with run.open() as manager:
+        assert manager.restore().step == 120
 
 
 @pytest.mark.parametrize(
