@@ -18,6 +18,7 @@ balanced            saves arrays that several processes hold, replicated and on 
 frozen STEP...      saves arrays of which only a small one changes, and says what this process wrote for each step
 mirrored STEP...    saves arrays that all processes hold, and says what this process has copied to the mirror
 crowd STEP...       restores and checks the newest step, then saves these, and checks the last
+together            each process fails in another way in one call
 own save|load       each process has iterators of its own
 milestones          saves under `params_only`, and asks for what is gone
 rewind              saves, goes back, saves on, and comes back; says what a step that is nowhere gives
@@ -126,12 +127,35 @@ def load(directory, mesh, *step):
     for name in ("w", "key", "keys"):
         assert found.params[name].sharding == template[name].sharding, name
     assert found.extras == {"at": {"n": found.step}}
+    told = []
+    mine = Iterator({"n": 0})
+    mine.set_state = told.append
+    manager.restore(*map(int, step), params=template, extras={"at": mine})
+    assert told == [{"n": found.step}]  # and not what one process alone could read
     adam = manager.restore(
         found.step, optimizer=optax.adam(1e-3), params={"w": template["w"]}, layout=mesh, partial=True
     )
     assert adam.opt_state[0].mu["w"].sharding == template["w"].sharding
     assert adam.opt_state[0].count.sharding == NamedSharding(mesh, P())
     say("restored", found.step, "skipped", *found.skipped)
+
+
+def together(directory, _):
+    """Each process fails in another way in the same call."""
+    line, here = Job(f"{directory}/test", TIMEOUT_S), jax.process_index()
+    problems = [
+        ckptmgr.CheckpointNotFoundError("gone", directory=directory, step=1),
+        ckptmgr.CorruptCheckpointError("damaged", step=1),
+        ValueError("wrong"),
+    ]
+
+    def fail():
+        raise problems[here]
+
+    try:
+        line.together(Call("a test"), fail)
+    except Exception as problem:
+        say(type(problem).__name__, problem)
 
 
 LATE_S = 2.0
@@ -239,6 +263,8 @@ def stages(directory, mesh):
             values = np.arange(8, dtype=np.float32) * (process + 1) + fill
             found[f"split {process}"] = array((8,), NamedSharding(grid, P("stage")), values)
             found[f"whole {process}"] = array((8,), jax.sharding.SingleDeviceSharding(own[0]), values)
+            words = array((2,), NamedSharding(grid, P()), np.array([process, fill], np.uint32))
+            found[f"key {process}"] = jax.random.wrap_key_data(words)
         return found | {
             "mine": jax.device_put(np.full(3, jax.process_index() + fill, np.float32), jax.local_devices()[0])
         }
@@ -250,7 +276,8 @@ def stages(directory, mesh):
         for name, expected in tree(7.0).items():
             assert back[name].sharding == expected.sharding, name
             for got, shard in zip(back[name].addressable_shards, expected.addressable_shards, strict=True):
-                assert np.array_equal(got.data, np.full(3, 7.0) if name == "mine" else shard.data), name
+                pair = [jax.random.key_data(each.data) if "key" in name else each.data for each in (got, shard)]
+                assert np.array_equal(pair[0], np.full(3, 7.0) if name == "mine" else pair[1]), name
         manager.close()
     say("stages")
 
@@ -758,6 +785,7 @@ if __name__ == "__main__":
 
     import ckptmgr
     from ckptmgr.format import recorded
+    from ckptmgr.processes.job import Call, Job
     from ckptmgr.run import transfer
 
     AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
@@ -798,6 +826,7 @@ if __name__ == "__main__":
                 milestones,
                 rewind,
                 poisoned,
+                together,
             )
         }
         known[mode](directory, everything, *rest)

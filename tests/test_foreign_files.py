@@ -9,6 +9,7 @@ import functools
 import json
 import pathlib
 import random
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -18,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from conftest import counted, visible
 from data import make
 
@@ -539,6 +542,55 @@ def test_what_an_older_orbax_wrote_without_metadata_and_markers_is_read(tmp_path
     found = CheckpointManager(run, read_only=True).restore(2)
     assert_same(parts(found), {"params": make.tree(2), "opt_state": plain_state(2)})
     assert found.info.items == ("opt_state", "params", "step")
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_chunks_of_zeros_that_an_older_orbax_did_not_store_are_zeros(ocdbt, tmp_path):
+    """It left them out, and did not write the key that says so. With the key a missing chunk is damage."""
+    tree = {"w": jnp.arange(6.0), "mu": jnp.zeros((4, 3)), "count": np.zeros(2, np.int32)}
+    saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt))
+    with ocp.CheckpointManager(tmp_path, saver) as stock:
+        stock.save(1, tree)
+    (metadata,) = tmp_path.rglob("_METADATA")
+    spec = {"driver": "file", "path": f"{metadata.parent}/"}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": spec} if ocdbt else spec).result()
+    chunks = [key for key in store.list().result() if re.search(rb"^(mu|count)/[0-9.]+$", key)]
+    assert len(chunks) == 2
+    for key in chunks:
+        store.write(key, None).result()
+    with pytest.raises(ckptmgr.CorruptCheckpointError, match=r"\['(mu|count)'\] cannot be read: .* is missing"):
+        CheckpointManager(tmp_path, read_only=True).restore()
+    told = json.loads(metadata.read_text())
+    del told["store_array_data_equal_to_fill_value"]
+    metadata.write_text(json.dumps(told))
+    with ocp.CheckpointManager(tmp_path, ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as stock:
+        assert_trees_equal(jax.tree.map(np.asarray, stock.restore(1)), jax.tree.map(np.asarray, tree))
+    for _ in ("as it is", "adopted"):
+        manager = CheckpointManager(tmp_path, read_only=True)
+        assert_trees_equal(manager.restore().extras["default"], tree)
+        assert manager.verify(1)
+        interop.adopt(tmp_path)
+    assert (tmp_path / "1" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "back"),
+    [
+        (jnp.bfloat16, (0.25, 1000.0)),
+        (np.float16, (0.25, 1000.0)),
+        (np.int16, (0, 1000)),
+        (np.bool_, (True, True)),
+    ],
+)
+def test_a_number_that_orbax_stored_in_another_type_is_of_that_type(dtype, back, tmp_path):
+    tree = {"scale": 0.25, "step": 1000}
+    how = jax.tree.map(lambda _: ocp.SaveArgs(dtype=np.dtype(dtype)), tree)
+    with ocp.CheckpointManager(tmp_path) as stock:
+        stock.save(1, args=ocp.args.PyTreeSave(tree, save_args=how))
+    found = CheckpointManager(tmp_path, read_only=True).restore().extras["default"]
+    assert (found["scale"], found["step"]) == back
+    assert [type(each) for each in found.values()] == [type(each) for each in back]
 
 
 def test_a_step_of_ours_without_its_two_own_files_is_not_taken_for_one_of_orbax(tmp_path):

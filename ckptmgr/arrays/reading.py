@@ -34,12 +34,16 @@ class DamagedArrayError(Exception):
 
 
 class Source(NamedTuple):
-    """The database of an item, in a step or elsewhere. `plain` arrays are ours and uncompressed."""
+    """The database of an item, in a step or elsewhere. `plain` arrays are ours and uncompressed.
+
+    With `fills` a chunk that is not there is zeros.
+    """
 
     folder: str
     zarr3: bool = True
     ocdbt: bool = True
     plain: bool = False
+    fills: bool = False
 
 
 class Opener:
@@ -75,7 +79,7 @@ class Opener:
     def _spec(self) -> Any:
         unchanging = {"recheck_cached_metadata": False, "recheck_cached_data": False}  # what is committed stays
         driver = "zarr3" if self._source.zarr3 else "zarr"
-        return ts.Spec({"driver": driver, "fill_missing_data_reads": False, **unchanging})
+        return ts.Spec({"driver": driver, "fill_missing_data_reads": self._source.fills, **unchanging})
 
     def small(self, plan: small.Plan) -> list[Values]:
         """Small arrays, read straight from the files; raises small.SmallArrayError."""

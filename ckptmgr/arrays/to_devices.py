@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,6 +42,8 @@ def held_bytes(spec: LeafSpec, target: Target) -> int:
     whole = (slice(None),) * len(spec.shape)
     where = [spell(index or whole, spec.shape) for index in pieces(spec.shape, target)]
     itemsize = _KEY_BYTES if spec.kind == "key" else numpy_dtype(spec.dtype).itemsize
+    if spec.kind != "key" and spec.dtype != target.dtype:  # a copy in the other type, beside what was read
+        itemsize += numpy_dtype(target.dtype).itemsize
     return itemsize * sum(math.prod(len(range(*axis)) for axis in piece) for piece in where)
 
 
@@ -174,11 +175,11 @@ def _keys(here: jax.Array, words: Values, target: Target) -> Any:
     """Typed keys of their words, which are here as a whole; each process puts its part where it belongs."""
     place = target.place
     if isinstance(place, jax.sharding.NamedSharding) and not place.is_fully_addressable:
-        everywhere = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
-        copies = [jax.device_put(words, device) for device in place.mesh.local_devices]
-        spread = jax.make_array_from_single_device_arrays(words.shape, everywhere, copies)
-        wrap = functools.partial(jax.random.wrap_key_data, impl=target.impl)
-        return jax.jit(wrap, out_shardings=place)(spread)
+        mine = place.addressable_devices_indices_map(words.shape)
+        where = [jax.sharding.SingleDeviceSharding(device, memory_kind=place.memory_kind) for device in mine]
+        copies = [jax.device_put(words[index], each) for index, each in zip(mine.values(), where, strict=True)]
+        spread = jax.make_array_from_single_device_arrays(words.shape, place, copies, dtype=words.dtype)
+        return jax.random.wrap_key_data(spread, impl=target.impl)
     keys = jax.random.wrap_key_data(here, impl=target.impl)
     return jax.device_put(keys, place) if isinstance(place, jax.sharding.Sharding) else keys
 

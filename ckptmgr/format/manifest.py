@@ -59,6 +59,8 @@ class Item:
     why: str = ""
     processes: int = 1
     """How many processes have saved their own value; stock Orbax reads that of process 0."""
+    fills: bool = False
+    """Whether chunks that are not there are zeros: an old Orbax did not store them."""
 
     def place(self, name: str) -> str:
         """The folder of the item in the step."""
@@ -277,6 +279,7 @@ def _item_to_json(item: Item) -> dict[str, Any]:
         return {"kind": item.kind, "file": item.file} | more
     leaves = [_leaf_to_json(leaf) for leaf in item.tree.leaves]
     stock = {name: False for name in ("zarr3", "ocdbt") if not getattr(item, name)}
+    stock |= {"fills": True} if item.fills else {}
     return {
         "kind": "arrays",
         "nbytes": item.nbytes,
@@ -298,6 +301,7 @@ def _items_from_json(items: Mapping[str, Any]) -> dict[str, Item]:
 
 def _item_from_json(item: Mapping[str, Any]) -> Item:
     more = {"folder": item.get("folder", ""), "processes": item.get("processes", 1)}
+    more |= {"fills": True} if item.get("fills") else {}
     if item["kind"] == "unread":
         return Item("unread", why=item["why"], **more)
     if item["kind"] != "arrays":

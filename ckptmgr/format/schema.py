@@ -129,6 +129,7 @@ _ITEMS: Mapping[str, Any] = {
         "outline": object,
         "zarr3?": bool,
         "ocdbt?": bool,
+        "fills?": bool,
     },
 }
 _MANIFEST = {

@@ -14,12 +14,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ckptmgr.arrays.to_host import Plan
 from ckptmgr.specs import Keys, LeafSpec, Outline, TreeSpec
+from ckptmgr.trees.structure import numpy_dtype
 
 TREE, SHARDINGS, ARRAYS, TEXTS = "_METADATA", "_sharding", "array_metadatas", "_strings.json"
+STORES_ZEROS = "store_array_data_equal_to_fill_value"
+"""A key of `TREE`. An Orbax that does not write it did not store chunks of zeros."""
 _SEQUENCE, _DICT = 1, 2
 _VALUE_TYPES = {"jax": "jax.Array", "key": "jax.Array", "numpy": "np.ndarray"}
 _EMPTY: dict[str, Outline] = {
@@ -61,7 +66,7 @@ def describe(
     content = {
         TREE: {
             "tree_metadata": entries, "use_ocdbt": True, "use_zarr3": True,
-            "store_array_data_equal_to_fill_value": True, "custom_metadata": None,
+            STORES_ZEROS: True, "custom_metadata": None,
         },
         SHARDINGS: _sharding_texts(tree.leaves, shardings),
         f"{ARRAYS}/process_0": {"array_metadatas": arrays},
@@ -151,8 +156,14 @@ def _stored(
     if name in keys:
         return key_leaf(leaf, keys[name])._replace(partition=partition)
     if kind == "scalar":
-        return leaf._replace(kind={"b": "bool", "i": "int", "u": "int", "f": "float"}.get(dtype[0], "scalar"))
+        return leaf._replace(kind=_number(dtype))
     return leaf._replace(partition=partition)
+
+
+def _number(dtype: str) -> str:
+    """What a stored number is in Python."""
+    families = {"bool": np.bool_, "int": np.integer, "float": np.floating}
+    return next((name for name, each in families.items() if jnp.issubdtype(numpy_dtype(dtype), each)), "scalar")
 
 
 def _spelled(path: Keys) -> str:

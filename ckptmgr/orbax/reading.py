@@ -163,7 +163,7 @@ class _Step:
         outside = [leaf.name for leaf in tree.leaves if ".." in leaf.name.split("/")]
         if outside and not ocdbt:
             raise self._damaged(path, f"names an array {outside[0]!r}, which would lie outside of the checkpoint")
-        return Item("arrays", tree, zarr3=zarr3, ocdbt=ocdbt)
+        return Item("arrays", tree, zarr3=zarr3, ocdbt=ocdbt, fills=not metadata.get(item_files.STORES_ZEROS))
 
     def _read(self, folder: str, name: str) -> Any:
         """A JSON file beside the tree. The arrays can be restored without that of the shardings."""

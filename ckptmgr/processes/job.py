@@ -160,13 +160,20 @@ class Job:
     def share(self, call: Call, problem: Exception | None = None) -> None:
         """Waits for all processes; raises `problem`, or what failed in another process.
 
+        If several have failed with errors of ours of different types, all raise the same type: callers go by it.
         Raises CheckpointTimeoutError with the processes that did not reach this call.
         """
         if self._coordinator is not None:
             try:
                 self._share(call, Report(self._pack(problem)), is_late=isinstance(problem, CheckpointTimeoutError))
             except Exception as other:
-                raise problem or other from None
+                if problem is None:
+                    raise
+                types = {type(problem), type(other)}
+                is_of_ours = all(issubclass(each, CheckpointError) for each in types)
+                if len(types) > 1 and is_of_ours and CheckpointTimeoutError not in types:
+                    raise other from problem
+                raise problem from None
         if problem is not None:
             raise problem
 

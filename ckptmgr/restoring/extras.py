@@ -1,4 +1,4 @@
-"""Extras on their way out: a value, or the caller's iterator set to the state that it had."""
+"""Extras on their way out: which process's value is wanted, and what fits it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,3 @@ def source(name: str, item: Item, template: Any, layout: Any) -> int | None:
 def state_of(template: Any) -> Any:
     """The template of an extra's arrays: that of an iterator is the state it has now."""
     return template.get_state() if iterators.is_iterator(template) else template
-
-
-def handed_over(template: Any, value: Any) -> Any:
-    """A restored extra: the value, or the caller's own iterator once it has been set to it."""
-    if not iterators.is_iterator(template):
-        return value
-    template.set_state(value)
-    return template

@@ -79,7 +79,7 @@ class Plan:
             for process in range(item.processes) if source is None else [source]:
                 folder = f"{item.place(each.item)}/{manifests.own_place(process)}"
                 plain = manifest.written_here and item.compression is None
-                self._add(each, places, arrays.Source(folder, item.zarr3, item.ocdbt, plain))
+                self._add(each, places, arrays.Source(folder, item.zarr3, item.ocdbt, plain, item.fills))
 
     def _add(self, each: matching.Matched, places: Sequence[Target], source: arrays.Source) -> None:
         saved = [row.saved for row in each.rows if row.saved is not None]

@@ -25,7 +25,7 @@ from ckptmgr.format import manifest as manifests
 from ckptmgr.format import paths, recorded
 from ckptmgr.processes import job
 from ckptmgr.processes.job import Call, Job
-from ckptmgr.restoring import extras, matching, reading
+from ckptmgr.restoring import matching, reading
 from ckptmgr.restoring.local_steps import LocalSteps, get_parts
 from ckptmgr.restoring.matching import Request, nothing_whole
 from ckptmgr.restoring.planning import Plan, Planner
@@ -38,6 +38,7 @@ from ckptmgr.run.manifest_cache import Stamp
 from ckptmgr.run.mirror import Mirror
 from ckptmgr.run.nearby import Gathering, Nearby
 from ckptmgr.specs import StructureDiff
+from ckptmgr.trees import iterators
 from ckptmgr.trees import placement as layouts
 from ckptmgr.trees.layouts import HOST
 from ckptmgr.trees.structure import abstract
@@ -242,13 +243,35 @@ class Restorer:
 
     def _together(self, home: Catalog, step: int, request: Request, skipped: Skipped | None) -> Checkpoint:
         call = Call(f"the restore from step {step}")
-        return self._job.together(call, lambda: self._whole(home, step, request, skipped))
+        return self._handed_over(
+            request, self._job.together(call, lambda: self._whole(home, step, request, skipped))
+        )
 
     def _from_local(self, step: int, request: Request, skipped: Skipped | None) -> Checkpoint:
         """Restores a step from the parts on the machines of the job."""
         with self._local.gathered(step, self._job) as parts:
             home, call = open_catalog(parts.run), Call(f"the restore of step {step}")
-            return self._job.together(call, lambda: self._read(home, step, request, skipped, parts))
+            return self._handed_over(
+                request, self._job.together(call, lambda: self._read(home, step, request, skipped, parts))
+            )
+
+    def _handed_over(self, request: Request, found: Checkpoint) -> Checkpoint:
+        """With the caller's own iterators, set to their states: only now, as all processes have read this step."""
+        states = {
+            name: found.extras[name]
+            for name, template in request.extras.items()
+            if iterators.is_iterator(template) and found.extras.get(name, template) is not template
+        }
+
+        def set_all() -> None:
+            for name, state in states.items():
+                request.extras[name].set_state(state)
+
+        if states:
+            self._job.together(Call(f"the iterators of step {found.step}"), set_all)
+        return dataclasses.replace(
+            found, extras={**found.extras, **{name: request.extras[name] for name in states}}
+        )
 
     # ------------------------------------------------------------ reading it
 
@@ -333,7 +356,7 @@ class Restorer:
             step=step,
             params=values.pop(manifests.PARAMS, None),
             opt_state=values.pop(manifests.OPT_STATE, None),
-            extras=absent | {name: extras.handed_over(templates[name], value) for name, value in values.items()},
+            extras=absent | values,
             metrics=manifest.metrics,
             info=dataclasses.replace(self._history.glance(manifest), source=source),
             skipped=skipped or {},

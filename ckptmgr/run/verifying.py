@@ -103,7 +103,7 @@ def _damages(name: str, item: manifests.Item, folder: epath.Path, spec: LeafSpec
         if read.spec.kind == "str":
             values.text(read, folder)
             return []
-        opener = reading.Opener(folder, reading.Source("", zarr3=item.zarr3, ocdbt=item.ocdbt))
+        opener = reading.Opener(folder, reading.Source("", zarr3=item.zarr3, ocdbt=item.ocdbt, fills=item.fills))
         array = reading.opened(read, opener)
         chunk, held = reading.chunk_of(array)
         box_bytes = max(held, _BATCH_BYTES // 4)

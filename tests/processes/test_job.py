@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import member
 import numpy as np
 import orbax.checkpoint as ocp
@@ -126,6 +127,15 @@ def test_if_one_process_cannot_restore_a_step_all_walk_back(tmp_path):
     with pytest.raises(ckptmgr.CorruptCheckpointError):
         ckptmgr.CheckpointManager(tmp_path, read_only=True).restore(2)
     assert finish(start(2, tmp_path, "load")) == ["restored 1 skipped 2"] * 2
+
+
+def test_where_processes_fail_in_different_ways_all_raise_what_process_0_does(tmp_path):
+    """They go on by the type: if one walks back, and another asks for a list of steps, both would wait."""
+    assert finish(start(3, tmp_path, "together")) == [
+        "CheckpointNotFoundError gone",
+        "CheckpointNotFoundError process 0: gone",
+        "ValueError wrong",
+    ]
 
 
 @pytest.mark.parametrize("how", ["spec", "specs", "function", "abstract"])
@@ -284,6 +294,10 @@ def test_the_stages_of_a_pipeline_come_back_to_their_processes(count, devices, t
         for name in ("split", "whole"):
             assert np.array_equal(found[f"{name} {process}"], np.arange(8, dtype=np.float32) * (process + 1) + 7)
     assert np.array_equal(found["mine"], np.full(3, 7.0))
+    for process in range(count):
+        words = np.asarray(jax.random.key_data(found[f"key {process}"]))
+        assert np.array_equal(words, [process, 7])
+        found[f"key {process}"] = words  # as stock Orbax reads it without its template
     with ocp.CheckpointManager(tmp_path) as stock:
         template = {name: np.zeros_like(values) for name, values in found.items()}
         back = stock.restore(1, args=ocp.args.Composite(params=ocp.args.StandardRestore(template))).params

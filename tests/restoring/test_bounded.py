@@ -8,6 +8,9 @@ import pytest
 import warm
 
 import ckptmgr
+from ckptmgr.arrays import to_devices
+from ckptmgr.specs import LeafSpec
+from ckptmgr.trees.layouts import Target
 
 MIB = 1 << 20
 BOUND = 16 * MIB
@@ -35,3 +38,13 @@ def test_max_host_bytes_bounds_what_a_restore_holds_above_its_arrays(case, tmp_p
     save(tmp_path, case)
     assert held(tmp_path, case, BOUND) < BOUND
     assert held(tmp_path, case, 0) > 1.5 * BOUND
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "itemsize"),
+    [("float32", "float32", 4), ("bfloat16", "float32", 6), ("float32", "int8", 5)],
+)
+def test_of_a_leaf_that_is_cast_both_types_are_counted(saved, wanted, itemsize):
+    spec = LeafSpec("['w']", ("w",), "jax", (4, 8), saved)
+    target = Target(None, "jax", wanted, weak=True)  # weak: nothing is taken over, as on a GPU
+    assert to_devices.held_bytes(spec, target) == 32 * itemsize
