@@ -62,6 +62,10 @@ def _reaching(mirror: Mirror, step: int) -> Iterator[None]:
         ) from problem
 
 
+def _nothing() -> None:
+    pass
+
+
 class Aftermath:
     """What follows a commit; a failure here is logged and harms no save.
 
@@ -244,15 +248,19 @@ class Aftermath:
         self.update_mirror()
 
     def update_mirror(self, *new: int) -> None:
-        """Lets each mirror of the run copy what it lacks, `new` steps for certain; returns at once."""
+        """Lets each mirror of the run copy what it lacks, `new` steps for certain; returns at once.
+
+        Then retention follows, as what was not copied was spared. A mirror of another manager only makes it wait:
+        it is not why this one deletes.
+        """
         if self._job.leads:
             for each in list(self._shared.mirrors.values()):
-                each.copy_later(self._retain, *new, together=each is self.mirror)
+                is_own = each is self.mirror
+                each.copy_later(self._retain if is_own or new else _nothing, *new, together=is_own)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits until nothing is being copied to the mirror."""
-        if self.mirror is not None:
-            self.mirror.wait(timeout_s)
+        """Waits until nothing is being copied to a mirror of the run; what is copied last is deleted then."""
+        self._shared.mirroring.wait(self._options.timeout_s if timeout_s is None else timeout_s)
 
     def _tell(self, info: CheckpointInfo, shared: int) -> None:
         nbytes, durable_s, blocked_s = info.disk_nbytes - shared, info.durable_s or 0.0, info.blocked_s or 0.0

@@ -17,6 +17,9 @@ FOUND = {  # what each has found once
     "after an interrupt in close the process could not open its own run": "interrupt:682",
     "deleting a step deleted a half copy of it that is named 007": "save:560 copy:758 remove:587 delete:283",
     "a copy of the only step, named -1, was read and deleted in its place": "save:933 copy:114 interrupt:921",
+    "a manager that was opened beside one with a mirror deleted by its own policy": (
+        "save:627 two:741 reopen:482 save:61 restore:853 rename:857 clock:488 save:284 two:933"
+    ),
     "no step was saved beside a copy that is named -1": "save:476 copy:77 delete:795 save:579",
 }
 

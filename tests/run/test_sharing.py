@@ -109,6 +109,20 @@ def test_no_manager_deletes_what_the_mirror_of_another_lacks(tmp_path, saves, mo
     assert CheckpointManager(tmp_path / "run", read_only=True).steps() == [3]
 
 
+def test_a_manager_beside_one_with_a_mirror_deletes_after_its_saves_alone_and_waits_for_that(tmp_path):
+    with CheckpointManager(tmp_path / "run", mirror=tmp_path / "away") as one:
+        for step in (1, 2, 3):
+            one.save(step, values(step))
+        with CheckpointManager(tmp_path / "run", keep=ckptmgr.latest(1)) as other:
+            other.pin(1)
+            other.unpin(1)
+            other.wait()
+            assert one.steps() == [1, 2, 3]
+            other.save(4, values(4))
+            other.wait()
+            assert one.steps() == [4]
+
+
 def test_a_closed_manager_copies_nothing_more(tmp_path):
     with CheckpointManager(tmp_path / "run", keep=ckptmgr.latest(1)) as one:
         with CheckpointManager(tmp_path / "run", mirror=tmp_path / "away") as other:
