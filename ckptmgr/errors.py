@@ -26,7 +26,7 @@ from ckptmgr.specs import LeafDiff, StructureDiff
 
 
 class CheckpointError(Exception):
-    """Base of every error that ckptmgr raises on purpose."""
+    """Base of every error about checkpoints. A wrong argument raises ValueError or TypeError."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

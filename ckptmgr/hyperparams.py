@@ -92,6 +92,8 @@ def _bare(value: Any) -> Any:
 def _like(name: str, old: Any, new: Any) -> Any:
     """A value of the type, dtype and place of another: each injected optimizer may have its own."""
     made: Any
+    if isinstance(old, jax.core.Tracer) or isinstance(new, jax.core.Tracer):  # inside of jax.jit
+        return jnp.asarray(new, dtype=jnp.result_type(old))
     if isinstance(old, jax.Array):
         made = jnp.asarray(new, dtype=old.dtype)
     else:

@@ -70,6 +70,21 @@ def test_inside_chain_masked_and_multi_transform():
         assert get_hyperparams(changed)["learning_rate"] == 0.5
 
 
+def test_inside_of_jit():
+    tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+    params = {"w": jnp.ones(3)}
+
+    @jax.jit
+    def step(params, opt_state, rate):
+        opt_state = set_hyperparams(opt_state, learning_rate=rate)
+        updates, opt_state = tx.update(params, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = step(params, tx.init(params), 0.25)
+    assert (params["w"] == 0.75).all()
+    assert get_hyperparams(opt_state) == {"learning_rate": 0.25}
+
+
 def test_errors_show_what_to_do():
     with pytest.raises(ValueError, match=r"optax\.inject_hyperparams\(optax\.adam\)"):
         get_hyperparams(optax.adam(1e-3).init(PARAMS))

@@ -7,14 +7,17 @@ import importlib.metadata
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
 
 from ckptmgr.cli import facts, places
+from ckptmgr.format import paths
 from ckptmgr.manager import CheckpointManager
+from ckptmgr.policies import Record
+from ckptmgr.run.catalog import open_catalog
 
 app = typer.Typer(
     name="ckptmgr",
@@ -135,5 +138,16 @@ def _flush() -> None:
 def writer(run: str, mirror: str | None = None) -> Iterator[CheckpointManager]:
     """A manager that may write. No run is made: raises CheckpointNotFoundError if there is none."""
     facts.reader(run)
-    with CheckpointManager(run, mirror=mirror) as manager:
+    mirror_keep = None if mirror is None else _AsItIs(open_catalog(paths.resolve(mirror)).steps())
+    with CheckpointManager(run, mirror=mirror, mirror_keep=mirror_keep) as manager:
         yield manager
+
+
+class _AsItIs:
+    """What a mirror keeps while a command has the run open: what it has. The policies of the run are not known."""
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self._steps = set(steps)
+
+    def keep(self, history: Sequence[Record]) -> set[int]:
+        return self._steps & {each.step for each in history}

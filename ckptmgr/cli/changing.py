@@ -16,7 +16,7 @@ from etils import epath
 from ckptmgr import policies as policy
 from ckptmgr.cli import asking, facts, places, tables
 from ckptmgr.cli.amounts import size
-from ckptmgr.cli.base import AsJson, DryRun, Place, Run, Step, Yes, app, fitted, show, writer
+from ckptmgr.cli.base import AsJson, DryRun, Place, Run, Step, Yes, app, fitted, show, warn, writer
 from ckptmgr.cli.working import working
 from ckptmgr.format import paths
 from ckptmgr.manager import CheckpointManager
@@ -163,7 +163,12 @@ def gc(
 def rewind(
     place: Place,
     step: Step = None,
-    mirror: Annotated[str | None, typer.Option(help="The mirror of the run; it is rewound too.")] = None,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            help="The mirror of the run; it is rewound too. Without it a start restores its later steps."
+        ),
+    ] = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -173,6 +178,11 @@ def rewind(
     directory = facts.reader(run).directory
     if mirror is not None:
         _check_mirror(run, mirror)
+    elif (known := journal.mirror(directory)) is not None:
+        warn(
+            f"{run} has a mirror, which stays as it is: the next start that uses it restores its later steps. "
+            f"Give --mirror {known}"
+        )
     found = {"run": run, "step": number, **facts.rewinding(directory, mirror, number), "done": False}
     is_change = bool(found["set_aside"] or found["returned"])
     is_shown = False

@@ -168,6 +168,9 @@ def import_(
 ) -> None:
     """Saves files of other formats as a checkpoint. Runs no code of a pickle, except the names of --allow."""
     if state is None and params is None and opt_state is None:
+        given = [name for name, value in (("--step", step), ("--allow", allow), ("--skip", skip)) if value]
+        if given:
+            raise ValueError(f"{' and '.join(given)} is about a file, and none is given")
         return _adopt(run, dry_run, as_json)
     steps = _steps_of(run)
     with working("reading"):

@@ -61,7 +61,7 @@ def diff(
     every: Annotated[bool, typer.Option("--all", help="Shows every leaf that differs, not the first 40.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compares two checkpoints. Exits with 1 if they differ."""
+    """Compares shapes and dtypes of two checkpoints, with --values also values. Exits with 1 if they differ."""
     managers = [(facts.reader(run), step) for run, step in places.two(pair)]
     a, b = ((manager, facts.chosen(manager, step)) for manager, step in managers)
     with working("comparing") as on_progress:

@@ -69,6 +69,11 @@ def incoming(
         step = _step(path, entries.pop("step", None)) if step is None else step
         entries.pop("step", None)
     alone = {"params": params, "opt_state": opt_state}
+    for name, alone_path in alone.items():
+        if alone_path is not None and name in entries:
+            raise ValueError(f"{state} has {name} too: skip it there (--skip {name}), or leave out {alone_path}")
+    if skip and state is None:
+        raise ValueError(f"skip ({', '.join(skip)}) leaves out entries of a file of all, and none is given")
     entries |= {name: reading.read(path, allow=allow) for name, path in alone.items() if path is not None}
     if step is None:
         raise ValueError("say which step this is, with the option step (--step N)")

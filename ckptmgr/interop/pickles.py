@@ -71,7 +71,12 @@ def loads(data: bytes, *, allow: Iterable[str] = ()) -> Any:
 
 def _allowed(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
+    if not module:
+        raise ValueError(f"allow takes names as module.name, not {name!r}")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except AttributeError:
+        raise ValueError(f"allow: the module {module} has no {attribute!r}") from None
 
 
 def _refuse(name: str) -> UnsafePickleError:

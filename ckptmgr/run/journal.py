@@ -75,6 +75,13 @@ def last_saved(directory: epath.Path) -> int | None:
     return None
 
 
+def mirror(directory: epath.Path) -> str | None:
+    """The mirror of the manager that saved last; None if it had none, or that is not known."""
+    lines = _end_of(directory / names.JOURNAL).splitlines()
+    last = next(_events(line for line in reversed(lines) if b'"event":"saved"' in line.replace(b" ", b"")), {})
+    return str(last["mirror"]) if "mirror" in last else None
+
+
 def _end_of(path: epath.Path) -> bytes:
     """The last part of a journal; empty if it cannot be read. Does not wait for the writer of a FIFO."""
     with contextlib.suppress(OSError):

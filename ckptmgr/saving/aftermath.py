@@ -269,8 +269,9 @@ class Aftermath:
             "step %d saved: %s written%s, durable after %s (%s), the caller waited %s", info.step,
             format_bytes(nbytes), also, format_s(durable_s), format_rate(nbytes, durable_s), format_s(blocked_s),
         )  # fmt: skip
+        more = {} if self._options.mirror is None else {"mirror": str(self._options.mirror)}
         self._journal.record(
-            "saved", info.step, nbytes=info.nbytes, disk_nbytes=info.disk_nbytes, metrics=info.metrics,
+            "saved", info.step, **more, nbytes=info.nbytes, disk_nbytes=info.disk_nbytes, metrics=info.metrics,
             blocked_s=info.blocked_s, durable_s=info.durable_s,
             keep=[policies.spell(each) for each in self._options.keep],
         )  # fmt: skip

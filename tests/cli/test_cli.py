@@ -271,6 +271,27 @@ def test_rewind_and_what_gc_says_of_it(runs, monkeypatch):
     assert json.loads(here("gc", good, "--json"))["leftovers"] == []
 
 
+def test_a_rewind_names_a_mirror_that_it_leaves_and_copies_nothing_to_one_that_it_rewinds(tmp_path):
+    run, away = tmp_path / "run", tmp_path / "away"
+    with ckptmgr.CheckpointManager(run, mirror=away, mirror_keep=1) as manager:
+        for step in (1, 2, 3, 4):
+            manager.save(step, {"w": np.full(3, step)}).result()
+            manager.wait()
+    said = here("rewind", run, 4, "--dry-run", "--json")
+    assert f"{run} has a mirror, which stays as it is" in said
+    assert f"Give --mirror {away}" in said
+    assert "has a mirror" not in here("rewind", run, 2, "--mirror", away, "--yes")
+    with ckptmgr.CheckpointManager(run, mirror=away) as manager:
+        assert manager.restore().step == 2
+    aside = [each.name.partition("-")[0] for each in (away / ".ckptmgr" / "abandoned").glob("*/*")]
+    assert "1" not in aside
+
+
+@pytest.mark.parametrize("option", [("--step", "3"), ("--skip", "rng"), ("--allow", "numpy.arange")])
+def test_options_about_a_file_are_refused_without_one(option, runs):
+    assert f"{option[0]} is about a file, and none is given" in here("import", runs / "good", *option)
+
+
 def test_what_another_process_writes_to_is_not_touched(runs):
     with ckptmgr.CheckpointManager(runs / "good"):
         code, _, err = typed("rm", runs / "good", 1, "--yes")

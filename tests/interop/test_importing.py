@@ -99,6 +99,19 @@ def test_a_flax_train_state_is_restored_with_optimizer(name, tmp_path):
     assert ckptmgr.CheckpointManager(tmp_path / "run").restore().extras["epoch"] == 3
 
 
+def test_no_entry_is_dropped_without_a_word(tmp_path):
+    for name, tree in (("state.pkl", {"params": {"w": np.ones(2)}, "step": 3}), ("ema.pkl", {"w": np.zeros(2)})):
+        (tmp_path / name).write_bytes(pickle.dumps(tree))
+    with pytest.raises(
+        ValueError, match=r"state.pkl has params too: skip it there \(--skip params\), or leave out"
+    ):
+        interop.incoming(tmp_path / "state.pkl", params=tmp_path / "ema.pkl")
+    found = interop.incoming(tmp_path / "state.pkl", params=tmp_path / "ema.pkl", skip=["params"])
+    assert (found.params["w"] == 0).all()
+    with pytest.raises(ValueError, match=r"skip \(rng\) leaves out entries of a file"):
+        interop.incoming(params=tmp_path / "ema.pkl", skip=["rng"], step=3)
+
+
 @pytest.mark.parametrize("how", ["optax states", "state dict", "frozen"])
 @pytest.mark.parametrize("name", ["adam", "clip and adam by schedule", "multi_transform"])
 def test_a_pickle_of_the_same(name, how, tmp_path):

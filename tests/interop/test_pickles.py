@@ -183,6 +183,12 @@ class Mine:
         self.value = value
 
 
+@pytest.mark.parametrize("name", ["numpy.arangee", "numpy", "numpy.no_module.x"])
+def test_a_mistyped_name_to_allow_is_named(name):
+    with pytest.raises((ValueError, ImportError), match=r"has no 'arangee'|module\.name, not|no_module"):
+        pickles.loads(pickle.dumps(1), allow=[name])
+
+
 def test_the_caller_may_allow_more_by_name():
     data = pickle.dumps({"at": np.arange(3), "when": Runs(np.arange, 4)})
     with pytest.raises(UnsafePickleError, match=r"the pickle uses (numpy\.\S*arange).*--allow \1 "):
