@@ -50,7 +50,7 @@ class CheckpointManager:
         parameters are params, or opt_state where params is None. They are looked at on their devices; `save` does
         not wait for it.
       on_commit: a callable, or several. Each is called with the CheckpointInfo of a checkpoint once it is
-        durable. An exception in one is logged and harms nothing.
+        durable. An exception in one is logged and harms nothing. In a job it runs in process 0 and cannot save.
       read_only: True for evaluators: never writes, deletes or cleans anything.
       reuse_unchanged: True: a jax array that is the very object of the last save is not copied and written again.
         The new step shares its files with the step before (hard links; in a bucket the server copies them).

@@ -18,6 +18,7 @@ balanced            saves arrays that several processes hold, replicated and on 
 frozen STEP...      saves arrays of which only a small one changes, and says what this process wrote for each step
 mirrored STEP...    saves arrays that all processes hold, and says what this process has copied to the mirror
 crowd STEP...       restores and checks the newest step, then saves these, and checks the last
+callback            saves in `on_commit`
 together            each process fails in another way in one call
 own save|load       each process has iterators of its own
 milestones          saves under `params_only`, and asks for what is gone
@@ -156,6 +157,22 @@ def together(directory, _):
         line.together(Call("a test"), fail)
     except Exception as problem:
         say(type(problem).__name__, problem)
+
+
+def callback(directory, mesh):
+    """A callback runs in process 0 alone, and saves must be made by all."""
+    told, params = [], spread(mesh, 1)
+
+    def again(info):
+        try:
+            manager.save(info.step + 100, params)
+        except ckptmgr.SaveError as problem:
+            told.append(str(problem))
+
+    with ckptmgr.CheckpointManager(directory, timeout_s=TIMEOUT_S, on_commit=again) as manager:
+        manager.save(1, spread(mesh, 1))
+        manager.save(2, spread(mesh, 2))
+    say("steps", *manager.steps(), "told", len(told), *told[:1])
 
 
 LATE_S = 2.0
@@ -827,6 +844,7 @@ if __name__ == "__main__":
                 rewind,
                 poisoned,
                 together,
+                callback,
             )
         }
         known[mode](directory, everything, *rest)

@@ -141,6 +141,13 @@ class Opaque:
     pass
 
 
+def deleted():
+    """An array as a caller has it after its buffer was donated."""
+    array = jnp.float32(1.0)
+    array.delete()
+    return array
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -154,6 +161,7 @@ class Opaque:
         ({"extras": {"params": 1}}, ValueError, "'params' cannot name an entry of extras"),
         ({"extras": {"../x": 1}}, ValueError, "'../x' cannot name an entry of extras"),
         ({"metrics": {"loss": jnp.ones(2)}}, TypeError, "'loss' is .* not one number"),
+        ({"metrics": {"loss": deleted()}}, ValueError, "'loss' was deleted or donated"),
         ({"metrics": {"loss": "low"}}, TypeError, "'loss' is 'low', not one number"),
         ({"metrics": {3: 1.0}}, TypeError, "the name 3 is not a str"),
     ],

@@ -66,6 +66,7 @@ class Claim:
         A holder that may be gone is waited for: it renews its claim, or the claim is over.
         """
         with self._turn:
+            self._refuse_if_lost()
             if self._tag is None:
                 self._wait_for(timeout_s)
             if self._over is None:
@@ -122,12 +123,16 @@ class Claim:
                 is_missing = found is None and not self.is_in_time()  # somebody may have come and gone
                 if is_missing or (found is not None and not self._is_own(found)) or not self._write(found):
                     self._lose()
-            if self._lost is not None:
-                raise SaveError(
-                    f"this process does not write into {self._run} any more: its claim on the run was not renewed "
-                    f"for {self._lease_s:g} s, and {self._lost} has taken it. Open the run anew once that ends",
-                    step=None,
-                )
+            self._refuse_if_lost()
+
+    def _refuse_if_lost(self) -> None:
+        if self._lost is not None:
+            raise SaveError(
+                f"this process does not write into {self._run} any more: its claim on the run was not renewed "
+                f"for {self._lease_s:g} s, and {self._lost} has taken it. Close every manager of the run in this "
+                "process, and open it anew once that other one ends",
+                step=None,
+            )
 
     def _lose(self) -> None:
         found = self._objects.fetch(self._key)

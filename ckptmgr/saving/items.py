@@ -141,6 +141,8 @@ def _metrics(metrics: Mapping[str, Any]) -> Value:
 def _metric(name: Any, value: Any) -> Any:
     if not isinstance(name, str):
         raise TypeError(f"metrics: the name {name!r} is not a str")
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_deleted():
+        raise ValueError(f"metrics: {name!r} was deleted or donated before it was given to save")
     if isinstance(value, jax.Array) and value.ndim == 0 and not jnp.iscomplexobj(value) and not is_key(value):
         with jax.debug_nans(False), jax.debug_infs(False):  # a loss may be either: nothing is computed here
             return jnp.copy(value)  # not waited for, and ours: the caller may donate its own

@@ -208,6 +208,8 @@ class Saver:
         called, began = time.perf_counter(), self._meter.now()
         with self.turn(step):
             self.require_open(step)
+            if self._pending.is_current() and self._job.count > 1:
+                raise SaveError(f"save({step}): all processes must make it; a callback runs in one", step=step)
             refusal = self._refuse(step, force, on_exists)
             is_local = self._local is not None and self._local.is_due(step)
             if refusal and is_local:

@@ -63,7 +63,11 @@ class _Walk:
         if not children:
             self.empty.append((keys, _empty_kind(node)))
         below = [(key, self.node(child, path + spelled, keys + names)) for key, names, spelled, child in children]
-        return _container(node, below)
+        outline = _container(node, below)
+        if isinstance(outline, dict) and len(fields := outline.get("fields", below)) < len(below):
+            twice = next(key for key in fields if [str(each) for each, _ in below].count(key) > 1)
+            self.problems.append((path, f"two of its children have the key {twice!r}; rename one"))
+        return outline
 
     def leaf(self, leaf: Any, path: str, keys: Keys) -> Outline:
         try:
@@ -121,7 +125,9 @@ def key_name(entry: Any) -> str | int:
         return int(entry.idx)
     if isinstance(entry, jax.tree_util.FlattenedIndexKey):
         return int(entry.key)
-    return str(entry.name if isinstance(entry, jax.tree_util.GetAttrKey) else entry.key)
+    if isinstance(entry, jax.tree_util.GetAttrKey):
+        return str(entry.name)
+    return str(getattr(entry, "key", entry))  # JAX takes any object for a key
 
 
 def _key(entry: tuple[Any, ...]) -> Any:

@@ -138,6 +138,13 @@ def test_where_processes_fail_in_different_ways_all_raise_what_process_0_does(tm
     ]
 
 
+def test_a_save_in_a_callback_of_a_job_is_refused_at_once_and_harms_no_other(tmp_path):
+    assert finish(start(2, tmp_path, "callback")) == [
+        "steps 1 2 told 2 save(101): all processes must make it; a callback runs in one",
+        "steps 1 2 told 0",
+    ]
+
+
 @pytest.mark.parametrize("how", ["spec", "specs", "function", "abstract"])
 def test_readers_agree_also_where_nothing_that_they_give_has_devices(how, tmp_path):
     finish(start(2, tmp_path, "save", "1", "2"))

@@ -192,6 +192,21 @@ def test_a_holder_that_was_stopped_and_not_replaced_goes_on(run, another):
     assert first.tell("save 2", hears=True) == "saved 2"
 
 
+def test_a_process_that_has_lost_its_claim_opens_the_run_anew_once_its_managers_are_closed(run):
+    place = epath.Path(run) / names.LOCK
+    manager = CheckpointManager(run)
+    objects.write(place, json.dumps(held(run) | {"machine": "another", "pid": 1, "token": "x"}).encode())
+    for call in (lambda: manager.save(1, trainer.state(1)).result(), lambda: CheckpointManager(run)):
+        with pytest.raises(ckptmgr.SaveError, match=r"does not write into .* any more: .* Close every manager"):
+            call()
+    manager.close()
+    with pytest.raises(ckptmgr.SaveError, match="process 1"):
+        CheckpointManager(run, timeout_s=0.5)
+    objects.delete(place)
+    with CheckpointManager(run) as manager:
+        manager.save(1, trainer.state(1)).result()
+
+
 def test_a_claim_that_somebody_removed_is_made_again(run, another):
     with CheckpointManager(run) as manager:
         (epath.Path(run) / names.LOCK).unlink()

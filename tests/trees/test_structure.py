@@ -12,8 +12,9 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.tree_util import DictKey, GetAttrKey
 
-from ckptmgr import UnsupportedLeafError
+from ckptmgr import CheckpointManager, UnsupportedLeafError
 from ckptmgr.trees import structure
 from ckptmgr.trees.structure import describe
 
@@ -166,3 +167,47 @@ def test_any_tree_of_plain_containers_survives_its_description(tree):
     spec = describe_params(tree)
     assert structure.rebuild(spec.outline, jax.tree_util.tree_leaves(tree)) == tree
     assert len(spec.leaves) == len(jax.tree_util.tree_leaves(tree))
+
+
+class Two:
+    """A node of the caller's own, with keys that it chooses."""
+
+    def __init__(self, one, other):
+        self.one, self.other = one, other
+
+
+def registered(first, second):
+    class Own(Two):
+        pass
+
+    jax.tree_util.register_pytree_with_keys(
+        Own, lambda node: (((first, node.one), (second, node.other)), None), lambda _, children: Own(*children)
+    )
+    return Own
+
+
+TWICE = [
+    (GetAttrKey("layers"), GetAttrKey("layers")),
+    (DictKey(1), DictKey("1")),
+    (GetAttrKey("x"), DictKey("x")),
+]
+
+
+@pytest.mark.parametrize("keys", TWICE, ids=str)
+def test_two_children_of_one_node_with_the_same_key_are_refused(keys, tmp_path):
+    """Also if their leaves have names of their own: the outline of the tree would lose one child."""
+    tree = {"model": registered(*keys)({"enc": jnp.ones(3)}, {"dec": jnp.zeros(3)})}
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(UnsupportedLeafError, match=r"\['model'\]: two of its children have the key"):
+            manager.save(1, tree)
+        assert manager.steps() == []
+
+
+def test_a_key_of_any_type_is_spelled(tmp_path):
+    """JAX asks for nothing of a key but that it can be spelled."""
+    own = registered("w", "b")
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, own(jnp.ones(3), jnp.zeros(2))).result()
+    found = CheckpointManager(tmp_path, read_only=True).restore(params=own(jnp.zeros(3), jnp.ones(2))).params
+    assert (found.one == 1).all()
+    assert (found.other == 0).all()
