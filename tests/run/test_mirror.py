@@ -276,6 +276,7 @@ def test_a_copy_that_was_damaged_once_is_made_again_before_the_step_may_go(home,
     with ckptmgr.CheckpointManager(home, mirror=tmp_path / "away", keep=ckptmgr.latest(1)) as manager:
         save(manager, 1)
         manager.wait()
+        assert steps_in(tmp_path / "away") == [1]
         save(manager, 2)
     assert damaged
     assert steps_in(home) == [2]
@@ -355,15 +356,18 @@ def test_what_was_copied_before_a_crash_is_not_copied_again(home, tmp_path):
 
 
 @pytest.mark.soak
-def test_what_was_begun_for_another_save_of_the_step_is_begun_anew(home, away):
+def test_what_was_begun_for_another_save_of_the_step_is_begun_anew(home, away, monkeypatch):
     rest(start(home, 1, "mirror", away, fault="before check 1"))
     shutil.rmtree(home)
+    copy, copied = mirror.Mirror._copy, []
+    monkeypatch.setattr(mirror.Mirror, "_copy", lambda *given: (copied.append(given[1]), copy(*given)))
     with ckptmgr.CheckpointManager(home, mirror=away) as manager:
         manager.save(1, trainer.state(5)).result()
         manager.wait()
         manager = ckptmgr.CheckpointManager(away, read_only=True)
         assert trainer.step_of(manager.restore(1, params=trainer.state(0)).params) == 5
         assert manager.verify(1)
+    assert copied == [1]  # at once, and not only after it was read back as damaged
 
 
 def test_a_mirror_that_cannot_be_written_to_is_said_and_neither_stops_saving_nor_fills_the_disk(

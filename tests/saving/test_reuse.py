@@ -190,7 +190,8 @@ def test_whatever_changes_fails_or_is_deleted_each_step_has_what_was_saved(data,
 def test_numpy_arrays_and_new_arrays_are_written_and_a_donated_one_is_refused(tmp_path):
     frozen, numpy = array(0), np.zeros(MILLION // 4, np.float32)
     with CheckpointManager(tmp_path, reuse_unchanged=True) as manager:
-        manager.save(1, {"frozen": frozen, "numpy": numpy, "new": array(1)})
+        manager.save(1, {"frozen": frozen, "numpy": numpy, "new": array(1)}).result()
+        manager.wait()  # what is being written is not shared yet
         numpy += 1
         manager.save(2, {"frozen": frozen, "numpy": numpy, "new": array(2)}).result()
         check(manager, 2, {"frozen": frozen, "numpy": np.ones_like(numpy), "new": array(2)})
