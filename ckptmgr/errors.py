@@ -1,4 +1,4 @@
-"""Every error that ckptmgr raises on purpose.
+"""The errors about checkpoints; each is a built-in exception too.
 
     CheckpointError
     ├── CheckpointNotFoundError   [FileNotFoundError]       directory, step

@@ -388,6 +388,16 @@ params = {{"w": np.ones(3)}}
     )
 
 
+def terminated_as_it_waits(directory, body):
+    """What a script says after SIGTERM, which comes shortly after `waits`, and how it ends; then its errors."""
+    process = in_guards(directory, body)
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said, err = rest(process)
+    return (said, process.returncode), err
+
+
 @in_background
 @pytest.mark.parametrize(
     ("then", "end"),
@@ -421,12 +431,8 @@ files.write = lambda *given, **how: slow(write, 0.3, *given, **how)
     say("waits")
 say("goes on")
 """
-    process = in_guards(tmp_path / "run", body)
-    assert process.stdout.readline() == "waits\n"
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    said, err = rest(process)
-    assert (said, process.returncode) == ("", -signal.SIGTERM), err
+    end, err = terminated_as_it_waits(tmp_path / "run", body)
+    assert end == ("", -signal.SIGTERM), err
     assert ckptmgr.CheckpointManager(tmp_path / "run", read_only=True).steps() == [1]
 
 
@@ -441,12 +447,8 @@ with m.preemption_guard():
     m.save(2, params)
 say("goes on")
 """
-    process = in_guards(tmp_path / "run", body)
-    assert process.stdout.readline() == "waits\n"
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    said, err = rest(process)
-    assert (said, process.returncode) == ("", -signal.SIGTERM), err
+    end, err = terminated_as_it_waits(tmp_path / "run", body)
+    assert end == ("", -signal.SIGTERM), err
     assert ckptmgr.CheckpointManager(tmp_path / "run", read_only=True).steps() == [1, 2]
 
 
@@ -517,12 +519,8 @@ with m.preemption_guard():
     say("waits")
 say("goes on", *m.steps())
 """
-    process = in_guards(tmp_path / "run", body)
-    assert process.stdout.readline() == "waits\n"
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    said, err = rest(process)
-    assert (said, process.returncode) == ("told\ngoes on 1\n", 0), err
+    end, err = terminated_as_it_waits(tmp_path / "run", body)
+    assert end == ("told\ngoes on 1\n", 0), err
 
 
 @in_background
