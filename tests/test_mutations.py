@@ -32,6 +32,20 @@ def test_every_sentence_and_every_mutation_is_listed():
         assert f"| {mutation.what} | `{mutation.test}` |" in page
 
 
+def test_a_difference_of_megabytes_is_told_at_once_on_ci_too(tmp_path):
+    """Else a broken guarantee looks like a test that stands still."""
+    (tmp_path / "test_it.py").write_text("def test_it():\n    assert b'x' * 4_000_000 == b'y' * 4_000_000\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-c", ROOT / "pyproject.toml", "-p", "conftest", tmp_path],
+        env=os.environ | {"CI": "true", "PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "At index 0 diff: b'x' != b'y'" in done.stdout
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "mutation", MUTATIONS[1::60] if not SOAK else MUTATIONS, ids=lambda mutation: mutation.what

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import warm
+from conftest import ON_CI
 from etils import epath
 
 import ckptmgr
@@ -39,7 +39,7 @@ EVIL = "<b>1</b><script>document.title='run'</script><!-- </SCRIPT> [bold]{0}%{y
 def browser(tmp_path_factory):
     found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     if not all(found.values()):
-        assert "CI" not in os.environ, found
+        assert not ON_CI, found
         pytest.skip("the report is looked at with a browser: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = found["chromium"]
