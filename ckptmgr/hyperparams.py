@@ -95,7 +95,7 @@ def _like(name: str, old: Any, new: Any) -> Any:
     if isinstance(old, jax.core.Tracer) or isinstance(new, jax.core.Tracer):  # inside of jax.jit
         return jnp.asarray(new, dtype=jnp.result_type(old))
     if isinstance(old, jax.Array):
-        made = jnp.asarray(new, dtype=old.dtype)
+        made = jnp.array(new, dtype=old.dtype)  # a copy for each: a train step may donate the state
     else:
         made = np.asarray(new, old.dtype) if isinstance(old, np.ndarray) else type(old)(new)
     if jnp.issubdtype(jnp.result_type(old), jnp.integer) and np.any(np.asarray(made) != np.asarray(new)):

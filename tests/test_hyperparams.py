@@ -31,6 +31,16 @@ def test_a_new_learning_rate_is_used_at_once_and_nothing_else_changes():
     assert others == {name: value for name, value in get_hyperparams(opt_state).items() if name != "learning_rate"}
 
 
+def test_an_array_that_is_given_is_copied_for_each_state_as_a_train_step_may_donate_them():
+    params, given = {"a": jnp.ones(3), "b": jnp.ones(3)}, jnp.float32(0.5)
+    rates = {name: optax.inject_hyperparams(optax.sgd)(1e-2) for name in params}
+    optimizer = optax.multi_transform(rates, {name: name for name in params})
+    opt_state = set_hyperparams(optimizer.init(params), learning_rate=given)
+    moved, _ = jax.jit(lambda *both: step(optimizer, *both), donate_argnums=(0, 1))(params, opt_state)
+    assert np.array_equal(moved["a"], np.full(3, 0.5))
+    assert not given.is_deleted()
+
+
 def test_changed_before_a_save_after_a_restore_and_kept_by_the_next(tmp_path):
     with CheckpointManager(tmp_path) as manager:
         opt_state = set_hyperparams(ADAM.init(PARAMS), learning_rate=0.25)
