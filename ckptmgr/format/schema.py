@@ -13,9 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_dtypes
-
-from ckptmgr.trees.structure import numpy_dtype
+from ckptmgr.trees.structure import has_form, numpy_dtype
 
 
 def check(schema: Any, value: Any, where: str = "it") -> None:
@@ -113,7 +111,7 @@ def _is_dtype(name: str) -> bool:
         found = numpy_dtype(name)
     except (TypeError, ValueError, AttributeError):
         return False
-    return found.kind in "biufc" or hasattr(ml_dtypes, found.name)
+    return has_form(found)
 
 
 _MOST_PROCESSES = 1 << 20

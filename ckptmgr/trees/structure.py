@@ -21,8 +21,14 @@ from ckptmgr.specs import Keys, LeafSpec, Outline, TreeSpec
 
 _SCALARS: dict[type, str] = {bool: "bool", int: "int", float: "float", complex: "complex"}
 _ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
-_NO_FORM = frozenset({"int1", "uint1", "complex32", "bcomplex32"})  # TensorStore has none of these
-_STORABLE_KINDS = "biufcV"  # numpy's letters; V also covers the types of ml_dtypes
+STORED_ML_TYPES = frozenset({
+    "bfloat16", "int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e3m4",
+    "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+})  # fmt: skip
+"""The types of ml_dtypes that have a form on disk. A newer ml_dtypes may bring others, which TensorStore and Orbax
+need not know."""
+_NUMBERS = "biufc"  # numpy's letters
 
 
 # ---------------------------------------------------------------- describing a tree
@@ -206,7 +212,7 @@ def _array_facts(leaf: Any) -> tuple[str, tuple[int, ...], str]:
         return "key", leaf.shape, str(leaf.dtype)
     if _is_of(leaf.dtype, jax.dtypes.extended):
         raise _UnsupportedError(f"has the extended dtype {leaf.dtype}, which has no form on disk")
-    if dtype_name(leaf.dtype) in _NO_FORM:
+    if not has_form(leaf.dtype):
         raise _UnsupportedError(f"has the dtype {leaf.dtype}, which has no form on disk")
     return "jax", leaf.shape, dtype_name(leaf.dtype)
 
@@ -241,6 +247,13 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
+@functools.cache
+def has_form(dtype: np.dtype[Any]) -> bool:
+    """Whether values of this type can be stored: numbers of numpy, and types of ml_dtypes that are known here."""
+    is_numpys = dtype.kind in _NUMBERS and dtype.type.__module__ == "numpy"
+    return is_numpys or dtype.name in STORED_ML_TYPES
+
+
 def is_weak(leaf: Any) -> bool:
     """Whether JAX lets other types win over this array's; keys do not take part."""
     return bool(getattr(leaf, "weak_type", False))
@@ -263,8 +276,7 @@ def _scalar_dtype(value: complex) -> np.dtype[Any]:
 
 
 def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    known = dtype.kind in _STORABLE_KINDS and dtype.itemsize <= 16 and not dtype.names
-    if not known or dtype.name in _NO_FORM or (dtype.kind == "V" and not hasattr(ml_dtypes, dtype.name)):
+    if not has_form(dtype):
         raise _UnsupportedError(f"has the numpy dtype {dtype}, which has no form on disk")
     if not dtype.isnative:
         raise _UnsupportedError(f"has the byte order of another machine ({dtype.str}); convert it first")
