@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_HYPERPARAMS = "hyperparams"
+from ckptmgr.trees.structure import is_weak, weaken
+
+_HYPERPARAMS, _ABSENT = "hyperparams", object()
 _HOW = (
     "wrap the optimizer so that its state carries them:\n"
     "    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)"
@@ -53,13 +55,34 @@ def set_hyperparams(opt_state: Any, **values: Any) -> Any:
             if np.shape(value) != shape:
                 raise TypeError(f"{name!r} has shape {shape}, not {np.shape(value)}")
 
+    return _with(opt_state, values)
+
+
+def _with(tree: Any, values: Mapping[str, Any]) -> Any:
+    """The tree with these values in each of its injected optimizers."""
+    nodes, treedef = jax.tree_util.tree_flatten(tree, is_leaf=_is_injected)
+    changed = [_with_own(node, values) if _is_injected(node) else node for node in nodes]
+    return jax.tree_util.tree_unflatten(treedef, changed)
+
+
+def _with_own(state: Any, values: Mapping[str, Any]) -> Any:
+    """The state of an injected optimizer with these values; there may be another one inside of it."""
+
     def replaced(path: Sequence[Any], old: Any) -> Any:
-        steps = [getattr(step, "name", getattr(step, "key", None)) for step in path]
-        at = steps.index(_HYPERPARAMS) + 1 if _HYPERPARAMS in steps else len(steps)
-        name = steps[at] if at < len(steps) else None
+        name = _name(path)
         return _like(name, old, values[name]) if name in values else old
 
-    return jax.tree_util.tree_map_with_path(replaced, opt_state)
+    children, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: node is not state)
+    changed = [
+        jax.tree_util.tree_map_with_path(replaced, child) if _name(path) == _HYPERPARAMS else _with(child, values)
+        for path, child in children
+    ]
+    return jax.tree_util.tree_unflatten(treedef, changed)
+
+
+def _name(path: Sequence[Any]) -> Any:
+    """The name of the first step of a path."""
+    return getattr(path[0], "name", getattr(path[0], "key", None))
 
 
 class _Injected(NamedTuple):
@@ -74,13 +97,24 @@ def _injected(opt_state: Any) -> list[_Injected]:
     found = []
 
     def look(node: Any) -> bool:
-        part = node.get if isinstance(node, Mapping) else functools.partial(getattr, node)
-        if isinstance(hyperparams := part(_HYPERPARAMS, None), Mapping):
-            found.append(_Injected(hyperparams, part("hyperparams_states", None) or {}))
+        if _is_injected(node):
+            part = _parts(node)
+            found.append(_Injected(part(_HYPERPARAMS, None), part("hyperparams_states", None) or {}))
         return False
 
     jax.tree_util.tree_flatten(opt_state, is_leaf=look)
     return found
+
+
+def _is_injected(node: Any) -> bool:
+    """Whether it is the state of an injected optimizer, and no parameter or label that is called hyperparams."""
+    part = _parts(node)
+    return isinstance(part(_HYPERPARAMS, None), Mapping) and part("inner_state", _ABSENT) is not _ABSENT
+
+
+def _parts(node: Any) -> Callable[..., Any]:
+    """What gives a part of a node by its name, or a default."""
+    return node.get if isinstance(node, Mapping) else functools.partial(getattr, node)
 
 
 def _bare(value: Any) -> Any:
@@ -93,7 +127,7 @@ def _like(name: str, old: Any, new: Any) -> Any:
     """A value of the type, dtype and place of another: each injected optimizer may have its own."""
     made: Any
     if isinstance(old, jax.core.Tracer) or isinstance(new, jax.core.Tracer):  # inside of jax.jit
-        return jnp.asarray(new, dtype=jnp.result_type(old))
+        return _as_weak(old, jnp.asarray(new, dtype=jnp.result_type(old)))
     if isinstance(old, jax.Array):
         made = jnp.array(new, dtype=old.dtype)  # a copy for each: a train step may donate the state
     else:
@@ -102,4 +136,10 @@ def _like(name: str, old: Any, new: Any) -> Any:
         raise TypeError(
             f"{name!r} is a whole number, which {new} is not: make the optimizer with a float, as {name}=1.0"
         )
+    made = _as_weak(old, made)
     return jax.device_put(made, old.sharding) if isinstance(old, jax.Array) and old.committed else made
+
+
+def _as_weak(old: Any, new: Any) -> Any:
+    """An array as weak as another: a train step is compiled again for one that is not."""
+    return weaken([new])[0] if is_weak(old) else new

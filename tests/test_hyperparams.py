@@ -80,6 +80,54 @@ def test_inside_chain_masked_and_multi_transform():
         assert get_hyperparams(changed)["learning_rate"] == 0.5
 
 
+def spelled(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+NAMES = ["hyperparams", "inner_state", "hyperparams_states", "learning_rate", "count"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("plain", [False, True], ids=["as made", "plain"])
+def test_a_name_of_the_state_may_be_a_label_and_a_parameter_too(name, plain, tmp_path):
+    params = {name: {"learning_rate": jnp.ones(()), "hyperparams": {"b1": jnp.ones(())}}, "w": jnp.ones(())}
+    labels = {name: name, "w": "other"}
+    optimizer = optax.chain(optax.multi_transform({name: ADAM, "other": optax.chain(ADAM)}, labels), ADAM)
+    state = optimizer.init(params)
+    if plain:
+        with CheckpointManager(tmp_path) as manager:
+            manager.save(1, params, state).result()
+            state = manager.restore().opt_state
+    before, after = spelled(state), spelled(set_hyperparams(state, learning_rate=0.25, b1=0.5))
+    changed = {path for path, leaf in after.items() if leaf is not before[path]}
+    assert len(changed) == 6  # two in each of three optimizers, and nothing of mu and nu
+    assert {float(after[path]) for path in changed} == {0.25, 0.5}
+    assert not any("mu" in path or "nu" in path for path in changed)
+    assert set(get_hyperparams(state)) == {"learning_rate", "b1", "b2", "eps", "eps_root"}
+
+
+def test_one_injected_optimizer_inside_of_another():
+    inner = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+    outer = optax.inject_hyperparams(lambda decay: optax.chain(inner, optax.add_decayed_weights(decay)))(decay=0.5)
+    state = set_hyperparams(outer.init(PARAMS), learning_rate=2.0, decay=0.25)
+    assert get_hyperparams(state) == {"learning_rate": 2.0, "decay": 0.25}
+
+
+@pytest.mark.parametrize("value", [2, np.int32(2), jnp.int32(2), jnp.asarray(2)], ids=repr)
+def test_a_train_step_is_not_compiled_again_for_a_new_value(value):
+    clip = optax.inject_hyperparams(optax.clip_by_global_norm)(max_norm=1)
+    update = jax.jit(lambda state: clip.update(PARAMS, state)[1])
+    for number, make in ((value, clip), (0.5, ADAM)):
+        update = jax.jit(lambda state, make=make: make.update(PARAMS, state, PARAMS)[1])
+        name = "max_norm" if make is clip else "learning_rate"
+        state = make.init(PARAMS)
+        update(state)
+        update(set_hyperparams(state, **{name: number}))
+        assert update._cache_size() == 1
+        again = jax.jit(lambda state, name=name, number=number: set_hyperparams(state, **{name: number}))(state)
+        assert get_hyperparams(again)[name].weak_type == get_hyperparams(state)[name].weak_type
+
+
 def test_inside_of_jit():
     tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
     params = {"w": jnp.ones(3)}
