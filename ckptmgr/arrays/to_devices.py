@@ -187,6 +187,12 @@ def _keys(here: jax.Array, words: Values, target: Target) -> Any:
 NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
+def mesh_of(sharding: Any) -> jax.sharding.Mesh:
+    """The mesh of a program for arrays of this sharding: it takes none that are on another."""
+    mesh = getattr(sharding, "mesh", None)
+    return mesh if isinstance(mesh, jax.sharding.Mesh) else NO_MESH
+
+
 def _weakly_typed(leaves: list[Any], weak: Sequence[int]) -> list[Any]:
     """The same bits, with JAX's weak type where it was saved: one program for the leaves of each mesh.
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ckptmgr.arrays.to_devices import mesh_of
 from ckptmgr.format.manifest import METRICS, OPT_STATE, PARAMS, RESERVED, STEP
 from ckptmgr.format.names import UNFINISHED
 from ckptmgr.specs import TreeSpec
@@ -141,10 +142,13 @@ def _metrics(metrics: Mapping[str, Any]) -> Value:
 def _metric(name: Any, value: Any) -> Any:
     if not isinstance(name, str):
         raise TypeError(f"metrics: the name {name!r} is not a str")
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_deleted():
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"metrics: {name!r} is a tracer: save outside of jax.jit")
+    if isinstance(value, jax.Array) and value.is_deleted():
         raise ValueError(f"metrics: {name!r} was deleted or donated before it was given to save")
     if isinstance(value, jax.Array) and value.ndim == 0 and not jnp.iscomplexobj(value) and not is_key(value):
-        with jax.debug_nans(False), jax.debug_infs(False):  # a loss may be either: nothing is computed here
+        # A loss may be either: nothing is computed here. The mesh of `jax.set_mesh` may be another than its own.
+        with jax.debug_nans(False), jax.debug_infs(False), jax.set_mesh(mesh_of(value.sharding)):
             return jnp.copy(value)  # not waited for, and ours: the caller may donate its own
     if isinstance(value, int | float) or _is_real_number(value):
         try:

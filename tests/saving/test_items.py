@@ -1,5 +1,6 @@
 """Every structure a JAX user has, in and out."""
 
+import contextlib
 import dataclasses
 import unittest.mock
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.example_libraries import optimizers, stax
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from ckptmgr import CheckpointManager, StructureMismatchError, UnsupportedLeafError
 from ckptmgr.testing import assert_trees_equal
@@ -351,6 +353,35 @@ def test_what_only_looks_like_a_number_is_no_metric(value, tmp_path):
         pytest.raises(TypeError, match=r"metrics: 'loss' is .*, not one number"),
     ):
         manager.save(1, {"w": np.ones(1)}, metrics={"loss": value})
+
+
+@pytest.mark.parametrize("around", [None, 1, 2, 8])
+def test_a_metric_may_be_on_any_devices_whatever_mesh_is_set(around, tmp_path, make_mesh):
+    def sharding(**axes):
+        return NamedSharding(make_mesh(**axes), PartitionSpec())
+
+    one = SingleDeviceSharding(jax.devices()[3])
+    places = {
+        "one": one, "two": sharding(a=2), "all": sharding(data=8), "both": sharding(a=2, b=4),
+        "host": one.with_memory_kind("pinned_host"), "copies": sharding(data=8).with_memory_kind("pinned_host"),
+    }  # fmt: skip
+    metrics = {name: jax.device_put(jnp.float32(0.5), place) for name, place in places.items()}
+    inside = contextlib.nullcontext() if around is None else jax.set_mesh(make_mesh(data=around))
+    with CheckpointManager(tmp_path) as manager, inside:
+        saved = manager.save(1, {"w": np.ones(1)}, metrics=metrics | {"free": jnp.float32(0.5)})
+        assert set(saved.result().metrics.values()) == {0.5}
+
+
+@pytest.mark.parametrize("around", [jax.jit, jax.grad, jax.vmap])
+def test_a_traced_metric_is_refused_by_name_at_the_call(around, tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+
+        def step(loss):
+            manager.save(1, {"w": np.ones(1)}, metrics={"loss": loss})
+            return loss
+
+        with pytest.raises(TypeError, match=r"metrics: 'loss' is a tracer: save outside of jax\.jit"):
+            around(step)(jnp.ones(3) if around is jax.vmap else 1.0)
 
 
 def test_a_metric_that_is_too_large_is_refused_by_name(tmp_path):
