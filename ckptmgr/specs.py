@@ -200,6 +200,7 @@ _SHOWN = 40
 _ADVICE = {
     "missing": "not in the checkpoint (partial=True keeps the template's own value)",
     "no value": "not in the checkpoint, and the template is abstract: partial=True needs an array to keep",
+    "deleted": "not in the checkpoint, and the template's array was deleted or donated: there is no value to keep",
     "unexpected": "not in the template (partial=True ignores it)",
     "shape": "another shape",
     "dtype": "another dtype (cast=True converts)",

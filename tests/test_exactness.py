@@ -453,6 +453,18 @@ def test_partial_never_gives_a_leaf_without_a_value(run):
         reader(run).restore(extras={"more": template}, partial=True)
 
 
+def test_partial_never_gives_an_array_that_was_donated(run):
+    donated = jnp.zeros(2)
+    donated.delete()
+    for asked in ({"params": {"w": jnp.zeros(4), "new": donated}}, {"extras": {"more": {"new": donated}}}):
+        with pytest.raises(StructureMismatchError, match="was deleted or donated") as caught:
+            reader(run).restore(**asked, partial=True)
+        assert [leaf.problem for leaf in caught.value.diff.leaves] == ["deleted"]
+    used = jnp.zeros(4)
+    used.delete()  # a leaf that is in the step is read, whatever became of the template
+    assert reader(run).restore(params={"w": used, "new": jnp.zeros(2)}, partial=True).params["new"].shape == (2,)
+
+
 def test_partial_with_an_optimizer_starts_the_state_that_the_checkpoint_lacks(run):
     params = {"w": jnp.zeros(4), "old": jnp.ones(2)}
     tx = optax.chain(TX, optax.trace(0.9))

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -243,19 +243,24 @@ def _is_of_arrays(template: Any) -> bool:
 
 
 def _without_value(name: str, template: Any, differs: StructureDiff, request: Request) -> StructureDiff:
-    """The leaves that `partial` would keep from a template that has no values; an optimizer makes them."""
+    """The leaves that `partial` would keep from a template without values for them; an optimizer makes them."""
     if "missing" not in request.allowed(name) or (name == OPT_STATE and request.optimizer is not None):
         return StructureDiff()
     leaves = jax.tree_util.tree_flatten_with_path(extras.state_of(template))[0]
-    abstract = {
-        f"{name}{jax.tree_util.keystr(path)}" for path, leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)
-    }
-    without = [
-        dataclasses.replace(leaf, problem="no value")
-        for leaf in differs.missing
-        if leaf.path in abstract or (leaf.path == name and abstract)
-    ]
-    return StructureDiff(tuple(without))
+    problems = {f"{name}{jax.tree_util.keystr(path)}": _no_value(leaf) for path, leaf in leaves}
+    problems[name] = next(filter(None, problems.values()), None)  # of an item that is missing as a whole
+    without = ((leaf, problems.get(leaf.path)) for leaf in differs.missing)
+    return StructureDiff(
+        tuple(dataclasses.replace(leaf, problem=problem) for leaf, problem in without if problem is not None)
+    )
+
+
+def _no_value(leaf: Any) -> Literal["no value", "deleted"] | None:
+    """Why a leaf of a template has no value to keep."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return "no value"
+    is_deleted = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+    return "deleted" if is_deleted else None
 
 
 def _with_saved_dtypes(pair: Matched, differs: StructureDiff) -> tuple[Matched, StructureDiff]:
