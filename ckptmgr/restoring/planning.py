@@ -110,7 +110,10 @@ def _spelled(item: Item | None, template: Any) -> Any:
     leaves, treedef = jax.tree_util.tree_flatten(template)
     arrays = tuple(kind for kind in set(map(type, leaves)) if issubclass(kind, jax.Array))
     placed = (*arrays, jax.ShapeDtypeStruct)
-    shardings = {id(leaf.sharding): leaf.sharding for leaf in leaves if type(leaf) in placed}
+    try:
+        shardings = {id(each := leaf.sharding): each for leaf in leaves if type(leaf) in placed}
+    except TypeError:  # a PartitionSpec outside of `jax.set_mesh`
+        return None
     if any(isinstance(getattr(each, "mesh", None), AbstractMesh) for each in shardings.values()):
         return None  # which devices it stands for depends on what is around, and may be said
     spelled = str(treedef)  # to `==`, a key 1 is a key True

@@ -41,6 +41,7 @@ from ckptmgr.specs import StructureDiff
 from ckptmgr.trees import iterators
 from ckptmgr.trees import placement as layouts
 from ckptmgr.trees.layouts import HOST
+from ckptmgr.trees.meshes import sharding_of
 from ckptmgr.trees.structure import abstract
 from ckptmgr.units import format_bytes, format_rate, format_s
 
@@ -84,7 +85,7 @@ class Restorer:
 
     def _spans_processes(self, request: Request) -> bool:
         given = (request.params, request.opt_state, list(request.extras.values()), request.layout)
-        places = [getattr(leaf, "sharding", leaf) for leaf in jax.tree_util.tree_leaves(given)]
+        places = [sharding_of(leaf, leaf) for leaf in jax.tree_util.tree_leaves(given)]
         if callable(request.layout) and (step := max(self._steps(), default=None)) is not None:
             places += self._places_by(request.layout, step)
         return layouts.span_processes(places)

@@ -18,6 +18,14 @@ from ckptmgr.trees.layouts import Place, Wanted
 _log = logging.getLogger("ckptmgr")
 
 
+def sharding_of(leaf: Any, default: Any = None) -> Any:
+    """The sharding of a leaf of a template; a PartitionSpec if it has nothing more, and no mesh is set."""
+    try:
+        return getattr(leaf, "sharding", default)
+    except TypeError:  # JAX makes it of the mesh that is set now
+        return PartitionSpec()
+
+
 class Meshes:
     """Finds the devices of a sharding that names only the axes of its mesh, as those of `jax.eval_shape` do."""
 
@@ -27,7 +35,7 @@ class Meshes:
     @functools.cached_property
     def _known(self) -> list[Mesh]:
         """The mesh of `jax.set_mesh`, then those that the templates' arrays are on."""
-        shardings = (getattr(row.given, "sharding", None) for each in self._wanted for row in each.rows)
+        shardings = (sharding_of(row.given) for each in self._wanted for row in each.rows)
         named = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
         return [mesh for mesh in (jax.sharding.get_mesh(), *dict.fromkeys(named)) if isinstance(mesh, Mesh)]
 

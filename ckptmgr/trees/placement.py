@@ -14,7 +14,7 @@ from ckptmgr.errors import LayoutError, UnsupportedLeafError
 from ckptmgr.specs import Row
 from ckptmgr.trees.following import follow, replicated, same
 from ckptmgr.trees.layouts import HERE, HOST, Host, Layout, LayoutFunction, Place, Target, Wanted
-from ckptmgr.trees.meshes import Meshes, carried
+from ckptmgr.trees.meshes import Meshes, carried, sharding_of
 from ckptmgr.trees.structure import abstract, numpy_dtype
 
 _log = logging.getLogger("ckptmgr")
@@ -164,7 +164,13 @@ def _own(row: Row, meshes: Meshes, followed: Place = None) -> Place | None:
     """
     if isinstance(row.given, jax.Array) and not row.given.committed:
         return HERE
-    sharding = getattr(row.given, "sharding", None)
+    sharding = sharding_of(row.given)
+    if isinstance(sharding, PartitionSpec):
+        raise LayoutError(
+            f"the template's {row.wants.path} has a PartitionSpec, which needs a mesh: give layout=, or restore "
+            "inside `with jax.set_mesh(mesh)`",
+            leaf=row.wants.path,
+        )
     return meshes.concrete(sharding, row.wants.path, followed) if isinstance(sharding, Sharding) else None
 
 

@@ -47,5 +47,5 @@ def is_alike(one: Any, other: Any) -> bool:
     """Whether two trees have the same structure; what a node holds as static may refuse to be compared."""
     try:
         return bool(one == other)
-    except ValueError:  # numpy arrays, whose comparison is an array
+    except (ValueError, TypeError):  # an array for an answer, or a PartitionSpec whose mesh is not set any more
         return False

@@ -82,6 +82,32 @@ def test_abstract_leaves_with_a_sharding_get_it_whatever_it_was_saved_on(saved, 
         assert np.array_equal(back[name], params[name])
 
 
+def test_an_abstract_leaf_with_a_partition_spec_goes_to_the_mesh_that_is_set(saved, mesh):
+    directory, params = saved
+    template = {"both": jax.ShapeDtypeStruct((8, 8), "float32", sharding=PartitionSpec("data"))}
+    other = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    there = SingleDeviceSharding(jax.devices()[2])
+    with CheckpointManager(directory, read_only=True) as manager:
+
+        def refused():
+            with pytest.raises(LayoutError, match=r"\['both'\] has a PartitionSpec, which needs a mesh") as caught:
+                manager.restore(params=template, partial=True)
+            assert caught.value.leaf == "['both']"
+
+        refused()
+        for _ in range(2):  # a plan that is kept is compared with the template again, wherever that is
+            for each in (mesh, other):
+                with jax.set_mesh(each):
+                    back = manager.restore(params=template, partial=True).params["both"]
+                assert back.sharding == NamedSharding(each, PartitionSpec("data"))
+                assert np.array_equal(back, params["both"])
+            refused()
+            for layout in (there, {"both": there}, lambda path, leaf: there, ckptmgr.HOST):
+                back = manager.restore(params=template, partial=True, layout=layout).params["both"]
+                assert type(back) is np.ndarray if layout is ckptmgr.HOST else back.sharding == there
+            manager.restore(params={"both": params["both"]}, partial=True)
+
+
 def test_one_sharding_or_device_for_every_leaf(saved, mesh):
     directory, params = saved
     manager = CheckpointManager(directory, read_only=True)
