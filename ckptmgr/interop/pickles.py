@@ -289,10 +289,14 @@ def _ordered(make: _Maker, call: Call) -> Any:
 
 
 def _frozen(make: _Maker, call: Call) -> Any:
+    (content,) = call.arguments
+    return _frozen_dict(make.real(content))
+
+
+def _frozen_dict(content: Any) -> Any:
     from flax.core import FrozenDict
 
-    (content,) = call.arguments
-    return FrozenDict(make.real(content))  # type: ignore[no-untyped-call]
+    return FrozenDict(content)  # type: ignore[no-untyped-call]
 
 
 def _join_point(make: _Maker, call: Call) -> Any:
@@ -310,16 +314,21 @@ def _object(make: _Maker, call: Call) -> Any:
     raise ValueError("an object of no known kind")
 
 
-_LEAF, _NONE, _TUPLE, _NAMED, _LIST, _DICT = range(6)
+_LEAF, _NONE, _TUPLE, _NAMED, _LIST, _DICT, _CUSTOM = range(7)
 _PLAIN: Mapping[int, Callable[[list[Any]], Any]] = {
     _LEAF: lambda _: 0, _NONE: lambda _: None, _TUPLE: tuple, _LIST: list,
+}  # fmt: skip
+
+
+_CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
+    "collections.OrderedDict": collections.OrderedDict, "flax.core.frozen_dict.FrozenDict": _frozen_dict,
 }  # fmt: skip
 
 
 def _treedef(make: _Maker, call: Call) -> Any:
     """A PyTreeDef of plain containers, of its nodes in the order in which JAX has them: children first."""
     stack: list[tuple[Any, int]] = []
-    for kind, arity, data, *_ in call.state[1]:
+    for kind, arity, data, custom, *_ in call.state[1]:
         make.spend(1)
         if type(kind) is not int or type(arity) is not int:
             raise ValueError("a tree definition of no known kind")
@@ -327,17 +336,21 @@ def _treedef(make: _Maker, call: Call) -> Any:
         depth = 1 + max((depth for _, depth in below), default=0)
         if depth > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} deep")
-        stack.append((_node(kind, [child for child, _ in below], data), depth))
+        stack.append((_node(kind, [child for child, _ in below], data, custom), depth))
     ((tree, _),) = stack
     return jax.tree_util.tree_structure(tree)
 
 
-def _node(kind: int, children: list[Any], data: Any) -> Any:
+def _node(kind: int, children: list[Any], data: Any, custom: Any) -> Any:
     if kind == _DICT:
         return dict(zip(map(opcodes.key, data), children, strict=True))
     if kind == _NAMED and type(data) is Name and _is_named_tuple(data.meaning):
         return data.meaning(*children)
-    return _PLAIN[kind](children)
+    if kind == _CUSTOM and type(custom) is Name and (make := _CONTAINERS.get(custom.full)):
+        return make(zip(map(opcodes.key, data), children, strict=True))
+    if kind in _PLAIN:
+        return _PLAIN[kind](children)
+    raise ValueError(f"a tree definition with a node of {getattr(custom, 'full', 'no known kind')}")
 
 
 _JOIN_POINT = "jax.example_libraries.optimizers.JoinPoint"

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copyreg
+import dataclasses
 import functools
 import itertools
 import os
@@ -58,6 +59,38 @@ def test_the_state_of_example_libraries_as_it_is(protocol):
     assert_trees_equal(back, state)
     gradient = jax.tree.map(jnp.ones_like, get_params(state))
     assert_trees_equal(update(0, gradient, back), update(0, gradient, state))
+
+
+NODES = {
+    "dict": dict, "ordered": collections.OrderedDict, "frozen": flax.core.FrozenDict,
+    "list": lambda of: [*of.values()], "tuple": lambda of: (*of.values(), None),
+    "named": lambda of: optax.EmaState(*of.values()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("outer", NODES)
+@pytest.mark.parametrize("inner", NODES)
+def test_the_state_of_example_libraries_over_any_containers(outer, inner):
+    params = NODES[outer]({"b": NODES[inner]({"z": SQUARE, "a": jnp.ones(3)}), "a": jnp.ones(2)})
+    state = example_libraries.momentum(1e-2, 0.9)[0](params)
+    back = pickles.loads(pickle.dumps(state))
+    assert back.tree_def == state.tree_def
+    assert_trees_equal(back, state)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    w: object
+
+
+def test_a_node_that_is_not_known_is_named():
+    for node, name in ((collections.defaultdict(list, a=SQUARE), "builtins.list"), (Layer(SQUARE), "Layer")):
+        data = pickle.dumps(example_libraries.sgd(1e-2)[0](node))
+        with pytest.raises(UnsafePickleError, match=name) as caught:
+            pickles.loads(data)
+        with pytest.raises(UnsafePickleError, match=rf"a tree definition with a node of .*(defaultdict|{name})"):
+            pickles.loads(data, allow=[caught.value.name, "collections.defaultdict"])
 
 
 class Runs:
