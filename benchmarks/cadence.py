@@ -103,15 +103,15 @@ def train(case: Case, seconds: float, width: int, directory: Path) -> dict[str, 
     durable: list[tuple[int, float]] = []
     options = {"save_every": case.policy, "asynchronous": case.asynchronous}  # no step is deleted beside the loop
     options["on_commit"] = lambda info: durable.append((info.step, time.perf_counter() - begins))
+    state = jax.block_until_ready(_train_step(_start(width)))  # compiles
     with slowed(waits_s), ckptmgr.CheckpointManager(directory, **options) as manager:
         begins = time.perf_counter()
-        steps = _loop(manager, seconds, width, begins)
+        steps = _loop(manager, seconds, state, begins)
     return _figures(case, steps, durable, seconds)
 
 
-def _loop(manager: ckptmgr.CheckpointManager, seconds: float, width: int, begins: float) -> list[Step]:
-    state, newest, steps = _start(width), None, []
-    state = _train_step(state)  # compiles
+def _loop(manager: ckptmgr.CheckpointManager, seconds: float, state: Any, begins: float) -> list[Step]:
+    newest, steps = None, []
     while (began := time.perf_counter()) < begins + seconds:
         was_beside = newest is not None and not newest.done()
         state = jax.block_until_ready(_train_step(state))

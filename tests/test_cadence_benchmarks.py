@@ -7,6 +7,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,19 @@ def test_the_loop_is_measured(tmp_path):
     results = json.loads((tmp_path / "cadence.json").read_text())
     assert all(each["saves"] >= 1 for each in results["overheads"] + results["often"])
     assert (tmp_path / "cadence.txt").read_text().strip() == said.strip()
+
+
+def test_the_loop_is_measured_from_when_it_is_compiled(tmp_path, monkeypatch):
+    real, calls = cadence._train_step, []
+
+    def slow_at_first(state):
+        calls.append(state)
+        time.sleep(0.5 if len(calls) == 1 else 0)
+        return real(state)
+
+    monkeypatch.setattr(cadence, "_train_step", slow_at_first)
+    case = cadence.Case("slow", ckptmgr.every_steps(1))
+    assert cadence.train(case, 0.3, 8, tmp_path)["saves"] >= 1
 
 
 def test_the_share_that_the_loop_measures_is_that_of_the_times():
