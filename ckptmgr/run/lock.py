@@ -79,10 +79,13 @@ class Shared:
         is_free = is_first or (self.descriptor is not None and not _is_still(self.path, self.descriptor))
         path = str(directory / names.LOCK)
         if speaks and is_free and paths.is_local(path) and sys.platform != "win32":
-            self.let_go()
             _refuse_version_1(directory)
-            self.path = path
-            self._lock()
+            if is_first:
+                self.let_go()
+                self.path = path
+                self._lock()
+            else:  # the old one is kept if that fails: by it the other managers see that the run is not theirs
+                self.hold()
         return speaks and is_first
 
     def hold(self) -> None:

@@ -552,6 +552,25 @@ with ckptmgr.CheckpointManager(sys.argv[1]) as manager:
 """
 
 
+def test_a_second_manager_that_is_refused_takes_no_lock_from_the_first(tmp_path):
+    first = CheckpointManager(tmp_path)
+    os.unlink(tmp_path / names.LOCK)
+    other = subprocess.Popen(
+        [sys.executable, "-c", WRITES, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "open\n"
+    said = f"is being written to by process {other.pid}"
+    for call in (lambda: CheckpointManager(tmp_path), lambda: first.save(9, values(9)), lambda: first.delete(4)):
+        with pytest.raises(ckptmgr.SaveError, match=said):
+            call()
+    other.communicate(timeout=60)
+    assert first.steps() == [4]
+    with CheckpointManager(tmp_path):  # now it is free again
+        first.save(9, values(9)).result()
+    first.close()
+    assert is_free(tmp_path)
+
+
 @pytest.mark.parametrize("call", ["save", "delete", "pin", "unpin", "rewind"])
 def test_whoever_lost_the_lock_to_another_process_changes_nothing(tmp_path, call):
     manager = CheckpointManager(tmp_path)
