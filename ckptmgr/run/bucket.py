@@ -271,6 +271,7 @@ class BucketDirectory:
         self._begun.discard(name)
         is_draft = is_begun or (self._entry(name).is_taken and not self.is_somebodys(name))
         if is_draft and not self.find_steps([name]):
+            self._overtaken.add(name)  # another process of the job may still be writing: its note stays
             self.remove(self.path / name)
 
     def pin(self, folder: epath.Path) -> None:

@@ -38,6 +38,7 @@ LEASE_VARIABLE = "CKPTMGR_LEASE_S"
 """The name of the environment variable with another lease. All writers of a run honor the lease in the claim."""
 _LEASE_S = 60.0
 _RENEWALS = 4  # in one lease
+_ATTEMPTS = 3  # of one renewal
 _GRACE_S = 2.0  # the time of an object is in whole seconds
 _POLL_S = 1.0
 _log = logging.getLogger("ckptmgr")
@@ -116,14 +117,20 @@ class Claim:
         return self._lost is None and _now() < self._ends
 
     def renew(self) -> None:
-        """Writes the claim anew, in two requests; raises SaveError if another process has taken it."""
+        """Writes the claim anew, in two requests; raises SaveError if another process has taken it.
+
+        A refusal alone does not tell that: a request of this process that was given up may have arrived after all.
+        """
         with self._turn:
-            if self._lost is None:
+            for _ in range(_ATTEMPTS):
+                self._refuse_if_lost()
                 found = self._objects.fetch(self._key)
                 is_missing = found is None and not self.is_in_time()  # somebody may have come and gone
-                if is_missing or (found is not None and not self._is_own(found)) or not self._write(found):
+                if is_missing or (found is not None and not self._is_own(found)):
                     self._lose()
-            self._refuse_if_lost()
+                elif self._write(found):
+                    return
+            raise OSError(f"the claim on {self._run} was written {_ATTEMPTS} times, and the server has refused it")
 
     def _refuse_if_lost(self) -> None:
         if self._lost is not None:

@@ -11,6 +11,7 @@ import time
 import uuid
 
 import holder
+import jax
 import pytest
 import trainer
 from conftest import ON_SERVERS, counted
@@ -220,6 +221,51 @@ def test_what_is_no_claim_is_waited_for_and_replaced(run, found, monkeypatch):
     (epath.Path(run) / names.LOCK).write_bytes(found)
     with CheckpointManager(run):
         assert held(run)["pid"] == os.getpid()
+
+
+def test_a_renewal_that_an_earlier_one_of_this_process_overtakes_is_made_again(servers):
+    """On s3://, where the server refuses it: a request that was given up may arrive in the middle of the next."""
+    run = epath.Path(f"s3://bucket/{uuid.uuid4().hex}/run")
+    mine = claim.Claim(run)
+    mine.take(5)
+    real, late = mine._objects.replace, [1, 1]
+
+    def replace(key, data, tag):
+        if late and late.pop():
+            real(key, data + b" ", tag)
+        return real(key, data, tag)
+
+    mine._objects.replace = replace
+    mine.renew()
+    assert not late
+    assert mine.is_in_time()
+    late += [1, 1, 1]
+    with pytest.raises(OSError, match="the server has refused it"):
+        mine.renew()
+    mine.renew()
+    objects.write(run / names.LOCK, json.dumps(held(str(run)) | {"token": "x", "machine": "another"}).encode())
+    with pytest.raises(ckptmgr.SaveError, match="has taken it"):
+        mine.renew()
+    mine.release()
+
+
+def test_what_a_process_uploads_after_its_save_was_given_up_blocks_no_number(run):
+    late = epath.Path(run) / "2" / "params" / "ocdbt.process_1" / "d" / "00ff"
+    bad = {"w": jax.numpy.full(3, jax.numpy.nan)}
+    with CheckpointManager(run, nonfinite="refuse") as manager:
+        manager.save(1, trainer.state(1)).result()
+        with pytest.raises(ckptmgr.SaveError, match="refuse"):
+            manager.save(2, bad).result()
+        objects.write(late, b"late")
+        manager.save(2, trainer.state(2)).result()
+        assert not late.exists()
+        with pytest.raises(ckptmgr.SaveError, match="refuse"):
+            manager.save(3, bad).result()
+        objects.write(epath.Path(str(late).replace("/2/", "/3/")), b"late")
+    with CheckpointManager(run) as manager:
+        manager.save(3, trainer.state(3)).result()
+        assert manager.steps() == [1, 2, 3]
+        assert manager.verify()
 
 
 def test_only_one_of_two_that_want_the_same_claim_gets_it(servers):
