@@ -472,7 +472,8 @@ class CheckpointManager:
             call = Call(f"the rewind to step {step}")
             self._job.together(call, self._pending.wait)
 
-            moved = self._job.decide(call, lambda: self._aftermath.rewind(step))
+            with self._job.working():  # in a bucket each file is copied
+                moved = self._job.decide(call, lambda: self._aftermath.rewind(step))
             self._saver.after_rewind()
             self._aftermath.go_on_from(step, moved)
 

@@ -55,6 +55,12 @@ REWIND_POINTS = {
     "moved": "faults:FaultyDirectory.has_moved",  # what is still to be moved
     "copy": "ckptmgr.run.bucket:copy",
 }
+JOB_POINTS = {
+    "draft": "faults:FaultyDirectory.draft",  # where a process other than 0 writes its arrays
+    "local draft": "ckptmgr.run.tier:Tier.draft",
+    "read": "ckptmgr.run.catalog:_read_manifest",  # the manifest of a step, once it is committed
+    "glance": "ckptmgr.run.history:History.glance",
+}
 SLOW_S = 5.0  # longer than what is timed beside it takes on a busy machine
 
 
@@ -114,7 +120,7 @@ def install(fault, put=setattr):
         return
     kind, _, rest = fault.partition(" ")
     point, _, turn = rest.rpartition(" ")
-    module, _, path = (POINTS | MIRROR_POINTS | REDUCE_POINTS | REWIND_POINTS)[point].partition(":")
+    module, _, path = (POINTS | MIRROR_POINTS | REDUCE_POINTS | REWIND_POINTS | JOB_POINTS)[point].partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     real, seen = getattr(owner, name), []

@@ -306,8 +306,9 @@ class Job:
             here = self._here()
             elsewhere = {i: at for i, (at, _) in here.items() if at != call}
             reports = {0: own} | {i: report for i, (at, report) in here.items() if at == call}
-            if len(reports) == self.count or any(is_timeout(each.error) for each in reports.values()):
+            if len(reports) == self.count:
                 self._tidy()
+            if len(reports) == self.count or any(is_timeout(each.error) for each in reports.values()):
                 return [reports.get(i, Report()) for i in range(self.count)]
             if any(at.is_before(call) for at in elsewhere.values()):
                 self._say(call, is_note=True)  # tells those that left out this call, or made one more

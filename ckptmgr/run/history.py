@@ -90,7 +90,7 @@ class History:
 
     def _describe(self, manifest: Manifest, *, pinned: bool) -> CheckpointInfo:
         distrusted = self._catalog.why_distrusted(manifest.step, manifest)
-        return dataclasses.replace(_describe(manifest), pinned=pinned, distrusted=distrusted)
+        return dataclasses.replace(describe(manifest), pinned=pinned, distrusted=distrusted)
 
     def info(self, step: int) -> CheckpointInfo:
         """One checkpoint; raises CheckpointNotFoundError or CorruptCheckpointError."""
@@ -269,7 +269,7 @@ def explain(
     return [dataclasses.replace(info, kept=reasons[info.step]) for info in infos]
 
 
-def _describe(manifest: Manifest) -> CheckpointInfo:
+def describe(manifest: Manifest) -> CheckpointInfo:
     """The CheckpointInfo that a manifest gives."""
     return CheckpointInfo(
         step=manifest.step,

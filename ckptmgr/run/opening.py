@@ -31,7 +31,8 @@ def open_run(directory: epath.Path, catalog: Catalog, timeout_s: float) -> tuple
 
     token = ""
     try:
-        name, there, token = line.decide(call, claim)
+        with line.working():  # process 0 finishes a rewind there, and removes what is left of a save
+            name, there, token = line.decide(call, claim)
         if not line.leads:
             claimed.append(Writer(directory, speaks=False))
         line.together(call, lambda: _look_for(token, directory, there, line))

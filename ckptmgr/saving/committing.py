@@ -68,13 +68,21 @@ class Committer:
                 if manifest is None:
                     self._follow(copied, stages)
                 stages.reach("commit")
-            return manifest or self._run.manifest(copied.step, fresh=True)
+            return manifest or self._read(copied)
         except BaseException:
             if self._job.leads:
                 self._discard(copied.step)
             raise
         finally:
             copied.release()
+
+    def _read(self, copied: Copied) -> manifests.Manifest:
+        """What process 0 has committed. The step is durable: a process that cannot read it here has not failed."""
+        try:
+            return self._run.manifest(copied.step, fresh=True)
+        except Exception as problem:  # of the network, or of a client
+            _log.warning("step %d is saved; its manifest could not be read here: %s", copied.step, problem)
+            return copied.manifest
 
     def _lead(self, copied: Copied, stages: Stages, replaces: bool) -> manifests.Manifest:
         self._look(copied.step, replaces)

@@ -100,9 +100,14 @@ class LocalSaver:
             self._job.together(call, copied.spec, lambda found: found)
             start, turn = self._job.decide(call, lambda: [self._nearby.current_start(), next(self._turns)])
             part = tiers.Part(tiers.Group(start, turn, step, self._job.count), self._job.index)
-            with self._draft() as draft:
+            with contextlib.ExitStack() as drafts:
+
+                def write() -> tuple[epath.Path, manifests.Manifest]:
+                    draft = drafts.enter_context(self._draft())
+                    return draft, self._write(copied, part, draft)
+
                 written = Call("the local parts", step)
-                manifest = self._job.together(written, lambda: self._write(copied, part, draft))
+                draft, manifest = self._job.together(written, write)
                 distrusted = self._verdict(copied)
                 if distrusted is None:  # all have written
                     self._job.together(written, lambda: self._tier.publish(draft, part))

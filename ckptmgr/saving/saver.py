@@ -20,13 +20,14 @@ from typing import Any
 from ckptmgr import policies
 from ckptmgr.clock import Clock
 from ckptmgr.errors import CheckpointError, CheckpointExistsError, SaveError
+from ckptmgr.format.manifest import Manifest
 from ckptmgr.options import Options
 from ckptmgr.processes import background
 from ckptmgr.processes.job import Call, Job
 from ckptmgr.processes.signals import Preemption
 from ckptmgr.results import CheckpointInfo, SaveResult
 from ckptmgr.run.catalog import Catalog
-from ckptmgr.run.history import History
+from ckptmgr.run.history import History, describe
 from ckptmgr.run.lock import Shared, Writer
 from ckptmgr.saving import copying, items, reuse
 from ckptmgr.saving.aftermath import Aftermath
@@ -319,6 +320,14 @@ class Saver:
         self._catalog.forget(step)
         return replaces
 
+    def _described(self, manifest: Manifest) -> CheckpointInfo:
+        """A step that was committed: it is durable, whatever can be read of it now."""
+        try:
+            return self._history.glance(manifest)
+        except Exception as problem:  # of the network, or of a client
+            _log.warning("step %d is saved; its notes could not be read: %s", manifest.step, problem)
+            return describe(manifest)
+
     def _hand_over(self, copied: copying.Copied, reason: str, called: float, *, replaces: bool) -> SaveResult:
         """Starts the second act in the thread: the commit, then callbacks, mirror and retention."""
         step, handed_over, flight = copied.step, time.perf_counter(), self._meter.begin()
@@ -331,7 +340,7 @@ class Saver:
             manifest = self._committer.commit(copied, replaces=replaces)
             shared = reuse.shared_bytes(manifest) if self._reuse is not None else 0
             blocked_s = max(handed_over, copied.completed_at()) - called
-            info = self._history.glance(manifest)
+            info = self._described(manifest)
             return dataclasses.replace(info, blocked_s=blocked_s, durable_s=time.perf_counter() - called)
 
         def failed(failure: SaveError) -> None:

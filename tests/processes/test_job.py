@@ -270,6 +270,22 @@ def test_a_failure_that_one_process_knows_is_raised_in_all_and_the_next_save_wor
     assert visible(tmp_path) == ["1", "6"]
 
 
+@in_background
+def test_what_fails_in_one_process_before_it_writes_is_raised_in_all_at_once(tmp_path):
+    said = lines(start(2, tmp_path, "results", "1", "2", "3", faults={1: "fail draft 2"}, timeout_s=600))
+    for one in said:
+        assert one[0] == "1 True"
+        assert re.fullmatch("2 SaveError step 2 could not be saved: .*Input/output error", one[1])
+        assert one[2:] == ["3 True", "steps 1 3"]
+
+
+@in_background
+@pytest.mark.parametrize("point", ["read", "glance"])
+def test_a_step_that_one_process_cannot_read_once_it_is_committed_has_not_failed(point, tmp_path):
+    said = lines(start(2, tmp_path, "results", "1", "2", "3", faults={1: f"fail {point} 2"}))
+    assert said == [["1 True", "2 True", "3 True", "steps 1 2 3"]] * 2
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("count", COUNTS)
 def test_what_differs_in_one_process_is_refused_in_all_by_leaf_and_nothing_is_written(count, tmp_path):
@@ -471,6 +487,18 @@ def test_all_processes_go_back_together(tmp_path):
     for index, said in enumerate(lines(start(2, tmp_path, "rewind"))):
         assert said[0].startswith(f"refused {'process 0: ' if index else ''}there is no step 55 in {tmp_path}")
         assert said[1:] == ["steps 50 60 70"]
+
+
+@in_background
+@pytest.mark.parametrize("fault", ["slow move 1", "slow remove 1"])
+def test_what_takes_process_0_longer_than_the_bound_is_waited_for_in_a_rewind_and_as_a_run_is_opened(
+    fault, tmp_path
+):
+    draft = tmp_path / ".ckptmgr" / "saving" / "7"
+    draft.mkdir(parents=True)
+    said = finish(start(2, tmp_path, "rewind", faults={0: fault}, timeout_s=3))
+    assert said == finish(start(2, tmp_path / "another", "rewind"))
+    assert not draft.exists()
 
 
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)][: counted(1, full=2)])

@@ -13,6 +13,7 @@ from conftest import counted, free_port, in_background
 from jax._src.lib import _jax
 from test_job import end, finish, start
 
+from ckptmgr.errors import CheckpointTimeoutError
 from ckptmgr.processes import job
 from ckptmgr.processes.agreement import Spec
 from ckptmgr.processes.coordinator import Coordinator
@@ -124,6 +125,17 @@ def test_what_one_process_reports_as_failed_is_raised_where_the_others_are_colle
         said = all_at_once(found, write)
         assert all("no space" in each for each in said), said
         assert all_at_once(found, lambda line: line.collect(job.Call("the arrays", 2), 5))[0] == [5, 5, 5]
+
+
+def test_a_process_that_comes_after_the_others_have_given_up_finds_its_place_again():
+    with lines(2, 1.0) as (first, late):
+        with pytest.raises(CheckpointTimeoutError):
+            first.share(job.Call("the save", 1))
+        first.fail(job.Call("the save", 2), CheckpointTimeoutError("step 1 is slow", waiting_for="process 1"))
+        for step in (1, 2):
+            with pytest.raises(CheckpointTimeoutError, match=r"did not reach|is slow"):
+                late.share(job.Call("the save", step))
+        assert all_at_once([first, late], lambda line: line.collect(job.Call("files", 3), line.index))[0] == [0, 1]
 
 
 def test_a_message_names_some_of_a_thousand_processes():

@@ -283,6 +283,16 @@ def test_what_an_earlier_start_has_left_is_not_mixed_in(four):
     assert {each.resumed for each in machines.run(3, [0, 1, 2, 3])} == {0}
 
 
+@in_background
+def test_a_local_disk_without_room_for_a_folder_fails_the_save_in_all_at_once(machines):
+    began = time.monotonic()  # its fourth part: each is followed by one that it keeps for the other
+    for found in heard(machines.start(8, range(2), faults={1: "full local draft 7"}, devices=1)):
+        assert found.saved == [2, 4, 6, 8]
+    assert time.monotonic() - began < 50  # else process 0 waits for 60 seconds as it closes
+    for name in range(2):
+        assert max(step for step, _ in machines.parts(name)) == 6
+
+
 # ---------------------------------------------------------------- one process
 
 
