@@ -12,7 +12,7 @@ import numpy as np
 
 from ckptmgr.trees.structure import is_weak, weaken
 
-_HYPERPARAMS, _ABSENT = "hyperparams", object()
+_HYPERPARAMS = "hyperparams"
 _HOW = (
     "wrap the optimizer so that its state carries them:\n"
     "    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)"
@@ -107,9 +107,12 @@ def _injected(opt_state: Any) -> list[_Injected]:
 
 
 def _is_injected(node: Any) -> bool:
-    """Whether it is the state of an injected optimizer, and no parameter or label that is called hyperparams."""
+    """Whether it is the state of an injected optimizer, and no parameter or label that is called hyperparams.
+
+    Every such state counts its steps. Its inner state may be empty, and then `nnx.state` leaves it out.
+    """
     part = _parts(node)
-    return isinstance(part(_HYPERPARAMS, None), Mapping) and part("inner_state", _ABSENT) is not _ABSENT
+    return isinstance(part(_HYPERPARAMS, None), Mapping) and part("count", None) is not None
 
 
 def _parts(node: Any) -> Callable[..., Any]:

@@ -116,7 +116,6 @@ def test_one_injected_optimizer_inside_of_another():
 @pytest.mark.parametrize("value", [2, np.int32(2), jnp.int32(2), jnp.asarray(2)], ids=repr)
 def test_a_train_step_is_not_compiled_again_for_a_new_value(value):
     clip = optax.inject_hyperparams(optax.clip_by_global_norm)(max_norm=1)
-    update = jax.jit(lambda state: clip.update(PARAMS, state)[1])
     for number, make in ((value, clip), (0.5, ADAM)):
         update = jax.jit(lambda state, make=make: make.update(PARAMS, state, PARAMS)[1])
         name = "max_norm" if make is clip else "learning_rate"
@@ -174,17 +173,26 @@ def test_each_injected_optimizer_keeps_its_own_dtype():
         assert (rates["a"], rates["b"]) == (np.float32(3e-4), jnp.bfloat16(3e-4))
 
 
-def flax_states():
+def flax_states(injected):
     nnx = pytest.importorskip("flax.nnx")
-    optimizer = nnx.Optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), ADAM, wrt=nnx.Param)
-    return [optimizer.opt_state, nnx.state(optimizer), nnx.state(optimizer)["opt_state"]]
+    optimizer = nnx.Optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), injected, wrt=nnx.Param)
+    state = nnx.state(optimizer)
+    return [optimizer.opt_state, state, state["opt_state"], nnx.to_pure_dict(state)]
 
 
-def test_in_the_states_of_flax_and_in_plain_containers(tmp_path):
+INNER = {
+    "with a state": optax.adam, "without": optax.sgd, "with an empty one": optax.scale_by_learning_rate,
+    "in a chain": lambda learning_rate: optax.chain(optax.clip(1.0), optax.sgd(learning_rate)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_in_the_states_of_flax_and_in_plain_containers(inner, tmp_path):
+    injected = optax.inject_hyperparams(INNER[inner])(learning_rate=1e-2)
     with CheckpointManager(tmp_path) as manager:
-        manager.save(1, PARAMS, ADAM.init(PARAMS)).result()
+        manager.save(1, PARAMS, injected.init(PARAMS)).result()
         plain = manager.restore().opt_state
-    for state in [plain, *flax_states()]:
+    for state in [plain, *flax_states(injected)]:
         changed = set_hyperparams(state, learning_rate=0.25)
         assert get_hyperparams(changed)["learning_rate"] == 0.25
         assert get_hyperparams(state)["learning_rate"] == np.float32(1e-2)
