@@ -253,7 +253,7 @@ def _devices(place: Any, known: Sequence[Mesh]) -> Iterable[jax.Device]:
         if mesh is None:  # then it is jax.make_mesh of all devices
             return jax.devices()
     if isinstance(mesh, Mesh):
-        return mesh.devices.flat
+        return mesh.devices.flat if not mesh.empty else []
     if isinstance(place, Sharding) and not isinstance(mesh, AbstractMesh):
         return place.device_set
     return [place] if isinstance(place, jax.Device) else []

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 import ckptmgr
 from ckptmgr import CheckpointManager, LayoutError
 from ckptmgr.testing import assert_trees_equal
+from ckptmgr.trees import placement
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,12 @@ def test_an_abstract_leaf_with_a_partition_spec_goes_to_the_mesh_that_is_set(sav
                 back = manager.restore(params=template, partial=True, layout=layout).params["both"]
                 assert type(back) is np.ndarray if layout is ckptmgr.HOST else back.sharding == there
             manager.restore(params={"both": params["both"]}, partial=True)
+
+
+def test_what_names_a_mesh_that_is_not_set_is_on_no_device_of_another_process():
+    empty = jax.sharding.get_mesh()
+    for place in (PartitionSpec(), PartitionSpec("data"), empty, empty.abstract_mesh, ckptmgr.HOST, None):
+        assert not placement.span_processes([place])
 
 
 def test_one_sharding_or_device_for_every_leaf(saved, mesh):
