@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ckptmgr.arrays.to_devices import NO_MESH, spell
+from ckptmgr.arrays.to_devices import mesh_of, spell
 from ckptmgr.arrays.to_host import Part
 from ckptmgr.specs import LeafSpec, TreeSpec
 from ckptmgr.trees.structure import numpy_dtype
@@ -134,11 +134,7 @@ def _plan(tree: TreeSpec, leaves: Sequence[Any]) -> Plan:
                 pieces.setdefault(group, []).append(piece)
         else:
             on_host.add(place)
-    runs = [
-        Run(group if isinstance(group, jax.sharding.Mesh) else NO_MESH, some)
-        for group, found in pieces.items()
-        for some in _batches(found, tree)
-    ]
+    runs = [Run(mesh_of(group), some) for group, found in pieces.items() for some in _batches(found, tree)]
     return Plan(tree, runs, frozenset(on_host))
 
 

@@ -184,19 +184,21 @@ def _keys(here: jax.Array, words: Values, target: Target) -> Any:
     return jax.device_put(keys, place) if isinstance(place, jax.sharding.Sharding) else keys
 
 
-NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
+_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
-def mesh_of(sharding: Any) -> jax.sharding.Mesh:
-    """The mesh of a program for arrays of this sharding: it takes none that are on another."""
-    mesh = getattr(sharding, "mesh", None)
-    return mesh if isinstance(mesh, jax.sharding.Mesh) else NO_MESH
+def mesh_of(where: Any) -> jax.sharding.Mesh:
+    """The mesh for a program whose arrays have this mesh or sharding.
+
+    A program runs on the mesh of `jax.set_mesh`, and takes no arrays of another.
+    """
+    mesh = getattr(where, "mesh", where)
+    return mesh if isinstance(mesh, jax.sharding.Mesh) else _NO_MESH
 
 
 def _weakly_typed(leaves: list[Any], weak: Sequence[int]) -> list[Any]:
     """The same bits, with JAX's weak type where it was saved: one program for the leaves of each mesh.
 
-    A program runs on the mesh of `jax.set_mesh`, and takes no arrays of another: each has the mesh of its leaves.
     One leaf that is committed to its device would commit all results of its program.
     """
     groups: dict[Any, list[int]] = {}
@@ -207,7 +209,7 @@ def _weakly_typed(leaves: list[Any], weak: Sequence[int]) -> list[Any]:
     with jax.debug_nans(False), jax.debug_infs(False):  # a leaf may hold them: nothing is computed here
         for (where, _), places in groups.items():
             strong = [leaves[place] for place in places]
-            with jax.set_mesh(where if isinstance(where, jax.sharding.Mesh) else NO_MESH):
+            with jax.set_mesh(mesh_of(where)):
                 weakened = weaken([_in_default_memory(array) for array in strong])
             for place, array, made in zip(places, strong, weakened, strict=True):
                 leaves[place] = jax.device_put(made, array.sharding) if array.committed else made

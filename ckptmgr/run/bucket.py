@@ -4,7 +4,7 @@
     <directory>/<step>/PINNED                  retention leaves it alone
     <directory>/<step>/trust.json              whether somebody trusts it (`trust`)
     <directory>/.ckptmgr/lock                  the claim of the process that writes (`claim`)
-    <directory>/.ckptmgr/saving/<step>         a note: the step is being written under its own name
+    <directory>/.ckptmgr/saving/<step>         a note: a save of the step is in progress, or has failed
     <directory>/.ckptmgr/deleting/<step>       a note: the step is being deleted
     <directory>/.ckptmgr/reducing/<step>       a note: items are being taken out of the step
     <directory>/.ckptmgr/damaged/<step>-*/     a damaged checkpoint whose step was saved again
@@ -87,7 +87,7 @@ class BucketDirectory:
         self._begun: set[str] = set()
         """Steps that are being written here."""
         self._overtaken: set[str] = set()
-        """Steps that a process has begun which may still be alive, and has no right to write any more."""
+        """Steps of saves that are given up, to which a process may still write: their notes stay."""
 
     def prepare(self) -> None:
         """Does nothing: a bucket has no directories, and only a write shows whether it can be written to."""
@@ -271,7 +271,7 @@ class BucketDirectory:
         self._begun.discard(name)
         is_draft = is_begun or (self._entry(name).is_taken and not self.is_somebodys(name))
         if is_draft and not self.find_steps([name]):
-            self._overtaken.add(name)  # another process of the job may still be writing: its note stays
+            self._overtaken.add(name)  # another process of the job may still write
             self.remove(self.path / name)
 
     def pin(self, folder: epath.Path) -> None:

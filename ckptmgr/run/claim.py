@@ -130,7 +130,9 @@ class Claim:
                     self._lose()
                 elif self._write(found):
                     return
-            raise OSError(f"the claim on {self._run} was written {_ATTEMPTS} times, and the server has refused it")
+            raise OSError(
+                f"the claim on {self._run} was written {_ATTEMPTS} times, and the server has refused it each time"
+            )
 
     def _refuse_if_lost(self) -> None:
         if self._lost is not None:
